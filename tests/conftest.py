@@ -1,0 +1,84 @@
+"""Tiny random models and a tiny tokenizer, built in memory: no test needs a model hub."""
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+GOLDEN = Path(__file__).parent / "data" / "reference_layers.safetensors"
+
+
+def tiny_llama(layers: int = 3, seed: int = 0, **config) -> LlamaForCausalLM:
+    """A LLaMA of width 32 with grouped-query attention, random weights, float32, in eval mode."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+
+
+def token_batches(batches: int = 4, batch_size: int = 2, length: int = 16, seed: int = 1, vocab: int = 256):
+    """Random token ids, a list of (B, T) batches."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.randint(0, vocab, (batches, batch_size, length), generator=generator))
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    return token_batches()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 256 tokens, trained on a little of Python's own documentation."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([topics["assert"]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory, tokenizer) -> Path:
+    """A tiny LLaMA with its tokenizer, saved as a user would have it on disk."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the reference's own layer classes (locuslab/wanda at 8e8fc87, CPU, float32)."""
+    with safe_open(GOLDEN, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> list[dict]:
+    with safe_open(GOLDEN, "pt") as file:
+        return json.loads(file.metadata()["cases"])

@@ -1,0 +1,7 @@
+"""Pruning methods: one paper, one file."""
+
+from wanda_lightning.methods.base import PruningMethod, ScoreMethod
+from wanda_lightning.methods.magnitude import Magnitude
+from wanda_lightning.methods.wanda import Wanda
+
+__all__ = ["Magnitude", "PruningMethod", "ScoreMethod", "Wanda"]

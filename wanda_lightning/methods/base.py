@@ -1,0 +1,66 @@
+"""What a pruning method is: a weight and a statistic of its inputs go in, a mask comes out.
+
+A method never sees a model. Shapes: O out features, I in features.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputStatistic
+
+
+class PruningMethod(ABC):
+    """Chooses which weights of a linear to remove and, in some methods, updates those that stay.
+
+    Attributes:
+        statistic: The statistic of the inputs that :meth:`prune` needs; None for methods without calibration.
+    """
+
+    statistic: ClassVar[type[InputStatistic] | None]
+
+    @abstractmethod
+    def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
+        """Prune one weight in place.
+
+        Args:
+            weight_OI: Weight, shape (out_features, in_features); changed in place.
+            statistic: Statistic of the linear's inputs, of the type that :attr:`statistic` names.
+            pattern: Which weights compete, and how many stay.
+
+        Returns:
+            Boolean mask of the weight's shape, True = kept.
+        """
+
+    def check(self, pattern: Pattern) -> None:
+        """Refuse a pattern that the method cannot follow, before any weight has changed.
+
+        Raises:
+            ValueError: If the pattern is not supported.
+        """
+
+    def tolerance(self, shape: tuple[int, int]) -> float:
+        """How far a mask may lie from the asked sparsity: less than one weight in a comparison group is rounded."""
+        return 1 / shape[1]
+
+
+class ScoreMethod(PruningMethod):
+    """A method that scores every weight, removes the lowest and leaves the others as they are."""
+
+    @abstractmethod
+    def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
+        """Return the importance of every weight, float32 or better, shape (out_features, in_features)."""
+
+    def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
+        """Choose the kept weights; by default weights compete within their output row."""
+        return pattern.mask(score_OI)
+
+    @torch.no_grad()
+    def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
+        """Remove the lowest-scored weights in place and return the mask (True = kept)."""
+        mask_OI = self.mask(self.score(weight_OI, statistic), pattern)
+        weight_OI.masked_fill_(~mask_OI, 0)
+        return mask_OI

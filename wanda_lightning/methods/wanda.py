@@ -1,0 +1,54 @@
+"""Wanda: pruning by weights and activations (Sun et al. 2023, arXiv:2306.11695)."""
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.methods.base import ScoreMethod
+from wanda_lightning.sparsity import Pattern, Unstructured
+from wanda_lightning.statistics import InputNorm, InputStatistic
+
+
+class Wanda(ScoreMethod):
+    """Score |W_ij| * ||X_j||_2, compared within each output row (arXiv:2306.11695, eq. 1 and section 3).
+
+    Args:
+        variant: Rows give up the same share alpha of their total score instead of the same number of weights: of each
+            row the lowest scores go whose sum is at most alpha times the row's, with one alpha for the matrix such that
+            exactly the asked fraction of it is pruned. Unstructured patterns only.
+    """
+
+    statistic = InputNorm
+
+    def __init__(self, variant: bool = False) -> None:
+        self.variant = variant
+
+    def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
+        """Return |W_ij| * ||X_j||_2."""
+        assert isinstance(statistic, InputNorm)
+        return weight_OI.abs() * statistic.compute().to(weight_OI.device)
+
+    def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
+        """Let the weights of an output row compete; in the variant, shares of the rows' totals."""
+        return _variant_mask(score_OI, pattern) if self.variant else pattern.mask(score_OI)
+
+    def check(self, pattern: Pattern) -> None:
+        """Refuse N:M for the variant, whose rows keep different numbers of weights.
+
+        Raises:
+            ValueError: If the variant is asked for with an N:M pattern.
+        """
+        if self.variant and not isinstance(pattern, Unstructured):
+            raise ValueError(f"the Wanda variant prunes unstructured patterns only, got {pattern}: use variant=False")
+
+
+def _variant_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
+    """Prune each row's lowest scores up to the share alpha of its total.
+
+    The reference searches alpha by bisection and stops within 0.1 % of the sparsity. What it searches for is a
+    threshold on the share of its row's total that lies at or below a weight, so selecting by that share is exact.
+    """
+    sorted_OI, order_OI = score_OI.sort(dim=-1, stable=True)
+    total_O1 = sorted_OI.double().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    share_OI = sorted_OI.double().cumsum(dim=-1).div_(total_O1)
+    kept_sorted_OI = pattern.mask(share_OI.reshape(1, -1)).view(share_OI.shape)
+    return torch.empty_like(kept_sorted_OI).scatter_(-1, order_OI, kept_sorted_OI)

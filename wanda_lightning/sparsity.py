@@ -1,0 +1,155 @@
+"""Sparsity patterns: which of a set of scores are pruned, and how many.
+
+Masks are boolean, True = kept. N:M means N *kept* of every M consecutive inputs.
+Shapes: G comparison groups, N scores in a group, O out features, I in features.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Prune the lowest-scored fraction of every comparison group, wherever it lies.
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1).
+
+    Raises:
+        ValueError: If ``sparsity`` is not a number in [0, 1).
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}")
+
+    def mask(self, score_GN: Tensor) -> Tensor:
+        """Keep all but the ``floor(sparsity * N)`` lowest scores of each row; ties go by position.
+
+        Args:
+            score_GN: Importance of each weight, shape (groups, weights in a group); higher is kept.
+
+        Returns:
+            Boolean mask of the same shape, True = kept.
+        """
+        return _prune_lowest(score_GN, math.floor(self.sparsity * score_GN.shape[-1]))
+
+    def check_in_features(self, in_features: int, name: str) -> None:
+        """Accept every number of input features: this pattern divides nothing."""
+
+    def check_mask(self, mask_OI: Tensor, tolerance: float) -> None:
+        """Assert that as many weights were pruned as asked for, up to ``tolerance`` (a fraction)."""
+        achieved = sparsity_of(mask_OI)
+        assert abs(achieved - self.sparsity) <= tolerance, f"sparsity {achieved} is not {self.sparsity} +- {tolerance}"
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class SemiStructured:
+    """Keep the ``n`` highest-scored weights of every ``m`` consecutive inputs (N:M sparsity).
+
+    Args:
+        n: Weights kept in each group, 1 <= n < m.
+        m: Group size.
+
+    Raises:
+        ValueError: If not 1 <= n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.n, self.m))
+        if not whole or not 1 <= self.n < self.m:
+            raise ValueError(f"an N:M pattern keeps n of every m weights with 1 <= n < m, got {self.n!r}:{self.m!r}")
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights pruned, ``1 - n / m``."""
+        return 1 - self.n / self.m
+
+    def mask(self, score_GN: Tensor) -> Tensor:
+        """Keep the ``n`` highest of every ``m`` consecutive scores; ties go by position.
+
+        Args:
+            score_GN: Importance of each weight, shape (groups, weights); N is a multiple of m.
+
+        Returns:
+            Boolean mask of the same shape, True = kept.
+        """
+        return _prune_lowest(score_GN.reshape(-1, self.m), self.m - self.n).view(score_GN.shape)
+
+    def check_in_features(self, in_features: int, name: str) -> None:
+        """Refuse a linear whose inputs do not divide into groups of m.
+
+        Raises:
+            ValueError: If ``in_features`` is not a multiple of m.
+        """
+        if in_features % self.m:
+            raise ValueError(
+                f"{name} has {in_features} input features, which do not divide into groups of {self.m}: "
+                f"{self} needs a multiple of {self.m} (exclude it with ignore, or use another pattern)"
+            )
+
+    def check_mask(self, mask_OI: Tensor, tolerance: float = 0.0) -> None:
+        """Assert that every group of m keeps exactly n."""
+        kept = mask_OI.reshape(-1, self.m).sum(1)
+        assert bool((kept == self.n).all()), f"a group of {self.m} does not keep exactly {self.n}"
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Unstructured | SemiStructured
+
+
+def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
+    """Read a pattern as users write it.
+
+    Args:
+        pattern: ``"unstructured"``, or ``"n:m"`` to keep n of every m consecutive inputs.
+        sparsity: Fraction to prune. Unstructured: 0.5 unless given. N:M fixes it at 1 - n/m; another value is refused.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        ValueError: If the pattern cannot be read, or contradicts ``sparsity``.
+    """
+    if pattern == "unstructured":
+        return Unstructured(0.5 if sparsity is None else sparsity)
+    kept, colon, size = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
+    if not (colon and kept.isdecimal() and size.isdecimal()):
+        # PyYAML reads an unquoted 2:4 as a base-60 number: 2 * 60 + 4.
+        hint = ""
+        if str(pattern).isdecimal() and int(pattern) >= 60:
+            hint = f'; an unquoted N:M in YAML is read as a number, write pattern: "{int(pattern) // 60}:{int(pattern) % 60}"'
+        raise ValueError(f'pattern must be "unstructured" or "n:m" such as "2:4", got {pattern!r}{hint}')
+    semi_structured = SemiStructured(int(kept), int(size))
+    if sparsity is not None and sparsity != semi_structured.sparsity:
+        raise ValueError(
+            f"pattern {pattern} keeps {kept} of every {size} weights, a sparsity of {semi_structured.sparsity:g}, "
+            f"got sparsity={sparsity!r}: leave sparsity out, or use pattern='unstructured'"
+        )
+    return semi_structured
+
+
+def sparsity_of(tensor: Tensor) -> float:
+    """Measure the fraction of zeros (of a weight) or of pruned entries (of a mask)."""
+    return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
+
+
+def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:
+    """Mask out exactly ``count`` lowest scores of each row; among equal scores the first positions go."""
+    if count == 0:
+        return torch.ones_like(score_GN, dtype=torch.bool)
+    lowest_GN = score_GN.argsort(dim=-1, stable=True)[..., :count]
+    return torch.ones_like(score_GN, dtype=torch.bool).scatter_(-1, lowest_GN, False)
