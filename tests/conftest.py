@@ -1,13 +1,18 @@
 """Tiny random models and a tiny tokenizer, built in memory: no test needs a model hub."""
 
 import json
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library: fail at once, not after retries
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # the models are tiny: threads would cost more than they bring
 
 GOLDEN = Path(__file__).parent / "data" / "reference_layers.safetensors"
 
@@ -16,7 +21,7 @@ def tiny_llama(layers: int = 3, seed: int = 0, **config) -> LlamaForCausalLM:
     """A LLaMA of width 32 with grouped-query attention, random weights, float32, in eval mode."""
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": 256,
+        "vocab_size": 300,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": layers,
@@ -46,7 +51,7 @@ def batches() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 256 tokens, trained on a little of Python's own documentation."""
+    """A byte-level BPE tokenizer of 300 tokens, trained on a little of Python's own documentation."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())

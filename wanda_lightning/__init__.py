@@ -1,3 +1,46 @@
-"""Post-training pruning of language models, inside PyTorch Lightning."""
+"""Post-training pruning of language models, inside PyTorch Lightning.
+
+Public names are imported when they are first used: ``import wanda_lightning`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "sparsity": ("SemiStructured", "Unstructured"),
+    "statistics": ("InputNorm",),
+    "methods": ("Magnitude", "Wanda"),
+    "pruner": ("prune_model",),
+    "report": ("PruningReport",),
+    "saving": ("save_pretrained",),
+    "callbacks": ("MagnitudePruning", "SparseFinetuning", "WandaPruning"),
+    "module": ("CausalLM",),
+    "data": ("TextDataModule",),
+    "trainer": ("PruningTrainer",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_HOME]
+
+if TYPE_CHECKING:
+    from wanda_lightning.callbacks import MagnitudePruning, SparseFinetuning, WandaPruning
+    from wanda_lightning.data import TextDataModule
+    from wanda_lightning.methods import Magnitude, Wanda
+    from wanda_lightning.module import CausalLM
+    from wanda_lightning.pruner import prune_model
+    from wanda_lightning.report import PruningReport
+    from wanda_lightning.saving import save_pretrained
+    from wanda_lightning.sparsity import SemiStructured, Unstructured
+    from wanda_lightning.statistics import InputNorm
+    from wanda_lightning.trainer import PruningTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -131,7 +131,8 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
         # PyYAML reads an unquoted 2:4 as a base-60 number: 2 * 60 + 4.
         hint = ""
         if str(pattern).isdecimal() and int(pattern) >= 60:
-            hint = f'; an unquoted N:M in YAML is read as a number, write pattern: "{int(pattern) // 60}:{int(pattern) % 60}"'
+            meant = f"{int(pattern) // 60}:{int(pattern) % 60}"
+            hint = f'; YAML reads an unquoted {meant} as this number, write pattern: "{meant}"'
         raise ValueError(f'pattern must be "unstructured" or "n:m" such as "2:4", got {pattern!r}{hint}')
     semi_structured = SemiStructured(int(kept), int(size))
     if sparsity is not None and sparsity != semi_structured.sparsity:
@@ -151,5 +152,39 @@ def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:
     """Mask out exactly ``count`` lowest scores of each row; among equal scores the first positions go."""
     if count == 0:
         return torch.ones_like(score_GN, dtype=torch.bool)
-    lowest_GN = score_GN.argsort(dim=-1, stable=True)[..., :count]
-    return torch.ones_like(score_GN, dtype=torch.bool).scatter_(-1, lowest_GN, False)
+    if score_GN.shape[-1] <= 16:
+        return _rank(score_GN) >= count
+    threshold_G1 = _kth_lowest(score_GN, count)
+    pruned_GN = score_GN <= threshold_G1
+    surplus_G1 = pruned_GN.sum(-1, keepdim=True) - count
+    if surplus_G1.any():
+        tie_GN = score_GN == threshold_G1
+        pruned_GN &= ~tie_GN | (tie_GN.cumsum(-1) <= tie_GN.sum(-1, keepdim=True) - surplus_G1)
+    return ~pruned_GN
+
+
+def _rank(score_GN: Tensor) -> Tensor:
+    """Count how many scores of its row are lower than each, or equal and further left: for short rows."""
+    score_NG = score_GN.movedim(-1, 0).contiguous()  # operations run along the many groups
+    rank_NG = torch.zeros_like(score_NG, dtype=torch.int8)
+    for right in range(1, len(score_NG)):
+        for left in range(right):
+            left_is_lower_G = score_NG[left] <= score_NG[right]
+            rank_NG[right] += left_is_lower_G
+            rank_NG[left] += ~left_is_lower_G
+    return rank_NG.movedim(0, -1)
+
+
+def _kth_lowest(score_GN: Tensor, count: int) -> Tensor:
+    """Find the ``count``-th lowest score of each row, shape (groups, 1)."""
+    if score_GN.dtype != torch.float32 or score_GN.shape[0] > 1:
+        return score_GN.kthvalue(count, dim=-1, keepdim=True).values
+    # Non-negative floats sort like their bits: a histogram of the leading 17 leaves few to select from.
+    bits_N = score_GN[0].contiguous().view(torch.int32)
+    if int(bits_N.min()) < 0:
+        return score_GN.kthvalue(count, dim=-1, keepdim=True).values
+    leading_N = bits_N >> 15
+    upto = torch.bincount(leading_N).cumsum(0)
+    bin = int(torch.searchsorted(upto, count))
+    before = int(upto[bin - 1]) if bin else 0
+    return score_GN[0][leading_N == bin].kthvalue(count - before, keepdim=True).values.unsqueeze(0)

@@ -1,7 +1,7 @@
 """What pruning methods know of a linear's inputs: raw sums over calibration tokens, scaled once at the end.
 
 Raw sums and counts merge exactly over batches and over processes, whatever the order and the split.
-Shapes: B batch, T tokens, I in features.
+Shapes: B batch, T tokens, O out features, I in features, P in features of a panel.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from wanda_lightning.solvers.factor import Factor, factorize
+from wanda_lightning.solvers.precision import full_float32
 
 
 class InputStatistic(ABC):
@@ -39,9 +42,7 @@ class InputStatistic(ABC):
             ValueError: If the last dimension is not ``in_features``.
         """
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"inputs must have {self.in_features} features in their last dimension, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"inputs must have {self.in_features} features, got a tensor of shape {tuple(x.shape)}")
         x_TI = x.reshape(-1, self.in_features)
         self._add(x_TI)
         self.tokens += x_TI.shape[0]
@@ -66,6 +67,17 @@ class InputStatistic(ABC):
     def compute(self) -> Tensor:
         """Finish the statistic from the sums."""
 
+    @abstractmethod
+    def output_energy(self, matrix_OI: Tensor) -> Tensor:
+        """Squared L2 norm, over all tokens, of every output of a linear with this weight.
+
+        Args:
+            matrix_OI: Weight, or a difference of weights, shape (out_features, in_features).
+
+        Returns:
+            ||matrix X||^2 of each row, shape (out_features,), in the precision of the sums.
+        """
+
 
 class InputNorm(InputStatistic):
     """L2 norm of every input feature over all calibration tokens, ||X_j||_2 of Wanda (arXiv:2306.11695, eq. 1)."""
@@ -79,3 +91,90 @@ class InputNorm(InputStatistic):
     def compute(self) -> Tensor:
         """Return the norms, shape (in_features,)."""
         return self.total.sqrt()
+
+    def output_energy(self, matrix_OI: Tensor) -> Tensor:
+        """Estimate the energy from the diagonal of X^T X: exact if the inputs were uncorrelated."""
+        return matrix_OI.to(self.total).square() @ self.total
+
+
+class InputHessian(InputStatistic):
+    """Second moments of the inputs, H = 2/T X^T X: the Hessian of the layer's squared error (arXiv:2301.00774, eq. 2).
+
+    X^T X is symmetric. Only the panels of its lower triangle are summed: what ``total`` holds above the diagonal is
+    partial, and :meth:`compute` mirrors the triangle.
+    """
+
+    panels = 8
+    """Row panels of the triangle; with p of them (1 + 1/p) / 2 of the full product is computed."""
+    chunk = 16384
+    """Tokens at a time, so that a converted copy of the inputs stays small."""
+
+    def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+        self._factors: dict[float, Factor] = {}
+        return torch.zeros(self.in_features, self.in_features, device=device, dtype=dtype)
+
+    def _add(self, x_TI: Tensor) -> None:
+        self._factors.clear()
+        # Products of two bfloat16 or float16 numbers are exact in float32, so tensor cores lose nothing.
+        exact_in_half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
+        keep_dtype = exact_in_half and self.total.dtype == torch.float32
+        with full_float32():
+            for chunk_TI in x_TI.split(self.chunk):
+                y_TI = chunk_TI if keep_dtype else chunk_TI.to(self.total.dtype)
+                for start, stop in self._panels():
+                    panel_PI, left_PT, right_TI = self.total[start:stop, :stop], y_TI[:, start:stop].t(), y_TI[:, :stop]
+                    if keep_dtype:
+                        panel_PI += torch.mm(left_PT, right_TI, out_dtype=torch.float32)
+                    else:
+                        panel_PI.addmm_(left_PT, right_TI)
+
+    def merge(self, other: InputStatistic) -> None:
+        """Add what another Hessian has seen."""
+        self._factors.clear()
+        super().merge(other)
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums by those over all processes, given a function that adds a tensor up over them."""
+        self._factors.clear()
+        super().reduce(sum_over_ranks)
+
+    def compute(self) -> Tensor:
+        """Return H = 2/T X^T X, symmetric, shape (in_features, in_features)."""
+        lower_II = self.total.tril()
+        return (lower_II + lower_II.tril(-1).t()).mul_(2 / max(self.tokens, 1))
+
+    def norm(self) -> Tensor:
+        """Return the L2 norm of every input feature, shape (in_features,): what :class:`InputNorm` computes."""
+        return self.total.diagonal().sqrt()
+
+    def factor(self, damping: float = 0.01) -> Factor:
+        """Return the triangular factor of the damped Hessian; computed once for all linears that share these inputs.
+
+        Args:
+            damping: Fraction of the mean diagonal to add, see :func:`~wanda_lightning.solvers.factorize`.
+
+        Raises:
+            torch.linalg.LinAlgError: If the Hessian cannot be factorised.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = factorize(self.total, damping)  # its scale changes no solution
+        return self._factors[damping]
+
+    def output_energy(self, matrix_OI: Tensor) -> Tensor:
+        """Compute the energy exactly, as the quadratic form of X^T X in each row of the matrix."""
+        rows_OI = matrix_OI.to(self.total)
+        energy_O = rows_OI.new_zeros(len(rows_OI))
+        with full_float32():
+            for start, stop in self._panels():
+                # A panel's diagonal square counts once, what lies left of it also for its mirror image.
+                panel_OP = rows_OI[:, start:stop]
+                product_OP = panel_OP @ self.total[start:stop, start:stop]
+                if start:
+                    product_OP.addmm_(rows_OI[:, :start], self.total[start:stop, :start].t(), alpha=2)
+                energy_O += (product_OP * panel_OP).sum(1)
+        return energy_O.clamp_min_(0)
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Split the input features into ranges of about equal width."""
+        width = -(-self.in_features // self.panels)
+        return [(start, min(start + width, self.in_features)) for start in range(0, self.in_features, width)]

@@ -1,5 +1,7 @@
 """Magnitude pruning: the smallest weights of a matrix go. The baseline, without calibration data."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from wanda_lightning.methods.base import ScoreMethod
@@ -7,6 +9,7 @@ from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputStatistic
 
 
+@dataclass(frozen=True)
 class Magnitude(ScoreMethod):
     """Score |W|, compared over the whole matrix (Han et al. 2015, arXiv:1506.02626)."""
 

@@ -1,5 +1,7 @@
 """Wanda: pruning by weights and activations (Sun et al. 2023, arXiv:2306.11695)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 
+@dataclass(frozen=True)
 class Wanda(ScoreMethod):
     """Score |W_ij| * ||X_j||_2, compared within each output row (arXiv:2306.11695, eq. 1 and section 3).
 
@@ -18,9 +21,7 @@ class Wanda(ScoreMethod):
     """
 
     statistic = InputNorm
-
-    def __init__(self, variant: bool = False) -> None:
-        self.variant = variant
+    variant: bool = False
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
         """Return |W_ij| * ||X_j||_2."""

@@ -1,0 +1,299 @@
+import json
+
+import pytest
+import torch
+from conftest import tiny_llama, token_batches
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.methods import Wanda
+from wanda_lightning.pruner import prune_model
+from wanda_lightning.sparsity import Unstructured
+from wanda_lightning.trainer import PruningTrainer
+
+
+class SomebodysModule(LightningModule):
+    """A LightningModule that knows nothing of pruning; it happens to hold a Hugging Face model."""
+
+    def __init__(self, lazy: bool = False, optimizer=torch.optim.AdamW, automatic: bool = True):
+        super().__init__()
+        self.net = None if lazy else tiny_llama(layers=2)
+        self.optimizer = optimizer
+        self.automatic_optimization = automatic
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = tiny_llama(layers=2)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(input_ids=batch, labels=batch).loss
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(input_ids=batch, labels=batch).loss)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.net(input_ids=batch, labels=batch).loss)
+
+    def configure_optimizers(self):
+        return self.optimizer(self.net.parameters(), lr=0.01)
+
+
+def batches(seed: int = 1):
+    """Four batches of two sequences."""
+    return DataLoader(token_batches(seed=seed), batch_size=None)
+
+
+class SomebodysData(LightningDataModule):
+    def calibration_dataloader(self):
+        return batches(seed=3)
+
+    def train_dataloader(self):
+        return batches()
+
+    def val_dataloader(self):
+        return batches(seed=2)
+
+
+def trainer(tmp_path, *callbacks, cls=Trainer, **settings):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    defaults = {"accelerator": "cpu", "max_steps": 3, "enable_checkpointing": False, **quiet}
+    return cls(default_root_dir=tmp_path, callbacks=list(callbacks), **defaults | settings)
+
+
+def sparsities(module: SomebodysModule) -> set[float]:
+    """The sparsity of every linear of the decoder."""
+    linears = [m for n, m in module.net.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    return {(m.weight == 0).float().mean().item() for m in linears}
+
+
+@pytest.mark.parametrize("callback", [WandaPruning, MagnitudePruning])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_prunes_before_training_and_keeps_the_zeros(tmp_path, callback, lazy):
+    module = SomebodysModule(lazy=lazy)
+    before = tiny_llama(layers=2)
+    trainer(tmp_path, callback(sparsity=0.5)).fit(module, batches(), batches(2))
+    assert sparsities(module) == {0.5}
+    assert not torch.equal(module.net.lm_head.weight, before.lm_head.weight)  # it did train
+
+
+def test_prunes_as_the_engine_does_with_the_calibration_dataloader(tmp_path):
+    module = SomebodysModule()
+    trainer(tmp_path, WandaPruning(sparsity=0.5), max_steps=0).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=3), Wanda(), Unstructured(0.5))
+    assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+
+
+def test_falls_back_to_the_first_sequences_of_the_train_dataloader(tmp_path):
+    module = SomebodysModule()
+    callback = WandaPruning(sparsity=0.5, num_samples=3)
+    trainer(tmp_path, callback, max_steps=0).fit(module, batches())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=1)[:2], Wanda(), Unstructured(0.5))
+    assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+    assert callback.report.linears[0].tokens == 2 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_steps": 0}, {"max_epochs": 0, "max_steps": -1}, {"limit_train_batches": 0}], ids=str
+)
+def test_one_shot_is_fit_without_steps(tmp_path, settings):
+    module = SomebodysModule()
+    trainer(tmp_path, WandaPruning(sparsity=0.5), **settings).fit(module, datamodule=SomebodysData())
+    assert sparsities(module) == {0.5}
+
+
+def test_validate_and_test_change_no_weight(tmp_path):
+    module = SomebodysModule()
+    before = [p.clone() for p in module.parameters()]
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5))
+    run.validate(module, batches(), verbose=False)
+    run.test(module, batches(), verbose=False)
+    assert all(map(torch.equal, module.parameters(), before))
+
+
+def test_validate_then_prune_then_fit_in_one_process(tmp_path):
+    module = SomebodysModule()
+    callback = WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback, limit_train_batches=0)
+    run.validate(module, batches(), verbose=False)
+    run.fit(module, datamodule=SomebodysData())
+    report = callback.report
+    pruned = [p.clone() for p in module.parameters()]
+    run.limit_train_batches = 1.0
+    run.fit(module, datamodule=SomebodysData())
+    assert callback.report is report  # not pruned again
+    assert run.global_step == 3
+    assert sparsities(module) == {0.5}
+    assert not all(map(torch.equal, module.parameters(), pruned))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        lambda params, lr: torch.optim.AdamW(params, lr=lr, weight_decay=0.5, fused=True),
+        lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True),
+    ],
+    ids=["adamw", "adamw-fused", "sgd-momentum"],
+)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+    ],
+    ids=str,
+)
+def test_zeros_are_exact_after_training(tmp_path, optimizer, settings):
+    module = SomebodysModule(optimizer=optimizer)
+    trainer(tmp_path, WandaPruning(pattern="2:4"), **settings).fit(module, batches())
+    assert sparsities(module) == {0.5}
+
+
+def test_manual_optimization(tmp_path):
+    module = SomebodysModule(automatic=False)
+    trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, batches())
+    assert sparsities(module) == {0.5}
+
+
+def test_resume_continues_without_pruning_again(tmp_path):
+    """Two epochs, interrupted after the first and resumed, end with the same weights as uninterrupted."""
+
+    def run(folder, epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        module = SomebodysModule()
+        callback = WandaPruning(sparsity=0.5)
+        checkpoints = ModelCheckpoint(folder, filename="last")
+        settings = {"max_steps": -1, "max_epochs": epochs, "enable_checkpointing": True}
+        trainer(folder, callback, checkpoints, **settings).fit(module, datamodule=SomebodysData(), ckpt_path=ckpt_path)
+        return module, callback
+
+    whole, _ = run(tmp_path / "whole", 2)
+    _, first = run(tmp_path / "parts", 1)
+    resumed, callback = run(tmp_path / "parts", 2, ckpt_path=tmp_path / "parts" / "last.ckpt")
+    assert callback.report == first.report
+    assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
+    assert sparsities(resumed) == {0.5}
+
+
+def test_checkpoints_load_without_the_callback(tmp_path):
+    module = SomebodysModule()
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5))
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "pruned.ckpt")
+    fresh = SomebodysModule()
+    trainer(tmp_path, max_steps=4).fit(fresh, batches(), ckpt_path=tmp_path / "pruned.ckpt")
+    saved = torch.load(tmp_path / "pruned.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == SomebodysModule().state_dict().keys()
+
+
+def test_the_report_tells_dense_from_pruned_from_finetuned(tmp_path):
+    module, callback = SomebodysModule(), WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback)
+    losses = [run.validate(module, batches(2), verbose=False)[0]["val_loss"]]
+    run.limit_train_batches = 0
+    run.fit(module, datamodule=SomebodysData())
+    losses += [run.validate(module, batches(2), verbose=False)[0]["val_loss"]]
+    run.limit_train_batches = 1.0
+    run.fit(module, datamodule=SomebodysData())
+    losses += [run.validate(module, batches(2), verbose=False)[0]["val_loss"]]
+    written = json.loads((tmp_path / "pruning.json").read_text())
+    assert list(written["evaluations"]) == ["dense", "pruned", "fine-tuned"]
+    assert [stage["val_loss"] for stage in written["evaluations"].values()] == pytest.approx(losses)
+    assert [stage["sparsity"] for stage in written["evaluations"].values()] == [0.0, 0.5, 0.5]
+    assert len(set(losses)) == 3
+
+
+def test_sparsity_reaches_the_logger(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, WandaPruning(sparsity=0.75), logger=logger).fit(SomebodysModule(), batches())
+    logger.save()
+    rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    assert rows[1].split(",")[rows[0].split(",").index("sparsity")] == "0.75"
+    assert (tmp_path / "lightning_logs/version_0/pruning.json").exists()
+
+
+def test_output_dir(tmp_path):
+    callback = MagnitudePruning(sparsity=0.5, output_dir=str(tmp_path / "mine"))
+    trainer(tmp_path, callback, max_steps=0).fit(SomebodysModule(), batches())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pruning.json", "pruning.md"]
+
+
+def test_random_state_is_that_of_a_run_without_pruning(tmp_path):
+    module = SomebodysModule()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    run = trainer(tmp_path, callback := WandaPruning(sparsity=0.5), limit_train_batches=0, num_sanity_val_steps=0)
+    run.fit(module, datamodule=SomebodysData())
+    assert callback.report
+    assert torch.rand(1) == expected
+
+
+def test_two_ranks_prune_as_one(tmp_path):
+    """Two gloo processes, each with half of the calibration batches."""
+    module = SomebodysModule()
+    settings = {"max_steps": 0, "devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    trainer(tmp_path, WandaPruning(sparsity=0.5), **settings).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=3), Wanda(), Unstructured(0.5))
+    differ = sum((a != b).sum().item() for a, b in zip(module.net.parameters(), expected.parameters(), strict=True))
+    assert differ <= 4  # rounding may swap a pair of near-equal scores
+    report = json.loads((tmp_path / "pruning.json").read_text())
+    assert {row["tokens"] for row in report["linears"]} == {4 * 2 * 16}
+
+
+def test_prune_of_the_trainer(tmp_path):
+    module = SomebodysModule()
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    report = run.prune(module, SomebodysData())
+    assert report.sparsity == 0.5
+    assert list(report.evaluations) == ["dense", "pruned"]
+    assert run.global_step == 0
+    assert run.limit_train_batches == 1.0
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert all(map(torch.equal, loaded.parameters(), module.net.parameters()))
+
+
+def test_prune_needs_a_pruning_callback(tmp_path):
+    with pytest.raises(ValueError, match="give the Trainer a pruning callback"):
+        trainer(tmp_path, cls=PruningTrainer).prune(SomebodysModule(), SomebodysData())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, r"\[0, 1\), got 1\.0"),
+        ({"sparsity": float("nan")}, r"\[0, 1\), got nan"),
+        ({"pattern": "2:4", "sparsity": 0.7}, "sparsity of 0.5, got sparsity=0.7"),
+        ({"pattern": 124}, 'write pattern: "2:4"'),
+        ({"pattern": "2:4", "variant": True}, "variant prunes unstructured"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WandaPruning(**arguments)
+
+
+def test_a_module_without_a_language_model_is_refused(tmp_path):
+    module = SomebodysModule()
+    module.net = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="SomebodysModule must hold exactly one transformers model"):
+        trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, batches())

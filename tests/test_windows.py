@@ -1,0 +1,96 @@
+import logging
+import random
+
+import pytest
+import torch
+
+from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_random_windows_are_those_of_the_reference(seed):
+    tokens = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    windows = random_windows(tokens, num_samples=5, sequence_length=32, seed=seed)
+
+    # The calibration loop of locuslab/wanda, which draws from the global generator.
+    state = random.getstate()
+    random.seed(seed)
+    expected = []
+    for _ in range(5):
+        i = random.randint(0, tokens.shape[0] - 32 - 1)
+        expected.append(tokens[i : i + 32])
+    random.setstate(state)
+    assert torch.equal(windows, torch.stack(expected))
+
+
+def test_random_windows_leave_the_global_generator_alone():
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    random_windows(torch.arange(50), 4, 8, seed=0)
+    assert random.random() == expected
+
+
+def test_random_windows_of_the_shortest_text():
+    assert random_windows(torch.arange(9), 3, 8, seed=0).tolist() == [list(range(8))] * 3
+    with pytest.raises(ValueError, match=r"8 tokens.*sequence_length=8 need at least 9"):
+        random_windows(torch.arange(8), 3, 8, seed=0)
+
+
+def test_consecutive_windows_drop_the_rest():
+    assert consecutive_windows(torch.arange(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert consecutive_windows(torch.arange(8), 4, max_windows=5).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert consecutive_windows(torch.arange(8), 4, max_windows=1).tolist() == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match=r"3 tokens.*sequence_length=4"):
+        consecutive_windows(torch.arange(3), 4)
+
+
+def test_document_windows_skip_short_documents(tokenizer):
+    documents = ["short", "a" * 100, "too short", "b" * 200, "never read"]
+    reader = iter(documents)
+    windows = document_windows(reader, tokenizer, num_samples=2, sequence_length=10, seed=0)
+    assert windows.shape == (2, 10)
+    assert windows.dtype == torch.int64
+    assert [set(tokenizer.decode(window)) for window in windows] == [{"a"}, {"b"}]
+    assert list(reader) == ["never read"]
+
+
+def test_document_windows_start_where_the_seed_says(tokenizer):
+    document = " ".join(str(number) for number in range(500))
+    tokens = torch.tensor(tokenizer(document)["input_ids"])
+    start = random.Random(5).randint(0, len(tokens) - 20 - 1)
+    windows = document_windows([document], tokenizer, num_samples=1, sequence_length=20, seed=5)
+    assert torch.equal(windows[0], tokens[start : start + 20])
+
+
+def test_document_windows_never_search_for_ever(tokenizer):
+    def endless():
+        while True:
+            yield "12 345"
+
+    longest = len(tokenizer("12 345")["input_ids"])
+    with pytest.raises(ValueError, match=rf"0 of 50 documents.*sequence_length=64.*the longest has {longest}"):
+        document_windows(endless(), tokenizer, num_samples=1, sequence_length=64, seed=0, max_documents=50)
+
+
+def test_tokenize_is_the_tokenizers_default_call_without_its_warning(tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(tokenizer, "model_max_length", 4)
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    text = "a text of more than four tokens"
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenize(tokenizer, text)
+        assert not caplog.records
+        # The tokenizer itself still warns whoever else uses it.
+        assert tokens.tolist() == tokenizer(text)["input_ids"]
+        assert "longer than the specified maximum" in caplog.text
+
+
+def test_tokenize_adds_the_tokenizers_special_tokens():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert tokenize(PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>"), "b a").tolist() == [0, 2, 1]

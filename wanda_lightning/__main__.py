@@ -1,0 +1,51 @@
+"""The ``wanda-lightning`` command. ``--help`` and ``--version`` answer before Lightning is imported."""
+
+import os
+import sys
+
+from wanda_lightning import __version__
+
+HELP = """\
+usage: wanda-lightning {prune,fit,validate,test} -c RECIPE [--option value ...]
+
+Prune a Hugging Face language model, and fine-tune it with its zeros kept.
+
+  prune      prune once, evaluate before and after, save; no training
+  fit        prune, evaluate, fine-tune with the zeros kept, evaluate, save
+  validate   evaluate a model on the validation set
+  test       evaluate a model on the test set
+
+  wanda-lightning prune -c recipes/wanda.yaml --model.pretrained MODEL
+  wanda-lightning prune --help           all options of a sub-command
+  wanda-lightning prune -c RECIPE --print_config
+
+options:
+  -h, --help     show this message
+  --version      show the version
+"""
+
+
+def main() -> None:
+    """Run the command; errors of the user's making are one short message."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+    elif arguments[0] == "--version":
+        print(f"wanda-lightning {__version__}")
+    else:
+        _run()
+
+
+def _run() -> None:
+    from wanda_lightning.cli import run
+
+    try:
+        run()
+    except (ValueError, ConnectionError) as error:
+        if os.environ.get("WANDA_LIGHTNING_DEBUG"):
+            raise
+        sys.exit(f"wanda-lightning: error: {error}\n(WANDA_LIGHTNING_DEBUG=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()

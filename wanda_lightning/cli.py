@@ -1,0 +1,72 @@
+"""The command line: LightningCLI with a ``prune`` sub-command."""
+
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from rich.console import Console
+
+from wanda_lightning.callbacks import MagnitudePruning, WandaPruning  # noqa: F401 (short names in YAML)
+from wanda_lightning.data import TextDataModule
+from wanda_lightning.module import CausalLM
+from wanda_lightning.trainer import PruningTrainer
+
+
+class PruningCLI(LightningCLI):
+    """Prunes on ``prune``, and before training on ``fit``; shows and saves the results."""
+
+    trainer: PruningTrainer
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """List the sub-commands with the arguments that are not options."""
+        lightning = LightningCLI.subcommands()
+        return {"prune": {"model", "datamodule"}, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+
+    def before_prune(self) -> None:
+        """Keep the configuration with the results: Lightning does that for its own sub-commands only."""
+
+    def after_prune(self) -> None:
+        """Show the report."""
+        self._show_report()
+
+    def before_fit(self) -> None:
+        """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
+        if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
+            self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
+
+    def after_fit(self) -> None:
+        """Evaluate, save and show what training made of the pruned model."""
+        if self.trainer.pruning_callback:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.save_pretrained(self.model)
+            self._show_report()
+
+    def _show_report(self) -> None:
+        callback = self.trainer.pruning_callback
+        if callback and callback.report and self.trainer.is_global_zero:
+            Console().print(callback.report.to_table())
+            Console().print(f"Results are in {self.trainer.log_dir}", soft_wrap=True)
+
+
+def run(args: ArgsType = None) -> PruningCLI:
+    """Run the command line.
+
+    Args:
+        args: Arguments. Default: those of the process.
+
+    Returns:
+        The CLI, after the sub-command is done.
+    """
+    return PruningCLI(
+        CausalLM,
+        TextDataModule,
+        trainer_class=PruningTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            name: {"usage": f"wanda-lightning {name} [-c CONFIG] [--option value ...]"}
+            for name in PruningCLI.subcommands()
+        },
+        args=args,
+    )

@@ -1,0 +1,245 @@
+"""TextDataModule: the calibration, training and evaluation windows of one run.
+
+Shapes: B batch, T tokens in a window, N windows.
+"""
+
+import os.path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from wanda_lightning.data.sources import Split, open_source
+from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+from wanda_lightning.loading import load_tokenizer
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+class TextDataModule(LightningDataModule):
+    """Text as windows of tokens: random ones for calibration, consecutive ones for training and evaluation.
+
+    Every batch is ``{"input_ids": (B, T) int64}``; windows are always full, so nothing is padded.
+
+    A ``source`` without splits of its own (``"builtin"``, a file) is divided in three disjoint parts: 30 % for
+    calibration, 40 % for training, 30 % for evaluation. Where ``evaluation`` names another source, nothing is set
+    aside: calibration and training both take all of ``source``, and evaluation takes all of ``evaluation``.
+
+    Args:
+        source: Text for calibration and training. "builtin" (Python's language reference, needs no download); a .txt,
+            .md, .jsonl or .json file (one JSON object a line); "wikitext2" or "c4", as the papers use them; a local
+            folder that holds a data set; or the name of a data set on the hub.
+        evaluation: Text for validation and testing, named in the same way. Default: the evaluation part of ``source``.
+        tokenizer: Name or folder of a tokenizer, or a tokenizer. Default: that of the LightningModule, its attribute
+            ``tokenizer``, else the one that belongs to its hyperparameter ``pretrained``.
+        num_samples: Number of calibration windows.
+        sequence_length: Tokens in a window. Default: 2048, or the model's limit where that is lower.
+        seed: Seed of the choice of calibration windows and of the order of training windows.
+        calibration_batch_size: Calibration windows in a batch.
+        batch_size: Training and evaluation windows in a batch.
+        max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
+        text_field: Field of a JSON line, or column of a data set, that holds the text.
+        config_name: Configuration of the data set in ``source``, if it has several.
+        train_split: Split of a data set for calibration and training; "train[:1%]" takes the first hundredth.
+        evaluation_split: Split of a data set for evaluation. Where it equals ``train_split``, the split is divided as a
+            file is.
+        num_workers: Worker processes of each dataloader.
+
+    Raises:
+        ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
+
+    Example:
+        >>> data = TextDataModule(tokenizer="my-model", num_samples=32, sequence_length=512)  # doctest: +SKIP
+        >>> report = prune_model(model, data.calibration_dataloader(), Wanda(), Unstructured(0.5))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        source: str = "builtin",
+        evaluation: str | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        num_samples: int = 128,
+        sequence_length: int | None = None,
+        seed: int = 0,
+        calibration_batch_size: int = 1,
+        batch_size: int = 1,
+        max_evaluation_windows: int | None = None,
+        text_field: str = "text",
+        config_name: str | None = None,
+        train_split: str = "train",
+        evaluation_split: str = "test",
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        _check("num_samples", num_samples, 1)
+        _check("sequence_length", sequence_length, 2, optional=True)
+        _check("seed", seed, 0)
+        _check("calibration_batch_size", calibration_batch_size, 1)
+        _check("batch_size", batch_size, 1)
+        _check("max_evaluation_windows", max_evaluation_windows, 1, optional=True)
+        _check("num_workers", num_workers, 0)
+        # One file under two spellings must not end up whole on both sides.
+        if evaluation is not None and os.path.realpath(evaluation) == os.path.realpath(source):
+            evaluation = None
+        self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
+        self.num_samples, self.sequence_length, self.seed = num_samples, sequence_length, seed
+        self.calibration_batch_size, self.batch_size, self.num_workers = calibration_batch_size, batch_size, num_workers
+
+        whole = evaluation is not None
+        self._source = self._evaluation = open_source(
+            source,
+            whole=whole,
+            text_field=text_field,
+            config_name=config_name,
+            train_split=train_split,
+            evaluation_split=evaluation_split,
+            seed=seed,
+        )
+        if evaluation is not None:
+            self._evaluation = open_source(
+                evaluation, whole=True, text_field=text_field, evaluation_split=evaluation_split
+            )
+        self.max_evaluation_windows = max_evaluation_windows or self._evaluation.max_evaluation_windows
+        self._loaded: tuple[str, PreTrainedTokenizerBase] | None = None
+        # Windows by split, for one tokenizer and one length; built when a dataloader first asks for them.
+        self._windows: dict[Split, Tensor] = {}
+        self._built_for: tuple[PreTrainedTokenizerBase, int] | None = None
+
+    def prepare_data(self) -> None:
+        """Download data and tokenizer, on one process."""
+        self._source.prepare()
+        if self._evaluation is not self._source:
+            self._evaluation.prepare()
+        if self.tokenizer is not None:  # the module's own is the module's to download
+            self._find_tokenizer()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
+
+        Text is read, and a tokenizer loaded, when a dataloader first needs it.
+
+        Raises:
+            ValueError: If there is no tokenizer, or ``sequence_length`` is over the model's limit.
+        """
+        self._wanted_tokenizer()
+        self._check_length()
+
+    def calibration_dataloader(self) -> DataLoader:
+        """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
+        return self._dataloader("calibration", self.calibration_batch_size)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the consecutive windows of the training part, shuffled."""
+        return self._dataloader("train", self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the consecutive windows of the evaluation part, in order."""
+        return self._dataloader("evaluation", self.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the same windows as ``val_dataloader``."""
+        return self.val_dataloader()
+
+    def describe(self) -> dict[str, str | int]:
+        """Say what calibration saw, for a report: source, evaluation, number of samples, sequence length and seed."""
+        return {
+            "source": self.source,
+            "evaluation": self.source if self.evaluation is None else self.evaluation,
+            "num_samples": self.num_samples,
+            "sequence_length": self._find_length(self._find_tokenizer()),
+            "seed": self.seed,
+        }
+
+    def _dataloader(self, split: Split, batch_size: int) -> DataLoader:
+        # A list of dicts is a map-style data set: the default collation makes {"input_ids": (B, T)} of it.
+        rows = [{"input_ids": window_T} for window_T in self._windows_of(split)]
+        return DataLoader(
+            rows,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            shuffle=split == "train",
+            generator=torch.Generator().manual_seed(self.seed),  # else every iteration draws from the global one
+            num_workers=self.num_workers,
+        )
+
+    def _windows_of(self, split: Split) -> Tensor:
+        tokenizer = self._find_tokenizer()
+        length = self._find_length(tokenizer)
+        # A datamodule may serve several models one after the other.
+        if self._built_for is None or self._built_for[0] is not tokenizer or self._built_for[1] != length:
+            self._windows.clear()
+            self._built_for = tokenizer, length
+        if split not in self._windows:
+            name = self.source if split != "evaluation" or self.evaluation is None else self.evaluation
+            try:
+                self._windows[split] = self._build(split, tokenizer, length)
+            except ValueError as error:
+                raise ValueError(f"{split} part of {name!r}: {error}") from error
+        return self._windows[split]
+
+    def _build(self, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+        text = (self._evaluation if split == "evaluation" else self._source).text(split)
+        if not isinstance(text, str):
+            return document_windows(text, tokenizer, self.num_samples, length, self.seed)
+        token_ids_L = tokenize(tokenizer, text)
+        if split == "calibration":
+            return random_windows(token_ids_L, self.num_samples, length, self.seed)
+        return consecutive_windows(token_ids_L, length, self.max_evaluation_windows if split == "evaluation" else None)
+
+    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
+        wanted = self._wanted_tokenizer()
+        if not isinstance(wanted, str):
+            return wanted
+        if self._loaded is None or self._loaded[0] != wanted:
+            # A folder may hold a tokenizer only; load_tokenizer is for models, GGUF files among them.
+            load = AutoTokenizer.from_pretrained if os.path.isdir(wanted) else load_tokenizer
+            self._loaded = wanted, load(wanted)
+        return self._loaded[1]
+
+    def _wanted_tokenizer(self) -> str | PreTrainedTokenizerBase:
+        module = self._module()
+        wanted = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
+        if wanted is None and module is not None:
+            wanted = module.hparams.get("pretrained")
+        if wanted is None:
+            raise ValueError(
+                "no tokenizer: give TextDataModule(tokenizer=...) a name, a folder or a tokenizer, or use it with a "
+                "LightningModule that has an attribute tokenizer or a hyperparameter pretrained"
+            )
+        return wanted
+
+    def _find_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        limit = self._check_length()
+        # A tokenizer's own limit is often wrong or huge, so it only lowers the default.
+        return self.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, limit or tokenizer.model_max_length)
+
+    def _check_length(self) -> int | None:
+        limit = _model_limit(self._module())
+        if self.sequence_length is not None and limit is not None and self.sequence_length > limit:
+            raise ValueError(
+                f"sequence_length must be at most {limit}, the model's max_position_embeddings, "
+                f"got {self.sequence_length}"
+            )
+        return limit
+
+    def _module(self) -> LightningModule | None:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+
+def _model_limit(module: LightningModule | None) -> int | None:
+    """Find max_position_embeddings of the Hugging Face model that the module holds, whatever it calls it."""
+    for part in () if module is None else module.modules():
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):
+            limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+            if limit:
+                return int(limit)
+    return None
+
+
+def _check(name: str, value: int | None, least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}{' or None' * optional}, got {value!r}")

@@ -1,0 +1,128 @@
+"""From text to windows of tokens: always full, never padded.
+
+Shapes: L tokens of a whole text, N windows, T tokens in a window.
+"""
+
+import random
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# C4 documents have about 500 tokens: one of 2048 comes every 20 documents, one of 131072 may never come.
+MAX_DOCUMENTS = 100_000
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Tokenise a whole text at once, with the special tokens that the tokenizer adds by itself.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        text: The text, of any length.
+
+    Returns:
+        Token ids, int64, shape (L,).
+    """
+    # verbose=False: the warning that the text is longer than the model's limit is beside the point, it is cut next.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def random_windows(token_ids_L: Tensor, num_samples: int, sequence_length: int, seed: int) -> Tensor:
+    """Draw windows of a text at random, as the calibration of Wanda and SparseGPT does.
+
+    The starts are those of ``random.seed(seed)`` and one ``random.randint(0, L - sequence_length - 1)`` a window, as in
+    the papers' own code, so the same text gives the same windows. The global random state is not touched.
+
+    Args:
+        token_ids_L: The text, shape (L,), at least ``sequence_length + 1`` tokens.
+        num_samples: Number of windows, N. They may overlap.
+        sequence_length: Tokens in a window, T.
+        seed: Seed of the draw.
+
+    Returns:
+        Token ids, shape (N, T).
+
+    Raises:
+        ValueError: If the text is too short.
+
+    Example:
+        >>> random_windows(torch.arange(100), num_samples=2, sequence_length=3, seed=0)
+        tensor([[49, 50, 51],
+                [53, 54, 55]])
+    """
+    found = len(token_ids_L)
+    if found <= sequence_length:
+        raise ValueError(
+            f"the text has {found} tokens, random windows of sequence_length={sequence_length} "
+            f"need at least {sequence_length + 1}"
+        )
+    draw = random.Random(seed)
+    starts = [draw.randint(0, found - sequence_length - 1) for _ in range(num_samples)]
+    return torch.stack([token_ids_L[start : start + sequence_length] for start in starts])
+
+
+def consecutive_windows(token_ids_L: Tensor, sequence_length: int, max_windows: int | None = None) -> Tensor:
+    """Cut a text into windows that do not overlap; the short rest is dropped.
+
+    Args:
+        token_ids_L: The text, shape (L,), at least ``sequence_length`` tokens.
+        sequence_length: Tokens in a window, T.
+        max_windows: Keep only the first so many. Default: all ``L // sequence_length``.
+
+    Returns:
+        Token ids, shape (N, T).
+
+    Raises:
+        ValueError: If the text is shorter than one window.
+    """
+    found = len(token_ids_L)
+    if found < sequence_length:
+        raise ValueError(f"the text has {found} tokens, one window of sequence_length={sequence_length} needs as many")
+    windows = found // sequence_length
+    if max_windows is not None:
+        windows = min(windows, max_windows)
+    return token_ids_L[: windows * sequence_length].view(windows, sequence_length)
+
+
+def document_windows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    max_documents: int = MAX_DOCUMENTS,
+) -> Tensor:
+    """Take one random window from each document that is longer than a window, in the order of the documents.
+
+    Args:
+        documents: Texts, read one by one and no further than needed.
+        tokenizer: A Hugging Face tokenizer.
+        num_samples: Number of windows, N, each from another document.
+        sequence_length: Tokens in a window, T.
+        seed: Seed of the places in the documents.
+        max_documents: Give up after so many documents.
+
+    Returns:
+        Token ids, shape (N, T).
+
+    Raises:
+        ValueError: If fewer than ``num_samples`` of the documents are long enough.
+    """
+    draw = random.Random(seed)
+    windows: list[Tensor] = []
+    searched = longest = 0
+    for document in islice(documents, max_documents):
+        token_ids_L = tokenize(tokenizer, document)
+        found = len(token_ids_L)
+        searched, longest = searched + 1, max(longest, found)
+        if found > sequence_length:
+            start = draw.randint(0, found - sequence_length - 1)
+            windows.append(token_ids_L[start : start + sequence_length])
+            if len(windows) == num_samples:
+                return torch.stack(windows)
+    raise ValueError(
+        f"only {len(windows)} of {searched} documents are longer than sequence_length={sequence_length} tokens, "
+        f"num_samples={num_samples} wanted; the longest has {longest}: use a shorter sequence_length or fewer samples"
+    )

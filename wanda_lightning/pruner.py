@@ -1,0 +1,149 @@
+"""Pruning a model: whoever has read this file knows the house."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration import Batch, walk
+from wanda_lightning.decoder import DecoderLayer, PrunableLinear, decoder_layers
+from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
+from wanda_lightning.sparsity import Pattern, sparsity_of
+from wanda_lightning.statistics import InputStatistic
+
+Statistics = dict[str, InputStatistic]
+
+
+def prune_model(
+    model: nn.Module,
+    calibration: Iterable[Batch] | None,
+    method: PruningMethod,
+    pattern: Pattern,
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> PruningReport:
+    """Prune the linears of a model's decoder layers in place, layer by layer.
+
+    Each layer is pruned with statistics of the inputs that the already pruned layers before it give
+    (Frantar & Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695).
+
+    Args:
+        model: A causal language model of transformers; left in the mode, dtype and device it is in.
+        calibration: Batches: input_ids (B, T) int64, or mappings with input_ids and optionally attention_mask
+            (0 = padding). May be None for methods without calibration.
+        method: Such as ``Wanda()``.
+        pattern: ``Unstructured(sparsity)`` or ``SemiStructured(n, m)``.
+        targets: Patterns of linear names to prune, see :func:`wanda_lightning.decoder.decoder_layers`.
+        ignore: Patterns of linear names to leave dense.
+        sum_over_ranks: Adds a tensor up over processes, where each holds a part of the calibration set.
+        progress: Wraps the iteration over layers, given it and its length, to show how far it is.
+
+    Returns:
+        What was done to every linear.
+
+    Raises:
+        ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
+            if activations overflow in a later layer.
+
+    Example:
+        >>> report = prune_model(model, batches, Wanda(), Unstructured(0.5))  # doctest: +SKIP
+        >>> report.sparsity  # doctest: +SKIP
+        0.5
+    """
+    started = time.perf_counter()
+    layers = decoder_layers(model, targets, ignore)
+    _check(layers, method, pattern, calibration)
+    report = PruningReport(str(method), str(pattern), pattern.sparsity)
+    for layer in layers:
+        report.not_pruned |= layer.left_dense
+    with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):
+        visited = _statistics(model, layers, calibration, method, sum_over_ranks)
+        for layer, statistics in progress(visited, len(layers)) if progress else visited:
+            for linear in layer.linears:
+                row = _prune_linear(layer, linear, statistics.get(linear.name), method, pattern)
+                report.linears.append(row)
+    report.whole_model_sparsity = whole_model_sparsity(model)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _statistics(
+    model: nn.Module,
+    layers: list[DecoderLayer],
+    calibration: Iterable[Batch] | None,
+    method: PruningMethod,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None,
+) -> Iterator[tuple[DecoderLayer, Statistics]]:
+    """Visit the layers with the statistics of their linears' inputs, if the method wants any."""
+    if method.statistic is None or calibration is None:
+        yield from ((layer, {}) for layer in layers)
+        return
+    for step in walk(model, layers, calibration):
+        statistics = step.collect(method.statistic) if step.layer.linears else {}
+        if sum_over_ranks is not None:
+            for statistic in {id(s): s for s in statistics.values()}.values():
+                statistic.reduce(sum_over_ranks)
+        yield step.layer, statistics
+
+
+def _prune_linear(
+    layer: DecoderLayer,
+    linear: PrunableLinear,
+    statistic: InputStatistic | None,
+    method: PruningMethod,
+    pattern: Pattern,
+) -> LinearReport:
+    started = time.perf_counter()
+    weight_OI = linear.weight_OI
+    mask_OI = method.prune(weight_OI, statistic, pattern)
+    seconds = time.perf_counter() - started
+    pattern.check_mask(mask_OI, method.tolerance((weight_OI.shape[0], weight_OI.shape[1])))
+    assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
+    return LinearReport(
+        name=linear.name,
+        layer=layer.name,
+        shape=(weight_OI.shape[0], weight_OI.shape[1]),
+        sparsity=sparsity_of(weight_OI),
+        seconds=seconds,
+        tokens=statistic.tokens if statistic else None,
+    )
+
+
+def _check(layers: list[DecoderLayer], method: PruningMethod, pattern: Pattern, calibration: object) -> None:
+    """Refuse what cannot work before any weight has changed."""
+    method.check(pattern)
+    if method.statistic is not None and calibration is None:
+        raise ValueError(f"{method} needs calibration batches, got None")
+    linears = [linear for layer in layers for linear in layer.linears]
+    if not linears:
+        raise ValueError("nothing is left to prune: targets and ignore exclude every linear of the decoder")
+    for linear in linears:
+        weight_OI = linear.weight_OI
+        if not weight_OI.is_floating_point():
+            raise ValueError(
+                f"{linear.name} holds {weight_OI.dtype}, not floating-point weights: prune before quantising"
+            )
+        pattern.check_in_features(weight_OI.shape[1], linear.name)
+        if not torch.isfinite(weight_OI).all():
+            raise ValueError(f"{linear.name} has NaN or infinite weights")
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; restore every module's mode and the random state afterwards."""
+    training = [module for module in model.modules() if module.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

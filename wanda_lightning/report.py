@@ -1,0 +1,204 @@
+"""What a pruning did, linear by linear, as JSON, Markdown and a table on the terminal."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One pruned linear.
+
+    Attributes:
+        name: Its name in the model.
+        layer: The decoder layer's name.
+        shape: (out_features, in_features).
+        sparsity: Fraction of its weights that are zero.
+        seconds: Time to choose the mask and update the weight.
+        tokens: Calibration tokens that reached it; None for methods without calibration.
+        error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
+        error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, int]
+    sparsity: float
+    seconds: float
+    tokens: int | None = None
+    error: float | None = None
+    error_is_exact: bool = False
+
+
+@dataclass
+class PruningReport:
+    """All that is worth knowing of one pruning, and of the evaluations around it.
+
+    Attributes:
+        method: The method and its settings, such as ``"Wanda(variant=False)"``.
+        pattern: ``"unstructured"`` or ``"n:m"``.
+        target_sparsity: The fraction asked for.
+        linears: A row for each pruned linear.
+        not_pruned: Linears of the decoder left dense, by name with the reason.
+        whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
+        seconds: Time of the whole pruning.
+        calibration: Where the calibration set came from.
+        evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
+        environment: Versions, machine and date.
+    """
+
+    method: str
+    pattern: str
+    target_sparsity: float
+    linears: list[LinearReport] = field(default_factory=list)
+    not_pruned: dict[str, str] = field(default_factory=dict)
+    whole_model_sparsity: float = 0.0
+    seconds: float = 0.0
+    calibration: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=lambda: _environment())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned linears."""
+        return _mean_sparsity(self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain types, the totals first."""
+        plain = asdict(self)
+        rows = plain.pop("linears")
+        head = {key: plain.pop(key) for key in ("method", "pattern", "target_sparsity")}
+        return {**head, "sparsity": self.sparsity, **plain, "linears": rows}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "PruningReport":
+        """Read back what :meth:`to_dict` gave."""
+        rows = [LinearReport(**{**row, "shape": tuple(row["shape"])}) for row in plain["linears"]]
+        return cls(**{key: value for key, value in plain.items() if key != "sparsity"} | {"linears": rows})
+
+    def to_markdown(self) -> str:
+        """Return the tables as Markdown."""
+        lines = [f"# {self.title}", "", self.summary, ""]
+        for header, rows in self._tables():
+            lines += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        return "\n".join(lines)
+
+    def to_table(self) -> "Group":
+        """Return the tables for a rich console."""
+        from rich.console import Group
+        from rich.table import Table
+
+        tables = []
+        for header, rows in self._tables():
+            table = Table(*header[:1])
+            for column in header[1:]:
+                table.add_column(column, justify="right")
+            for row in rows:
+                table.add_row(*row)
+            tables.append(table)
+        return Group(f"[bold]{self.title}[/bold]", self.summary, *tables)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``pruning.json`` and ``pruning.md`` into a folder."""
+        write_text(Path(folder) / "pruning.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(folder) / "pruning.md", self.to_markdown())
+
+    @property
+    def title(self) -> str:
+        """The method and what it was asked for."""
+        return f"{self.method}, {self.pattern}, sparsity {self.target_sparsity:g}"
+
+    @property
+    def summary(self) -> str:
+        """One sentence of totals."""
+        return (
+            f"{self.sparsity:.2%} of the weights of {len(self.linears)} linears are zero "
+            f"({self.whole_model_sparsity:.2%} of the whole model), pruned in {self.seconds:.1f} s."
+        )
+
+    def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        if self.evaluations:
+            stages = list(self.evaluations)
+            metrics = list(dict.fromkeys(metric for stage in stages for metric in self.evaluations[stage]))
+            values = {(s, m): f"{self.evaluations[s][m]:.4g}" for s in stages for m in self.evaluations[s]}
+            yield ["evaluation", *stages], [[m, *(values.get((s, m), "") for s in stages)] for m in metrics]
+        layers: dict[str, list[LinearReport]] = {}
+        for row in self.linears:
+            layers.setdefault(row.layer, []).append(row)
+        yield (
+            ["decoder layer", "linears", "weights", "sparsity", "error", "seconds"],
+            [
+                [
+                    name,
+                    str(len(rows)),
+                    f"{sum(row.shape[0] * row.shape[1] for row in rows):,}",
+                    f"{_mean_sparsity(rows):.2%}",
+                    _mean_error(rows),
+                    f"{sum(row.seconds for row in rows):.2f}",
+                ]
+                for name, rows in layers.items()
+            ],
+        )
+
+
+def whole_model_sparsity(model: nn.Module) -> float:
+    """Measure the fraction of zeros over all parameters; shared ones count once."""
+    parameters = list(model.parameters())
+    kept = sum(int(torch.count_nonzero(p)) for p in parameters)
+    return 1 - kept / max(1, sum(p.numel() for p in parameters))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: to a temporary name beside it, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _mean_sparsity(rows: list[LinearReport]) -> float:
+    weights = [row.shape[0] * row.shape[1] for row in rows]
+    return sum(w * row.sparsity for w, row in zip(weights, rows, strict=True)) / max(1, sum(weights))
+
+
+def _mean_error(rows: list[LinearReport]) -> str:
+    errors = [row.error for row in rows if row.error is not None]
+    estimated = any(row.error is not None and not row.error_is_exact for row in rows)
+    return ("~" if estimated else "") + f"{sum(errors) / len(errors):.4f}" if errors else ""
+
+
+def _environment() -> dict[str, str]:
+    versions = {}
+    for package in ("wanda-lightning", "torch", "lightning", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # the engine needs torch only
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "device": device,
+        **versions,
+    }
