@@ -3,9 +3,9 @@
     python benchmarks/solver.py                 # 2 threads on the CPU
     python benchmarks/solver.py --device cuda
 
-Both get the same weights and the same Hessians. The plain one works column by column on row-major weights and finds the
-factor of the inverse in three steps, for each of the seven linears. Ours is ``SparseGPT.prune`` as users call it; linears
-with the same inputs share a Hessian and its factor. Runs alternate; the best of ``--repeat`` counts.
+Both get the same weights and the same Hessians. The plain one works column by column on row-major weights and finds
+the factor of the inverse in three steps, for each of the seven linears. Ours is ``SparseGPT.prune`` as users call it:
+linears with the same inputs share a Hessian and its factor. Runs alternate; the best of ``--repeat`` counts.
 
 Shapes: O out features, I in features, B columns of a block.
 """
@@ -35,7 +35,7 @@ LAYER = {
 def plain_sparsegpt(weight_OI: Tensor, hessian_II: Tensor, pattern: Pattern, pruned_OI: Tensor | None = None) -> Tensor:
     """Transcribe the published loop; returns the pruned weight. ``pruned_OI`` fixes the mask."""
     w_OI, h_II = weight_OI.float().clone(), hessian_II.clone()
-    rows, columns = w_OI.shape
+    columns = w_OI.shape[1]
     h_II.diagonal().add_(DAMPING * h_II.diagonal().mean())
     u_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h_II)), upper=True)
     for start in range(0, columns, BLOCK):
@@ -137,7 +137,9 @@ def main() -> None:
     parser.add_argument("--patterns", default=["unstructured", "2:4"], nargs="+")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, best of {arguments.repeat}")
+    print(
+        f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, best of {arguments.repeat}"
+    )
     for pattern in map(parse_pattern, arguments.patterns):
         compare(pattern, arguments.device, arguments.repeat)
 

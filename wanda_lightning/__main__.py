@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 
 from wanda_lightning import __version__
 
@@ -37,14 +38,17 @@ def main() -> None:
 
 
 def _run() -> None:
+    # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     from wanda_lightning.cli import run
+    from wanda_lightning.messages import shortened
 
     try:
         run()
     except (ValueError, ConnectionError) as error:
         if os.environ.get("WANDA_LIGHTNING_DEBUG"):
             raise
-        sys.exit(f"wanda-lightning: error: {error}\n(WANDA_LIGHTNING_DEBUG=1 shows where)")
+        sys.exit(f"wanda-lightning: error: {shortened(str(error))}\n(WANDA_LIGHTNING_DEBUG=1 shows where)")
 
 
 if __name__ == "__main__":

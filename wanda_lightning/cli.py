@@ -1,12 +1,22 @@
 """The command line: LightningCLI with a ``prune`` sub-command."""
 
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from typing import NoReturn
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
 from wanda_lightning.callbacks import MagnitudePruning, WandaPruning  # noqa: F401 (short names in YAML)
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.messages import shortened
 from wanda_lightning.module import CausalLM
 from wanda_lightning.trainer import PruningTrainer
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors name the mistake and little else."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(shortened(message), ex)
 
 
 class PruningCLI(LightningCLI):
@@ -19,9 +29,6 @@ class PruningCLI(LightningCLI):
         """List the sub-commands with the arguments that are not options."""
         lightning = LightningCLI.subcommands()
         return {"prune": {"model", "datamodule"}, **{name: lightning[name] for name in ("fit", "validate", "test")}}
-
-    def before_prune(self) -> None:
-        """Keep the configuration with the results: Lightning does that for its own sub-commands only."""
 
     def after_prune(self) -> None:
         """Show the report."""
@@ -59,12 +66,14 @@ def run(args: ArgsType = None) -> PruningCLI:
         CausalLM,
         TextDataModule,
         trainer_class=PruningTrainer,
+        parser_class=_Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={
+        parser_kwargs={"prog": "wanda-lightning"}
+        | {
             name: {"usage": f"wanda-lightning {name} [-c CONFIG] [--option value ...]"}
             for name in PruningCLI.subcommands()
         },

@@ -13,7 +13,7 @@ from wanda_lightning.decoder import DecoderLayer, PrunableLinear, decoder_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern, sparsity_of
-from wanda_lightning.statistics import InputStatistic
+from wanda_lightning.statistics import InputHessian, InputStatistic
 
 Statistics = dict[str, InputStatistic]
 
@@ -26,6 +26,7 @@ def prune_model(
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    exact_error: bool = False,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> PruningReport:
@@ -42,6 +43,7 @@ def prune_model(
         pattern: ``Unstructured(sparsity)`` or ``SemiStructured(n, m)``.
         targets: Patterns of linear names to prune, see :func:`wanda_lightning.decoder.decoder_layers`.
         ignore: Patterns of linear names to leave dense.
+        exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
         sum_over_ranks: Adds a tensor up over processes, where each holds a part of the calibration set.
         progress: Wraps the iteration over layers, given it and its length, to show how far it is.
 
@@ -59,12 +61,13 @@ def prune_model(
     """
     started = time.perf_counter()
     layers = decoder_layers(model, targets, ignore)
-    _check(layers, method, pattern, calibration)
+    wanted = InputHessian if exact_error else method.statistic
+    _check(layers, method, pattern, wanted is None or calibration is not None)
     report = PruningReport(str(method), str(pattern), pattern.sparsity)
     for layer in layers:
         report.not_pruned |= layer.left_dense
     with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):
-        visited = _statistics(model, layers, calibration, method, sum_over_ranks)
+        visited = _statistics(model, layers, calibration, wanted, sum_over_ranks)
         for layer, statistics in progress(visited, len(layers)) if progress else visited:
             for linear in layer.linears:
                 row = _prune_linear(layer, linear, statistics.get(linear.name), method, pattern)
@@ -78,15 +81,15 @@ def _statistics(
     model: nn.Module,
     layers: list[DecoderLayer],
     calibration: Iterable[Batch] | None,
-    method: PruningMethod,
+    wanted: type[InputStatistic] | None,
     sum_over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[tuple[DecoderLayer, Statistics]]:
-    """Visit the layers with the statistics of their linears' inputs, if the method wants any."""
-    if method.statistic is None or calibration is None:
+    """Visit the layers with the statistics of their linears' inputs, if any are wanted."""
+    if wanted is None or calibration is None:
         yield from ((layer, {}) for layer in layers)
         return
     for step in walk(model, layers, calibration):
-        statistics = step.collect(method.statistic) if step.layer.linears else {}
+        statistics = step.collect(wanted) if step.layer.linears else {}
         if sum_over_ranks is not None:
             for statistic in {id(s): s for s in statistics.values()}.values():
                 statistic.reduce(sum_over_ranks)
@@ -100,9 +103,13 @@ def _prune_linear(
     method: PruningMethod,
     pattern: Pattern,
 ) -> LinearReport:
-    started = time.perf_counter()
     weight_OI = linear.weight_OI
-    mask_OI = method.prune(weight_OI, statistic, pattern)
+    dense_OI = weight_OI.clone()
+    started = time.perf_counter()
+    try:
+        mask_OI = method.prune(weight_OI, statistic, pattern)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
     seconds = time.perf_counter() - started
     pattern.check_mask(mask_OI, method.tolerance((weight_OI.shape[0], weight_OI.shape[1])))
     assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
@@ -113,13 +120,21 @@ def _prune_linear(
         sparsity=sparsity_of(weight_OI),
         seconds=seconds,
         tokens=statistic.tokens if statistic else None,
+        error=_relative_error(dense_OI, weight_OI, statistic) if statistic else None,
+        error_is_exact=isinstance(statistic, InputHessian),
     )
 
 
-def _check(layers: list[DecoderLayer], method: PruningMethod, pattern: Pattern, calibration: object) -> None:
+def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:
+    """Compute ||(W - W') X||^2 / ||W X||^2 over the calibration set, from the statistic alone."""
+    lost = statistic.output_energy(dense_OI - pruned_OI).sum()
+    return float(lost / statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny))
+
+
+def _check(layers: list[DecoderLayer], method: PruningMethod, pattern: Pattern, calibrated: bool) -> None:
     """Refuse what cannot work before any weight has changed."""
     method.check(pattern)
-    if method.statistic is not None and calibration is None:
+    if not calibrated:
         raise ValueError(f"{method} needs calibration batches, got None")
     linears = [linear for layer in layers for linear in layer.linears]
     if not linears:

@@ -103,14 +103,14 @@ class PruningReport:
         from rich.table import Table
 
         tables = []
-        for header, rows in self._tables():
+        for header, rows in reversed(list(self._tables())):  # the shortest and most wanted last, where the eye is
             table = Table(*header[:1])
             for column in header[1:]:
                 table.add_column(column, justify="right")
             for row in rows:
                 table.add_row(*row)
             tables.append(table)
-        return Group(f"[bold]{self.title}[/bold]", self.summary, *tables)
+        return Group(*tables, f"[bold]{self.title}[/bold]", self.summary)
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json`` and ``pruning.md`` into a folder."""

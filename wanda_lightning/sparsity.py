@@ -4,6 +4,7 @@ Masks are boolean, True = kept. N:M means N *kept* of every M consecutive inputs
 Shapes: G comparison groups, N scores in a group, O out features, I in features.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -152,39 +153,32 @@ def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:
     """Mask out exactly ``count`` lowest scores of each row; among equal scores the first positions go."""
     if count == 0:
         return torch.ones_like(score_GN, dtype=torch.bool)
-    if score_GN.shape[-1] <= 16:
-        return _rank(score_GN) >= count
     threshold_G1 = _kth_lowest(score_GN, count)
     pruned_GN = score_GN <= threshold_G1
-    surplus_G1 = pruned_GN.sum(-1, keepdim=True) - count
-    if surplus_G1.any():
+    if int(pruned_GN.count_nonzero()) != count * threshold_G1.numel():
         tie_GN = score_GN == threshold_G1
+        surplus_G1 = pruned_GN.sum(-1, keepdim=True) - count
         pruned_GN &= ~tie_GN | (tie_GN.cumsum(-1) <= tie_GN.sum(-1, keepdim=True) - surplus_G1)
     return ~pruned_GN
 
 
-def _rank(score_GN: Tensor) -> Tensor:
-    """Count how many scores of its row are lower than each, or equal and further left: for short rows."""
-    score_NG = score_GN.movedim(-1, 0).contiguous()  # operations run along the many groups
-    rank_NG = torch.zeros_like(score_NG, dtype=torch.int8)
-    for right in range(1, len(score_NG)):
-        for left in range(right):
-            left_is_lower_G = score_NG[left] <= score_NG[right]
-            rank_NG[right] += left_is_lower_G
-            rank_NG[left] += ~left_is_lower_G
-    return rank_NG.movedim(0, -1)
-
-
 def _kth_lowest(score_GN: Tensor, count: int) -> Tensor:
-    """Find the ``count``-th lowest score of each row, shape (groups, 1)."""
-    if score_GN.dtype != torch.float32 or score_GN.shape[0] > 1:
-        return score_GN.kthvalue(count, dim=-1, keepdim=True).values
-    # Non-negative floats sort like their bits: a histogram of the leading 17 leaves few to select from.
-    bits_N = score_GN[0].contiguous().view(torch.int32)
-    if int(bits_N.min()) < 0:
-        return score_GN.kthvalue(count, dim=-1, keepdim=True).values
-    leading_N = bits_N >> 15
-    upto = torch.bincount(leading_N).cumsum(0)
-    bin = int(torch.searchsorted(upto, count))
-    before = int(upto[bin - 1]) if bin else 0
-    return score_GN[0][leading_N == bin].kthvalue(count - before, keepdim=True).values.unsqueeze(0)
+    """Find the ``count``-th lowest score of each row, shape (groups, 1), in whichever way is the fastest."""
+    if score_GN.shape[-1] <= 8:
+        # Bubble sort, as far as it is needed: a few operations along the many rows.
+        columns = list(score_GN.unbind(-1))
+        for _ in range(count - 1):
+            for j in range(len(columns) - 1, 0, -1):
+                columns[j], columns[j - 1] = columns[j].maximum(columns[j - 1]), columns[j].minimum(columns[j - 1])
+            del columns[0]
+        return functools.reduce(torch.minimum, columns).unsqueeze(-1)
+    if score_GN.shape[0] == 1 and score_GN.dtype == torch.float32:
+        # Floats that are not negative sort like their bits: a histogram of the leading 17 leaves few to choose from.
+        bits_N = score_GN[0].contiguous().view(torch.int32)
+        if int(bits_N.min()) >= 0:
+            leading_N = bits_N >> 15
+            up_to = leading_N.bincount().cumsum(0)
+            at = int(torch.searchsorted(up_to, count))
+            count -= int(up_to[at - 1]) if at else 0
+            score_GN = score_GN[:, leading_N == at]
+    return score_GN.kthvalue(count, dim=-1, keepdim=True).values

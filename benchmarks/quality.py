@@ -1,0 +1,73 @@
+"""Perplexity of a model, dense and pruned by every method at 50 % and 2:4, on two text files.
+
+    python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt
+
+Calibration: 32 random windows of 512 tokens of one file, seed 0. Perplexity: the first 40 consecutive windows of the
+other, float32. Prints a Markdown table, and seconds a pruning.
+"""
+
+import argparse
+import copy
+
+import torch
+
+from wanda_lightning import CausalLM, Magnitude, SemiStructured, TextDataModule, Unstructured, Wanda, prune_model
+from wanda_lightning.evaluation import Perplexity
+
+METHODS = {
+    "magnitude": Magnitude(),
+    "Wanda": Wanda(),
+    "Wanda variant": Wanda(variant=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="a sparsity, or n:m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
+    options = parser.parse_args()
+
+    module = CausalLM(options.model, dtype="float32")
+    module.configure_model()
+    model = module.model.eval().to(options.device)
+    data = TextDataModule(
+        options.calibration,
+        options.evaluation,
+        tokenizer=module.tokenizer,
+        num_samples=32,
+        sequence_length=512,
+        calibration_batch_size=options.batch_size,
+        max_evaluation_windows=40,
+    )
+    data.setup()
+    print("| method | pattern | perplexity | seconds |\n| --- | --- | ---: | ---: |")
+    print(f"| dense | | {perplexity(model, data):.2f} | |", flush=True)
+    for name in options.methods:
+        for setting in options.patterns:
+            kept, _, size = setting.partition(":")
+            pattern = SemiStructured(int(kept), int(size)) if size else Unstructured(float(setting))
+            try:
+                METHODS[name].check(pattern)
+            except ValueError:
+                continue
+            pruned = copy.deepcopy(model)
+            report = prune_model(pruned, data.calibration_dataloader(), METHODS[name], pattern)
+            print(f"| {name} | {setting} | {perplexity(pruned, data):.2f} | {report.seconds:.1f} |", flush=True)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, data: TextDataModule) -> float:
+    metric = Perplexity().to(model.device)
+    for batch in data.val_dataloader():
+        ids = batch["input_ids"].to(model.device)
+        metric.update(model(ids, use_cache=False).logits, ids)
+    return metric.compute().item()
+
+
+if __name__ == "__main__":
+    main()

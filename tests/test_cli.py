@@ -1,0 +1,179 @@
+"""The command line as users run it."""
+
+import io
+import json
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+import wanda_lightning
+from wanda_lightning.__main__ import main
+from wanda_lightning.messages import shortened
+
+RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
+
+
+@pytest.fixture
+def wanda_lightning_command(monkeypatch, tmp_path):
+    """Run the command in this process (importing Lightning takes seconds), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["wanda-lightning", *map(str, arguments)])
+        stdout, stderr = io.StringIO(), io.StringIO()
+        code = 0
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+                if isinstance(code, str):  # sys.exit(message) prints it and exits with 1
+                    print(code, file=stderr)
+                    code = 1
+        return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+    return command
+
+
+def test_the_module_runs_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "-c", "missing.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"File does not exist: '{tmp_path / 'missing.yaml'}'" in done.stderr
+    assert "run: wanda-lightning prune --help" in done.stderr
+
+
+@pytest.fixture
+def small(tiny_model_folder, tmp_path) -> list[str]:
+    """Options that make the recipe run on the tiny model."""
+    return [
+        f"--model.pretrained={tiny_model_folder}",
+        "--data.num_samples=4",
+        "--data.sequence_length=16",
+        "--data.max_evaluation_windows=2",
+        f"--trainer.default_root_dir={tmp_path / 'results'}",
+    ]
+
+
+def test_prune_twice_into_the_same_folder(wanda_lightning_command, small, tmp_path):
+    for _ in range(2):
+        done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+        assert done.returncode == 0, done.stderr
+    assert "val/perplexity" in done.stdout
+    assert f"Results are in {tmp_path / 'results'}" in done.stdout
+    written = sorted(p.name for p in (tmp_path / "results").iterdir())
+    assert written == ["config.yaml", "model", "pruning.json", "pruning.md"]
+    # The configuration beside the results gives the same results.
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    config = tmp_path / "config.yaml"
+    (tmp_path / "results/config.yaml").rename(config)
+    again = wanda_lightning_command("prune", "-c", config, f"--trainer.default_root_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads((tmp_path / "again/pruning.json").read_text())
+    assert repeated["evaluations"] == report["evaluations"]
+
+
+def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    model = ["--model", "CausalLM", f"--model.pretrained={tmp_path / 'results/model'}"]
+    quiet = ["--trainer.logger=false", "--data", "TextDataModule", *small[2:4]]
+    done = wanda_lightning_command("validate", *model, *quiet)
+    assert done.returncode == 0, done.stderr
+    shown = next(line for line in done.stdout.splitlines() if "val/perplexity" in line)
+    assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
+
+
+def test_print_config(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--print_config")
+    assert done.returncode == 0
+    config = yaml.safe_load(done.stdout)
+    assert config["trainer"]["callbacks"][0]["class_path"] == "wanda_lightning.WandaPruning"
+    assert config["data"]["init_args"]["num_samples"] == 4
+
+
+def test_short_names_on_the_command_line(wanda_lightning_command, small, tmp_path):
+    added = ["--trainer.callbacks+=WandaPruning", "--trainer.callbacks.pattern=1:4"]
+    dense = tmp_path / "dense.yaml"
+    dense.write_text("trainer: {logger: false}\nmodel: {class_path: CausalLM}\ndata: {class_path: TextDataModule}\n")
+    done = wanda_lightning_command("prune", "-c", dense, *small, *added)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results/pruning.json").read_text())["sparsity"] == 0.75
+
+
+def edited(tmp_path, old: str, new: str) -> Path:
+    text = RECIPE.read_text()
+    assert old in text
+    (tmp_path / "edited.yaml").write_text(text.replace(old, new))
+    return tmp_path / "edited.yaml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sparsity: 0.5", "pattern: 2:4", 'write pattern: "2:4"'),
+        ("sparsity: 0.5", "sparsty: 0.5", "Option 'sparsty' is not accepted"),
+        ("sparsity: 0.5", "sparsity: 1.5", "sparsity must be a number in [0, 1), got 1.5"),
+        ("source: builtin", "source: missing.txt", "the file 'missing.txt' does not exist"),
+        ("num_samples: 128", "num_samples: 0", "num_samples must be"),
+        ("class_path: WandaPruning", "class_path: WandaPrunin", "WandaPrunin"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, small, tmp_path, old, new, message):
+    arguments = [option for option in small if "num_samples" not in option]
+    done = wanda_lightning_command("prune", "-c", edited(tmp_path, old, new), *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 8
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prun"], "invalid choice: 'prun'"),
+        (["prune", "-c", "missing.yaml"], "File does not exist: '"),
+        (["prune", "-c", RECIPE], "the following arguments are required: pretrained"),
+        (["prune", "-c", RECIPE, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
+    ],
+)
+def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, message):
+    done = wanda_lightning_command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 8
+
+
+def test_a_missing_model_says_what_was_tried(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=nobody/nothing")
+    assert done.returncode == 1
+    assert "cannot load the tokenizer of 'nobody/nothing'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_windows_longer_than_the_model_are_refused_before_pruning(wanda_lightning_command, small, tmp_path):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--data.sequence_length=129")
+    assert done.returncode == 1
+    assert "sequence_length must be at most 128" in done.stderr
+    assert not (tmp_path / "results/pruning.json").exists()
+
+
+def test_help_and_version(wanda_lightning_command):
+    assert "prune once, evaluate before and after" in wanda_lightning_command("--help").stdout
+    assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
+    done = wanda_lightning_command("prune", "--help")
+    assert done.returncode == 0
+    assert "--data.source" in wanda_lightning_command("prune", "--data.help=TextDataModule").stdout
+    assert "sparsity" in wanda_lightning_command("prune", "--trainer.callbacks.help=WandaPruning").stdout
+
+
+def test_other_messages_are_not_shortened():
+    assert shortened("sparsity must be\n  Given value: 3") == "sparsity must be\n  Given value: 3"

@@ -1,0 +1,68 @@
+"""Ablate: the masks of first-order methods with the weight updates of SparseGPT (Sun et al. 2023, arXiv:2306.11695).
+
+The Wanda paper's ablation of pruning metric and weight update (section 5). Shapes: O out features, I in features.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.methods.second_order import SecondOrderMethod
+from wanda_lightning.solvers import prune_with_mask, prune_with_scores
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputHessian, InputStatistic
+
+Selection = Literal["wanda", "magnitude"]
+Schedule = Literal["sequential", "iterative"]
+
+
+@dataclass(frozen=True)
+class Ablate(SecondOrderMethod):
+    """Choose weights by Wanda's score or by magnitude, and update those that stay as SparseGPT does.
+
+    Args:
+        selection: ``"wanda"`` scores |W_ij| * ||X_j||_2, ``"magnitude"`` scores |W_ij|.
+        schedule: ``"sequential"`` fixes the whole mask before the first update, comparing as Wanda does within each
+            output row and as magnitude pruning does over the whole matrix; ``"iterative"`` chooses block by block from
+            updated weights, comparing over all rows of a block. N:M patterns compare within each group of m.
+        block_size: Columns between two updates of all later columns, >= 1; a multiple of m for N:M patterns.
+        damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, > 0.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    selection: Selection = "wanda"
+    schedule: Schedule = "sequential"
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, accepted in (("selection", get_args(Selection)), ("schedule", get_args(Schedule))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+
+    @torch.no_grad()
+    def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
+        """Prune and update one weight in place and return the mask (True = kept)."""
+        assert isinstance(statistic, InputHessian)
+        factor = statistic.factor(self.damping)
+        # A dead input's weights score 0 in both selections: removing them costs nothing.
+        norm_I = statistic.norm() if self.selection == "wanda" else (~factor.dead_I).to(factor.lower_II.dtype)
+        importance_I = norm_I.to(weight_OI.device)
+        if self.schedule == "iterative":
+            return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)
+        score_OI = weight_OI.abs() * importance_I
+        groups = score_OI if self.selection == "wanda" else score_OI.reshape(1, -1)
+        mask_OI = pattern.mask(groups).view(weight_OI.shape)
+        prune_with_mask(weight_OI, factor, mask_OI, self.block_size)
+        return mask_OI
+
+    def tolerance(self, shape: tuple[int, int]) -> float:
+        """How far a mask may lie from the asked sparsity: less than one weight in each comparison group."""
+        if self.schedule == "iterative":
+            return self._tolerance_of_blocks(shape)
+        return super().tolerance(shape) if self.selection == "wanda" else 1 / (shape[0] * shape[1])

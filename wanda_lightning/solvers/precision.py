@@ -1,0 +1,24 @@
+"""Full float32 matrix products, whatever the user allows elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep float32 matrix products in float32: no TF32 on GPUs, no bfloat16 on CPUs.
+
+    Trainers set ``torch.set_float32_matmul_precision("medium")`` for speed. Sums over a hundred thousand tokens and a
+    Cholesky factor of them need every bit.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
