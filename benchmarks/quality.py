@@ -11,13 +11,28 @@ import copy
 
 import torch
 
-from wanda_lightning import CausalLM, Magnitude, SemiStructured, TextDataModule, Unstructured, Wanda, prune_model
+from wanda_lightning import (
+    Ablate,
+    CausalLM,
+    Magnitude,
+    SemiStructured,
+    SparseGPT,
+    TextDataModule,
+    Unstructured,
+    Wanda,
+    prune_model,
+)
 from wanda_lightning.evaluation import Perplexity
 
 METHODS = {
     "magnitude": Magnitude(),
     "Wanda": Wanda(),
     "Wanda variant": Wanda(variant=True),
+    "SparseGPT": SparseGPT(),
+    "Ablate (Wanda, sequential)": Ablate("wanda", "sequential"),
+    "Ablate (Wanda, iterative)": Ablate("wanda", "iterative"),
+    "Ablate (magnitude, sequential)": Ablate("magnitude", "sequential"),
+    "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
 }
 
 

@@ -66,7 +66,7 @@ def test_impossible_semi_structured(n, m):
 def test_in_features_must_divide():
     SemiStructured(2, 4).check_in_features(64, "q_proj")
     Unstructured(0.5).check_in_features(63, "q_proj")
-    with pytest.raises(ValueError, match="q_proj has 63 input features.*multiple of 4"):
+    with pytest.raises(ValueError, match=r"q_proj has 63 input features.*multiple of 4"):
         SemiStructured(2, 4).check_in_features(63, "q_proj")
 
 

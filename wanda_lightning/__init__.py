@@ -10,12 +10,12 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "sparsity": ("SemiStructured", "Unstructured"),
-    "statistics": ("InputNorm",),
-    "methods": ("Magnitude", "Wanda"),
+    "statistics": ("InputHessian", "InputNorm"),
+    "methods": ("Ablate", "Magnitude", "SparseGPT", "Wanda"),
     "pruner": ("prune_model",),
     "report": ("PruningReport",),
     "saving": ("save_pretrained",),
-    "callbacks": ("MagnitudePruning", "SparseFinetuning", "WandaPruning"),
+    "callbacks": ("AblatePruning", "MagnitudePruning", "SparseFinetuning", "SparseGPTPruning", "WandaPruning"),
     "module": ("CausalLM",),
     "data": ("TextDataModule",),
     "trainer": ("PruningTrainer",),
@@ -24,15 +24,21 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
-    from wanda_lightning.callbacks import MagnitudePruning, SparseFinetuning, WandaPruning
+    from wanda_lightning.callbacks import (
+        AblatePruning,
+        MagnitudePruning,
+        SparseFinetuning,
+        SparseGPTPruning,
+        WandaPruning,
+    )
     from wanda_lightning.data import TextDataModule
-    from wanda_lightning.methods import Magnitude, Wanda
+    from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
     from wanda_lightning.module import CausalLM
     from wanda_lightning.pruner import prune_model
     from wanda_lightning.report import PruningReport
     from wanda_lightning.saving import save_pretrained
     from wanda_lightning.sparsity import SemiStructured, Unstructured
-    from wanda_lightning.statistics import InputNorm
+    from wanda_lightning.statistics import InputHessian, InputNorm
     from wanda_lightning.trainer import PruningTrainer
 
 

@@ -5,7 +5,7 @@ from typing import NoReturn
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from wanda_lightning.callbacks import MagnitudePruning, WandaPruning  # noqa: F401 (short names in YAML)
+from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.messages import shortened
 from wanda_lightning.module import CausalLM

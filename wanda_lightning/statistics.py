@@ -94,7 +94,8 @@ class InputNorm(InputStatistic):
 
     def output_energy(self, matrix_OI: Tensor) -> Tensor:
         """Estimate the energy from the diagonal of X^T X: exact if the inputs were uncorrelated."""
-        return matrix_OI.to(self.total).square() @ self.total
+        with full_float32(self.total.device):
+            return matrix_OI.to(self.total).square() @ self.total
 
 
 class InputHessian(InputStatistic):
@@ -118,7 +119,7 @@ class InputHessian(InputStatistic):
         # Products of two bfloat16 or float16 numbers are exact in float32, so tensor cores lose nothing.
         exact_in_half = x_TI.is_cuda and x_TI.dtype in (torch.bfloat16, torch.float16)
         keep_dtype = exact_in_half and self.total.dtype == torch.float32
-        with full_float32():
+        with full_float32(self.total.device):
             for chunk_TI in x_TI.split(self.chunk):
                 y_TI = chunk_TI if keep_dtype else chunk_TI.to(self.total.dtype)
                 for start, stop in self._panels():
@@ -164,7 +165,7 @@ class InputHessian(InputStatistic):
         """Compute the energy exactly, as the quadratic form of X^T X in each row of the matrix."""
         rows_OI = matrix_OI.to(self.total)
         energy_O = rows_OI.new_zeros(len(rows_OI))
-        with full_float32():
+        with full_float32(self.total.device):
             for start, stop in self._panels():
                 # A panel's diagonal square counts once, what lies left of it also for its mirror image.
                 panel_OP = rows_OI[:, start:stop]

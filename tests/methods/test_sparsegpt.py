@@ -94,6 +94,19 @@ def test_does_not_depend_on_how_batches_were_split():
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(300, 32, generator=generator), torch.randn(12, 32, generator=generator)
+    plain, autocast = weight.clone(), weight.clone()
+    SparseGPT(block_size=8).prune(plain, hessian_of(x), Unstructured(0.5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hessian = hessian_of(x)
+        SparseGPT(block_size=8).prune(autocast, hessian, Unstructured(0.5))
+        energy = hessian.output_energy(weight)
+    assert torch.equal(autocast, plain)
+    assert torch.equal(energy, hessian_of(x).output_energy(weight))
+
+
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, True, "128"])
 def test_bad_block_size(block_size):
     with pytest.raises(ValueError, match=f"block_size must be an integer of at least 1, got {block_size!r}"):

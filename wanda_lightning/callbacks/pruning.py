@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm
-from wanda_lightning.methods import Magnitude, PruningMethod, Wanda
+from wanda_lightning.methods import PruningMethod
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.report import PruningReport
 from wanda_lightning.sparsity import parse_pattern, sparsity_of
@@ -154,62 +154,6 @@ class PruningCallback(SparseFinetuning):
         folder = self.output_dir or trainer.log_dir or trainer.default_root_dir
         if self.report is not None and trainer.is_global_zero:
             self.report.save(Path(folder))
-
-
-class MagnitudePruning(PruningCallback):
-    """Prunes the smallest weights of every linear (Han et al. 2015, arXiv:1506.02626); needs no calibration.
-
-    Args:
-        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
-        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
-        targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
-        ignore: Patterns of linears to leave dense.
-        output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
-
-    Example::
-
-        Trainer(callbacks=[MagnitudePruning(sparsity=0.5)]).fit(module, datamodule)
-    """
-
-    def __init__(
-        self,
-        sparsity: float | None = None,
-        pattern: str = "unstructured",
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        output_dir: str | None = None,
-    ) -> None:
-        super().__init__(Magnitude(), sparsity, pattern, targets, ignore, output_dir=output_dir)
-
-
-class WandaPruning(PruningCallback):
-    """Prunes by weights and activations (Wanda, Sun et al. 2023, arXiv:2306.11695).
-
-    Args:
-        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
-        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
-        variant: Let each output row give up the same share of its score instead of the same number of weights.
-        targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
-        ignore: Patterns of linears to leave dense.
-        num_samples: How many sequences to take where calibration uses the train dataloader.
-        output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
-
-    Example::
-
-        Trainer(callbacks=[WandaPruning(sparsity=0.5)]).fit(module, datamodule)
-    """
-
-    def __init__(
-        self,
-        sparsity: float | None = None,
-        pattern: str = "unstructured",
-        variant: bool = False,
-        targets: list[str] | None = None,
-        ignore: list[str] | None = None,
-        num_samples: int = 128,
-        output_dir: str | None = None,
-    ) -> None:
-        super().__init__(Wanda(variant), sparsity, pattern, targets, ignore, num_samples, output_dir)
 
 
 def _first_sequences(batches: Iterable[Any], count: int) -> Iterator[Any]:

@@ -90,7 +90,7 @@ def _reverse_cholesky(hessian_II: Tensor, added_I: Tensor) -> Tensor | None:
     """
     lower_II = torch.zeros_like(hessian_II, memory_format=torch.contiguous_format)
     infos = []
-    with full_float32():
+    with full_float32(hessian_II.device):
         for start in reversed(range(0, len(hessian_II), BLOCK)):
             stop = min(start + BLOCK, len(hessian_II))
             row_BI = hessian_II[start:stop, :stop]

@@ -94,7 +94,7 @@ def _for_each_block(
     lower_II = factor.to(weight_OI.device).lower_II
     weight_IO = weight_OI.t().to(lower_II.dtype, copy=True, memory_format=torch.contiguous_format)
     change_IO = torch.empty_like(weight_IO)
-    with full_float32():
+    with full_float32(weight_IO.device):
         for start in range(0, len(weight_IO), block_size):
             v_BO = weight_IO[start : start + block_size]
             stop = start + len(v_BO)

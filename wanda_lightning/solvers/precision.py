@@ -7,18 +7,22 @@ import torch
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep float32 matrix products in float32: no TF32 on GPUs, no bfloat16 on CPUs.
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Keep float32 matrix products in float32: no autocast, no TF32 on GPUs, no bfloat16 on CPUs.
 
-    Trainers set ``torch.set_float32_matmul_precision("medium")`` for speed. Sums over a hundred thousand tokens and a
-    Cholesky factor of them need every bit.
+    Trainers run forwards under autocast and set ``torch.set_float32_matmul_precision("medium")`` for speed. Sums over
+    a hundred thousand tokens and a Cholesky factor of them need every bit.
+
+    Args:
+        device: Where the products are computed.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision

@@ -1,0 +1,159 @@
+"""Whole prunings of a model by every method: seconds by phase, peak memory, and ratios to Wanda done the plain way.
+
+    python benchmarks/prune.py MODEL [CALIBRATION.txt] [--device cuda] [--repeat 3]
+
+The plain way is that of the published code: one sample a call, every layer forwarded twice in full, a hook on every
+linear. Methods take turns, and ratios are those of the medians of one run. Prints a Markdown table.
+"""
+
+import argparse
+import copy
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from wanda_lightning import (
+    Ablate,
+    CausalLM,
+    InputNorm,
+    Magnitude,
+    SparseGPT,
+    TextDataModule,
+    Unstructured,
+    Wanda,
+    prune_model,
+)
+from wanda_lightning.calibration import walk
+from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.statistics import InputHessian
+
+PATTERN = Unstructured(0.5)
+METHODS = {
+    "magnitude": Magnitude(),
+    "Wanda": Wanda(),
+    "Wanda variant": Wanda(variant=True),
+    "SparseGPT": SparseGPT(),
+    "Ablate": Ablate(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration", nargs="?", default="builtin")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "plain"], default=["plain", *METHODS])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--num-samples", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--repeat", type=int, default=1)
+    options = parser.parse_args()
+
+    module = CausalLM(options.model, dtype=options.dtype)
+    module.configure_model()
+    model = module.model.eval().to(options.device)
+    data = TextDataModule(
+        options.calibration,
+        tokenizer=module.tokenizer,
+        num_samples=options.num_samples,
+        sequence_length=options.sequence_length,
+    )
+    data.setup()
+    samples = [batch["input_ids"].to(options.device) for batch in data.calibration_dataloader()]
+    batches = torch.cat(samples).split(options.batch_size)
+
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
+    for _ in range(options.repeat):
+        for name in options.methods:
+            pruned = copy.deepcopy(model)
+            with phases(pruned) as seconds:
+                if name == "plain":
+                    prune_the_plain_way(pruned, samples)
+                else:
+                    report = prune_model(pruned, batches, METHODS[name], PATTERN)
+                    seconds["solve"] = sum(row.seconds for row in report.linears)
+            runs[name].append(seconds)
+            print(f"{name}: {seconds['total']:.1f} s", flush=True)
+
+    medians = {
+        name: {phase: statistics.median(run.get(phase, 0.0) for run in repeats) for phase in repeats[0]}
+        for name, repeats in runs.items()
+    }
+    bases = [base for base in ("plain", "Wanda") if base in medians]
+    header = ["method", "total", "forward and rest", "statistics", "solve", "peak MiB", *(f"/ {b}" for b in bases)]
+    print("\n| " + " | ".join(header) + " |\n| --- |" + " ---: |" * (len(header) - 1))
+    for name, median in medians.items():
+        solve = median.get("solve", 0.0)
+        rest = median["total"] - median["statistics"] - solve
+        numbers = [f"{value:.1f}" for value in (median["total"], rest, median["statistics"], solve)]
+        ratios = [f"{median['total'] / medians[base]['total']:.2f}" for base in bases]
+        print("| " + " | ".join([name, *numbers, f"{median['MiB']:.0f}", *ratios]) + " |")
+
+
+@contextmanager
+def phases(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Time a block and, within it, the updates of statistics; and take the peak of memory."""
+    seconds = {"statistics": 0.0, "total": 0.0, "MiB": 0.0}
+    cuda = model.device.type == "cuda"
+    originals = {kind: kind.update for kind in (InputNorm, InputHessian)}
+
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(update):
+        def wrapped(self, x):
+            started = clock()
+            update(self, x)
+            seconds["statistics"] += clock() - started
+
+        return wrapped
+
+    for kind, update in originals.items():
+        kind.update = timed(update)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    started = clock()
+    try:
+        yield seconds
+    finally:
+        seconds["total"] = clock() - started
+        for kind, update in originals.items():
+            kind.update = update
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    seconds["MiB"] = peak  # on a CPU the peak of the process so far, so only a rise says something
+
+
+@torch.no_grad()
+def prune_the_plain_way(model: nn.Module, samples: list[torch.Tensor]) -> None:
+    for step in walk(model, decoder_layers(model), samples):
+        norms = {
+            linear.name: InputNorm(linear.weight_OI.shape[1], linear.weight.device) for linear in step.layer.linears
+        }
+        hooks = [
+            linear.module.register_forward_hook(lambda _, args, out, norm=norms[linear.name]: norm.update(args[0]))
+            for linear in step.layer.linears
+        ]
+        for _ in step.outputs():
+            pass
+        for hook in hooks:
+            hook.remove()
+        for linear in step.layer.linears:
+            score_OI = linear.weight_OI.abs() * norms[linear.name].compute()
+            lowest_OP = score_OI.sort(dim=1, stable=True).indices[:, : score_OI.shape[1] // 2]
+            linear.weight_OI.scatter_(1, lowest_OP, 0)
+    for _ in step.outputs():  # the published code forwards the last layer again too
+        pass
+
+
+if __name__ == "__main__":
+    main()

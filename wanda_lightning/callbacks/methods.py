@@ -1,0 +1,99 @@
+"""A callback for each pruning method."""
+
+from typing import Any, Literal
+
+from wanda_lightning.callbacks.pruning import PruningCallback
+from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
+
+
+class MagnitudePruning(PruningCallback):
+    """Prunes the smallest weights of every linear (Han et al. 2015, arXiv:1506.02626); needs no calibration.
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[MagnitudePruning(sparsity=0.5)]).fit(module, datamodule)
+    """
+
+    def __init__(self, sparsity: float | None = None, pattern: str = "unstructured", **kwargs: Any) -> None:
+        super().__init__(Magnitude(), sparsity, pattern, **kwargs)
+
+
+class WandaPruning(PruningCallback):
+    """Prunes by weights and activations (Wanda, Sun et al. 2023, arXiv:2306.11695).
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        variant: Let each output row give up the same share of its score instead of the same number of weights.
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[WandaPruning(sparsity=0.5)]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self, sparsity: float | None = None, pattern: str = "unstructured", variant: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(Wanda(variant), sparsity, pattern, **kwargs)
+
+
+class SparseGPTPruning(PruningCallback):
+    """Prunes with second-order updates of the weights that stay (SparseGPT, Frantar and Alistarh, arXiv:2301.00774).
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        block_size: Columns that are chosen at once; a multiple of m for N:M patterns.
+        damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[SparseGPTPruning(pattern="2:4")]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        block_size: int = 128,
+        damping: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(SparseGPT(block_size, damping), sparsity, pattern, **kwargs)
+
+
+class AblatePruning(PruningCallback):
+    """Prunes what Wanda or magnitude choose, with SparseGPT's updates of the weights that stay (arXiv:2306.11695).
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        selection: Choose by Wanda's score or by magnitude.
+        schedule: Choose everything before the first update, or block by block from updated weights.
+        block_size: Columns between two updates of all later columns; a multiple of m for N:M patterns.
+        damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[AblatePruning(pattern="2:4")]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        selection: Literal["wanda", "magnitude"] = "wanda",
+        schedule: Literal["sequential", "iterative"] = "sequential",
+        block_size: int = 128,
+        damping: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(Ablate(selection, schedule, block_size, damping), sparsity, pattern, **kwargs)
