@@ -10,7 +10,7 @@ rows of G, made when the block is reached:
 
 Within the block the errors are those of the published loop. Weights are transposed, so that a column is contiguous.
 
-Shapes: O out features, I in features, B columns of a block, S columns of a sub-block.
+Shapes: O out features, I in features, B columns of a block, S columns of a group that is chosen together.
 """
 
 import logging
@@ -162,26 +162,31 @@ def _fused(w_BO: Tensor, inverse_BB: Tensor, pruned_BO: Tensor, *n_of_m: Any) ->
     return _fused_works
 
 
-def _sweep(w_BO: Tensor, inverse_BB: Tensor, width: int, rate: Callable[[Tensor, int], Tensor]) -> None:
+def _sweep(w_BO: Tensor, inverse_BB: Tensor, group: int, rate: Callable[[Tensor, int], Tensor]) -> None:
     """Visit the columns of a block in order; each ends as it stands when its turn comes.
 
     Args:
         w_BO: Weights, changed in place.
         inverse_BB: M of the block.
-        width: Columns of a sub-block.
-        rate: Given the up-to-date weights of a sub-block and where it starts, 1 / U_jj for weights to remove, 0 for
-            the others.
+        group: Columns that are chosen together.
+        rate: Given the up-to-date weights of a group and where it starts, 1 / U_jj for weights to remove, 0 for the
+            others.
     """
     error_BO = torch.zeros_like(w_BO)
     coupling_BB = inverse_BB.tril(-1)
     w, error = w_BO.unbind(), error_BO.unbind()
-    for start in range(0, len(w_BO), width):
-        stop = min(start + width, len(w_BO))
+    sub_block = group * max(SUB_BLOCK // group, 1)
+    for start in range(0, len(w_BO), group):
+        stop = min(start + group, len(w_BO))
+        first = start - start % sub_block
+        if start == first > 0:
+            ahead = slice(start, start + sub_block)
+            w_BO[ahead].addmm_(coupling_BB[ahead, :start], error_BO[:start], alpha=-1)
         w_SO = w_BO[start:stop]
-        if start:
-            w_SO.addmm_(coupling_BB[start:stop, :start], error_BO[:start], alpha=-1)
+        if start > first:
+            w_SO.addmm_(coupling_BB[start:stop, first:start], error_BO[first:start], alpha=-1)
         rate_SO = rate(w_SO, start)
-        # Errors of columns to come are 0, so every column may read the whole sub-block: fewer, larger operations.
+        # Errors of columns to come are 0, so every column may read the whole group: fewer, larger operations.
         error_OS, coupling_SS = error_BO[start:stop].t(), coupling_BB[start:stop, start:stop]
         for j, rate_O, coupling_S in zip(range(start, stop), rate_SO.unbind(), coupling_SS.unbind(), strict=True):
             torch.mul(w[j].addmv_(error_OS, coupling_S, alpha=-1), rate_O, out=error[j])
