@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import tiny_llama, token_batches
+from torch import nn
 
 from wanda_lightning.calibration import walk
 from wanda_lightning.decoder import decoder_layers
@@ -95,6 +96,83 @@ def test_the_statistics_pass_stops_at_the_last_linear(llama, batches):
     hook.remove()
     # Once in the dry run and once to learn which linear is the last.
     assert len(outputs) == 2
+
+
+class Chunked(nn.Module):
+    """Calls its first linear once for every 16 tokens, and last."""
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj, self.up_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden):
+        up = self.up_proj(hidden)
+        return torch.cat([self.down_proj(chunk) for chunk in up.split(16, dim=1)], dim=1)
+
+
+@torch.no_grad()
+def test_no_input_is_missed_where_calls_vary_with_the_shape(llama):
+    for layer in llama.model.layers:
+        layer.mlp = Chunked()
+    batches = token_batches(2, length=16) + token_batches(2, length=48) + token_batches(2, length=16)
+    expected = hooked_norms(llama, batches)
+    for step in walk(llama, decoder_layers(llama), batches):
+        for name, norm in step.collect(InputNorm).items():
+            assert norm.tokens == 2 * (4 * 16 + 2 * 48)
+            torch.testing.assert_close(norm.compute().double(), expected[name], rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_a_linear_that_is_called_twice_sees_both_inputs(llama, batches):
+    mlp = llama.model.layers[0].mlp
+    mlp.forward = lambda hidden: mlp.down_proj(mlp.up_proj(mlp.down_proj(mlp.gate_proj(hidden))))
+    expected = hooked_norms(llama, batches)
+    for name, norm in next(iter(walk(llama, decoder_layers(llama), batches))).collect(InputNorm).items():
+        torch.testing.assert_close(norm.compute().double(), expected[name], rtol=1e-5, atol=0)
+        assert norm.tokens == 4 * 2 * 16 * (2 if "down_proj" in name else 1)
+
+
+class Unpacked(nn.ModuleList):
+    """Layers whose outputs the model takes apart, as some models do by themselves."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return [lambda *args, _layer=layer, **kwargs: _layer(*args, **kwargs)[0] for layer in found]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@torch.no_grad()
+def test_layers_may_return_tuples_and_lists(batches, kind):
+    expected = layer_outputs(tiny_llama(), batches)
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: kind((out, None)) if isinstance(out, torch.Tensor) else out)
+    layers = decoder_layers(model)
+    model.model.layers = Unpacked(model.model.layers)
+    *_, last = walk(model, layers, batches)
+    assert all(map(torch.equal, last.outputs(), expected))
+
+
+def test_models_that_use_their_layers_in_another_way_are_refused(batches):
+    def error_of(change):
+        model = tiny_llama()
+        change(model.model)
+        with pytest.raises(ValueError) as error:
+            next(iter(walk(model, decoder_layers(model), batches)))
+        return str(error.value)
+
+    def looped(decoder):
+        decoder.layers[2].register_forward_hook(lambda _, args, out: decoder.layers[0](out))
+
+    def halved(decoder):
+        decoder.config.num_hidden_layers = 2
+
+    def scaled(decoder):
+        decoder.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+
+    assert "calls decoder layer 0 where layer 3 of 3 would be next" in error_of(looped)
+    assert "calls 2 of its 3 decoder layers" in error_of(halved)
+    assert "changes the hidden states between decoder layers 0 and 1" in error_of(scaled)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

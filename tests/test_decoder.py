@@ -1,9 +1,14 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import tiny_llama
 from torch import nn
 
-from wanda_lightning.decoder import causal_lm, decoder_layers, max_sequence_length
+from wanda_lightning.decoder import causal_lm, coverage, decoder_layers, max_sequence_length
+from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
+from wanda_lightning.pruner import prune_model
+from wanda_lightning.sparsity import SemiStructured, Unstructured
 
 
 def names(layers):
@@ -83,6 +88,50 @@ def test_a_decoder_of_uncovered_weights_is_refused():
         decoder_layers(Bare([FusedExperts(), FusedExperts()]))
 
 
+def test_coverage_is_the_share_of_matrix_weights_that_is_pruned(llama):
+    assert coverage(decoder_layers(llama)) == 1
+    mlp, attention = 3 * 32 * 64, 2 * 32 * 32 + 2 * 32 * 16
+    assert coverage(decoder_layers(llama, targets=["*.mlp.*"])) == mlp / (mlp + attention)
+    assert coverage(decoder_layers(llama, ignore=["layers.0.*"])) == pytest.approx(2 / 3)
+    with torch.device("meta"):
+        assert coverage(decoder_layers(tiny_llama())) == 1
+    assert coverage([]) == 0
+
+
+def test_matrices_outside_linears_are_named():
+    layers = [RoutedLayer() for _ in range(2)]
+    for layer in layers:
+        layer.mixing = nn.Parameter(torch.zeros(3, 3))
+        layer.router_bias = nn.Parameter(torch.zeros(3, 3))
+        layer.coefficients = nn.Linear(8, 3)
+    found = decoder_layers(Bare(layers))
+    assert found[0].left_dense == {
+        "blocks.0.gate": "router",
+        "blocks.0.mixing": "not in a linear",
+        "blocks.0.coefficients": "thin",
+    }
+    assert names(decoder_layers(Bare(layers), targets=["coefficients"]))[0] == "blocks.0.coefficients"
+
+
+def test_the_list_of_layers_can_be_named():
+    model = nn.Module()
+    model.encoder = Bare([nn.Linear(16, 16) for _ in range(3)])
+    model.decoder = Bare([nn.Linear(8, 8), nn.Linear(8, 8)])
+    assert decoder_layers(model)[0].name == "encoder.blocks.0"
+    assert names(decoder_layers(model, layers="decoder.blocks")) == ["decoder.blocks.0", "decoder.blocks.1"]
+    for wrong in ("decoder", "decoder.layers", "blocks", ""):
+        with pytest.raises(
+            ValueError, match=rf"no list of layers '{wrong}'.*encoder\.blocks \(3\), decoder\.blocks \(2\)"
+        ):
+            decoder_layers(model, layers=wrong)
+
+
+def test_pruning_takes_the_list_of_layers_by_name(llama, batches):
+    assert len(prune_model(llama, batches, Wanda(), Unstructured(0.5), layers="model.layers").linears) == 21
+    with pytest.raises(ValueError, match=r"no list of layers 'layers'; its lists with linears: model\.layers \(3\)"):
+        prune_model(llama, batches, Wanda(), Unstructured(0.5), layers="layers")
+
+
 def test_the_language_model_is_found_inside_any_module(llama):
     class Mine(nn.Module):
         def __init__(self):
@@ -99,3 +148,109 @@ def test_the_language_model_is_found_inside_any_module(llama):
 
 def test_sequence_limit(llama):
     assert max_sequence_length(llama) == 128
+
+
+# Wrappers: the same weights must be pruned in the same way.
+
+
+@pytest.fixture
+def pruned(llama, batches):
+    """The pruned weights without any wrapper, by name."""
+    model = deepcopy(llama)
+    prune_model(model, batches, SparseGPT(), SemiStructured(2, 4))
+    return dict(model.named_parameters())
+
+
+def agrees(model, pruned):
+    return all(torch.equal(parameter, pruned[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_compiled_model_is_pruned_uncompiled(llama, batches, pruned):
+    compiled = torch.compile(llama)
+    report = prune_model(compiled, batches, SparseGPT(), SemiStructured(2, 4))
+    assert report.linears[0].name == "model.layers.0.self_attn.q_proj"
+    assert causal_lm(compiled) is llama
+    assert causal_lm(Bare([compiled])) is llama
+    assert agrees(llama, pruned)
+
+
+@pytest.mark.parametrize("way", ["layers", "decoder", "in place"])
+def test_compiled_parts_keep_their_names(llama, batches, pruned, way):
+    parameters = dict(llama.named_parameters())
+    ran = []
+    if way == "layers":
+        llama.model.layers = nn.ModuleList(torch.compile(layer, backend=ran.append) for layer in llama.model.layers)
+    elif way == "decoder":
+        llama.model = torch.compile(llama.model, backend=ran.append)
+    else:
+        llama.compile(backend=ran.append)
+    report = prune_model(llama, batches, SparseGPT(), SemiStructured(2, 4))
+    assert report.linears[0].name == "model.layers.0.self_attn.q_proj"
+    assert len(report.linears) == 21
+    assert not ran  # nothing was compiled
+    assert all(torch.equal(parameter, pruned[name]) for name, parameter in parameters.items())
+    assert names(decoder_layers(llama, targets=["layers.0.mlp.*"]))[0] == "model.layers.0.mlp.gate_proj"
+
+
+def test_adapters_are_left_alone(llama, batches, pruned):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    adapters = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    report = prune_model(causal_lm(model), batches, SparseGPT(), SemiStructured(2, 4))
+    assert report.linears[0].name == "base_model.model.model.layers.0.self_attn.q_proj.base_layer"
+    assert len(report.linears) == 21
+    assert not report.not_pruned
+    assert all(torch.equal(model.get_parameter(name), adapter) for name, adapter in adapters.items())
+    for name, parameter in model.named_parameters():
+        if name not in adapters:
+            assert torch.equal(parameter, pruned[name.removeprefix("base_model.model.").replace(".base_layer", "")])
+    assert len(names(decoder_layers(model, targets=["q_proj"]))) == 3
+    assert coverage(decoder_layers(model)) == 1
+
+
+def test_a_module_of_somebody_elses_may_hold_a_compiled_model_with_adapters(llama, batches, pruned):
+    from lightning.pytorch import LightningModule
+    from peft import LoraConfig
+
+    class Theirs(LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.net = nn.ModuleDict({"lm": model})
+
+    llama.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    report = prune_model(causal_lm(Theirs(torch.compile(llama))), batches, SparseGPT(), SemiStructured(2, 4))
+    assert report.linears[0].name == "model.layers.0.self_attn.q_proj.base_layer"
+    assert torch.equal(llama.model.layers[2].mlp.down_proj.weight, pruned["model.layers.2.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_tied_embeddings(batches, dtype):
+    model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    report = prune_model(model, batches, SparseGPT(), SemiStructured(2, 4))
+    assert {row.sparsity for row in report.linears} == {0.5}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert (model.lm_head.weight != 0).all()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_hooks_of_accelerate_that_keep_weights_in_place_stay(llama, batches, pruned):
+    from accelerate import dispatch_model
+
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    parts |= {f"model.layers.{i}": "cpu" for i in range(3)}
+    dispatched = dispatch_model(llama, parts, main_device="cpu", force_hooks=True)
+    forwards = [layer.forward for layer in dispatched.model.layers]
+    assert all(hasattr(layer, "_hf_hook") for layer in dispatched.model.layers)
+    prune_model(dispatched, batches, SparseGPT(), SemiStructured(2, 4))
+    assert agrees(dispatched, pruned)
+    assert [layer.forward for layer in dispatched.model.layers] == forwards
+
+
+def test_offloaded_weights_are_refused(llama, batches):
+    from accelerate import cpu_offload
+
+    cpu_offload(llama, execution_device="cpu")
+    for method, calibration in ((Magnitude(), None), (Wanda(), batches)):
+        with pytest.raises(ValueError, match=r"30 weights are not in memory \(model\.embed_tokens\.weight.*device_map"):
+            prune_model(llama, calibration, method, Unstructured(0.5))

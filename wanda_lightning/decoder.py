@@ -1,46 +1,29 @@
-"""Where a model keeps its decoder layers and the linears in them: the only file that knows model families.
+"""Where a model keeps its decoder layers, and which of their linears are to be pruned.
 
-Shapes: O out features, I in features, T tokens.
+The rules are general: no model family is named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-# Name components of the linears that choose experts in mixtures of experts. Pruned only when a target names them.
-ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
+from wanda_lightning.linears import (
+    PrunableLinear,
+    is_linear,
+    is_router,
+    matrix_parameters,
+    own_modules,
+    prunable_linears,
+)
 
-
-@dataclass(frozen=True)
-class PrunableLinear:
-    """One matrix of a decoder layer, seen as (out_features, in_features) whatever its module stores."""
-
-    name: str
-    module: nn.Module
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The module's weight as it is stored."""
-        return cast(nn.Parameter, self.module.weight)
-
-    @property
-    def weight_OI(self) -> Tensor:
-        """A view of the weight, shape (out_features, in_features): writing to it changes the module."""
-        weight = self.weight.detach()
-        return weight.t() if _is_conv1d(self.module) else weight
-
-    @property
-    def is_router(self) -> bool:
-        """Whether the linear chooses experts rather than transforming hidden states."""
-        return not ROUTERS.isdisjoint(self.name.split("."))
+__all__ = ["DecoderLayer", "PrunableLinear", "causal_lm", "coverage", "decoder_layers", "max_sequence_length"]
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer, those of its linears that are to be pruned, and why the others are not."""
+    """A decoder layer, those of its linears that are to be pruned, and why its other matrices are not."""
 
     name: str
     module: nn.Module
@@ -52,10 +35,11 @@ def causal_lm(module: nn.Module) -> nn.Module:
     """Find the Hugging Face model that a module is or holds.
 
     Args:
-        module: A model of transformers, or any module (such as a LightningModule) that holds exactly one.
+        module: A model of transformers (also with adapters, or compiled), or any module (such as a LightningModule)
+            that holds exactly one.
 
     Returns:
-        The outermost model.
+        The outermost model; of a compiled one the original.
 
     Raises:
         ValueError: If there is none, or more than one side by side.
@@ -70,23 +54,29 @@ def causal_lm(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} must hold exactly one transformers model to prune, found: {held}. "
             "Models load in __init__ or configure_model; with several, prune the one you mean with prune_model."
         )
-    return next(iter(found.values()))
+    return uncompiled(next(iter(found.values())))
 
 
 def decoder_layers(
-    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    layers: str | None = None,
 ) -> list[DecoderLayer]:
     """List the decoder layers of a model with the linears that are to be pruned.
 
     The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
-    looked for in the model's own decoder first. Every ``nn.Linear`` and ``transformers.Conv1D`` in them is prunable;
-    routers of mixtures of experts only when a target names them.
+    looked for in the model's own decoder first. Every ``nn.Linear`` and ``transformers.Conv1D`` in them is prunable,
+    and of fused experts (3-D parameters of transformers' experts interface) every expert's matrix. Routers of mixtures
+    of experts and linears with at most 4 inputs or outputs are pruned only when a target names them.
 
     Args:
         model: A causal language model of transformers.
         targets: Shell-style patterns over linear names; only linears that match one are pruned. A pattern matches the
-            full name (``"model.layers.0.*"``) or its end (``"q_proj"``). Default: all but routers.
+            full name (``"model.layers.0.*"``) or its end (``"q_proj"``). Default: all but routers and thin linears.
         ignore: Patterns in the same style of linears to leave alone.
+        layers: The name of the ``ModuleList`` of decoder layers, such as ``"model.layers"``, where the rule picks
+            another one.
 
     Returns:
         All decoder layers in order, also those in which nothing is pruned.
@@ -95,38 +85,39 @@ def decoder_layers(
         ValueError: If no decoder layers are found, their matrix weights are mostly not in linears, or a pattern
             matches nothing.
     """
-    prefix, modules = _layer_list(model)
-    linears = [
-        [
-            PrunableLinear(name, child)
-            for name, child in layer.named_modules(prefix=f"{prefix}.{i}")
-            if _is_linear(child)
-        ]
-        for i, layer in enumerate(modules)
-    ]
-    _check_coverage(prefix, modules, linears)
-    names = [linear.name for layer in linears for linear in layer]
+    prefix, modules = _layer_list(uncompiled(model), layers)
+    linears = {f"{prefix}.{i}": prunable_linears(layer, f"{prefix}.{i}") for i, layer in enumerate(modules)}
+    uncovered = _uncovered(modules, linears)
+    every = [linear for layer in linears.values() for linear in layer]
     for pattern in [*(targets or []), *(ignore or [])]:
-        if not any(_matches(name, pattern) for name in names):
-            examples = ", ".join(names[: len(linears[0])])
-            raise ValueError(
-                f"the pattern {pattern!r} matches no linear of the decoder; the first layer has {examples}"
-            )
+        check_pattern(pattern, every)
+    return [
+        _decide(name, module, found, uncovered[name], targets, ignore)
+        for (name, found), module in zip(linears.items(), modules, strict=True)
+    ]
 
-    def reason_to_leave(linear: PrunableLinear) -> str | None:
-        if any(_matches(linear.name, pattern) for pattern in ignore or []):
-            return "ignored"
-        if targets is None:
-            return "router" if linear.is_router else None
-        return None if any(_matches(linear.name, pattern) for pattern in targets) else "no target"
 
-    layers = []
-    for i, (module, layer) in enumerate(zip(modules, linears, strict=True)):
-        reasons = {linear.name: reason_to_leave(linear) for linear in layer}
-        wanted = [linear for linear in layer if reasons[linear.name] is None]
-        left_dense = {name: reason for name, reason in reasons.items() if reason is not None}
-        layers.append(DecoderLayer(f"{prefix}.{i}", module, wanted, left_dense))
-    return layers
+def coverage(layers: Iterable[DecoderLayer]) -> float:
+    """Measure the share of the matrix weights of decoder layers that is to be pruned, between 0 and 1.
+
+    Matrices are parameters with two or more dimensions; biases and adapters do not count.
+    """
+    pruned = total = 0
+    for layer in layers:
+        pruned += sum(linear.weight_OI.numel() for linear in layer.linears)
+        total += sum(parameter.numel() for parameter in matrix_parameters(layer.module, layer.name))
+    return pruned / max(1, total)
+
+
+def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:
+    """Refuse a pattern over names that matches none of some linears.
+
+    Raises:
+        ValueError: If it does not, with names that there are.
+    """
+    if not any(linear.matches(pattern) for linear in linears):
+        examples = list(dict.fromkeys(linear.name for linear in linears))[:12]
+        raise ValueError(f"the pattern {pattern!r} matches no linear of the decoder; among others it has {examples}")
 
 
 def max_sequence_length(model: nn.Module) -> int | None:
@@ -137,26 +128,53 @@ def max_sequence_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the original of what ``torch.compile`` returned, any other module as it is."""
+    original = model._modules.get("_orig_mod")
+    return model if original is None else original
+
+
 def _is_causal_lm(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module, "get_input_embeddings")
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers.pytorch_utils.Conv1D (GPT-2), recognised without importing transformers; its weight is (in, out).
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _decide(
+    name: str,
+    module: nn.Module,
+    linears: list[PrunableLinear],
+    uncovered: dict[str, nn.Parameter],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> DecoderLayer:
+    """Choose the linears of a layer that are to be pruned, and say of the other matrices why they are not."""
+
+    def reason_to_leave(linear: PrunableLinear) -> str | None:
+        if any(linear.matches(pattern) for pattern in ignore or []):
+            return "ignored"
+        if targets is not None:
+            return None if any(linear.matches(pattern) for pattern in targets) else "no target"
+        return "router" if linear.is_router else "thin" if linear.is_thin else None
+
+    reasons = {linear.name: reason_to_leave(linear) for linear in linears}
+    wanted = [linear for linear in linears if reasons[linear.name] is None]
+    left_dense = {linear: reason for linear, reason in reasons.items() if reason is not None}
+    left_dense |= {matrix: "router" if is_router(matrix) else "not in a linear" for matrix in uncovered}
+    return DecoderLayer(name, uncompiled(module), wanted, left_dense)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _layer_list(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:
     """Find the largest list of layers, in the model's own decoder first: an encoder's may be larger."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {m: name for name, m in own_modules(model) if isinstance(m, nn.ModuleList) and any(map(_has_linear, m))}
+    if path is not None:
+        for module, name in names.items():
+            if name == path:
+                return name, module
+        found = ", ".join(f"{name} ({len(module)})" for module, name in names.items()) or "none"
+        raise ValueError(f"{type(model).__name__} has no list of layers {path!r}; its lists with linears: {found}")
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
     for root in (decoder, model):
-        lists = [m for m in root.modules() if isinstance(m, nn.ModuleList)] if isinstance(root, nn.Module) else []
-        lists = [m for m in lists if len(m) and m in names and all(any(map(_is_linear, e.modules())) for e in m)]
+        inside = {m for _, m in own_modules(root)} if isinstance(root, nn.Module) else set()
+        lists = [m for m in names if m in inside and all(map(_has_linear, m))]
         if lists:
             largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
             return names[largest], largest
@@ -166,19 +184,28 @@ def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _check_coverage(prefix: str, layers: nn.ModuleList, linears: list[list[PrunableLinear]]) -> None:
-    """Refuse a decoder most of whose matrix weights lie outside linears: pruning it would do next to nothing."""
-    covered = {linear.weight for layer in linears for linear in layer}
-    matrices = {name: p for name, p in layers.named_parameters(prefix=prefix) if p.dim() >= 2}
-    outside = {name: p for name, p in matrices.items() if p not in covered}
-    share = sum(p.numel() for p in outside.values()) / max(1, sum(p.numel() for p in matrices.values()))
+def _has_linear(module: nn.Module) -> bool:
+    return any(is_linear(child) for _, child in own_modules(module))
+
+
+def _uncovered(modules: nn.ModuleList, linears: dict[str, list[PrunableLinear]]) -> dict[str, dict[str, nn.Parameter]]:
+    """Find the matrices of each layer that lie outside linears; refuse a decoder that consists of such.
+
+    Pruning it would do next to nothing, and say that it did.
+    """
+    total = 0
+    uncovered: dict[str, dict[str, nn.Parameter]] = {}
+    for module, (name, layer) in zip(modules, linears.items(), strict=True):
+        covered = {linear.weight for linear in layer}
+        matrices = matrix_parameters(module, name)
+        uncovered[name] = {matrix: p for p, matrix in matrices.items() if p not in covered}
+        total += sum(p.numel() for p in matrices)
+    outside = {name: p for layer in uncovered.values() for name, p in layer.items()}
+    share = sum(p.numel() for p in outside.values()) / max(1, total)
     if share > 0.5:
         largest = sorted(outside, key=lambda name: -outside[name].numel())[:3]
         raise ValueError(
             f"{share:.0%} of the decoder's matrix weights are not in linears and would stay dense; the largest: "
             + ", ".join(f"{name} {tuple(outside[name].shape)}" for name in largest)
         )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return uncovered

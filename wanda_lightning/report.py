@@ -31,6 +31,7 @@ class LinearReport:
         tokens: Calibration tokens that reached it; None for methods without calibration.
         error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
         error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
+        damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LinearReport:
     tokens: int | None = None
     error: float | None = None
     error_is_exact: bool = False
+    damping: float | None = None
 
 
 @dataclass
@@ -133,9 +135,10 @@ class PruningReport:
     def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         if self.evaluations:
             stages = list(self.evaluations)
-            metrics = list(dict.fromkeys(metric for stage in stages for metric in self.evaluations[stage]))
-            values = {(s, m): f"{self.evaluations[s][m]:.4g}" for s in stages for m in self.evaluations[s]}
-            yield ["evaluation", *stages], [[m, *(values.get((s, m), "") for s in stages)] for m in metrics]
+            values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
+            metrics = list(dict.fromkeys(metric for stage in stages for metric in values[stage]))
+            rows = [[metric, *(values[stage].get(metric, "") for stage in stages)] for metric in metrics]
+            yield ["evaluation", *stages], rows
         layers: dict[str, list[LinearReport]] = {}
         for row in self.linears:
             layers.setdefault(row.layer, []).append(row)
@@ -153,6 +156,16 @@ class PruningReport:
                 for name, rows in layers.items()
             ],
         )
+
+
+def with_errors(metrics: dict[str, float]) -> dict[str, str]:
+    """Write metrics for a table; one that comes with a standard error, ``<name>_stderr``, as ``0.41 ± 0.02``."""
+    errors = {name: f" ± {metrics[f'{name}_stderr']:.2g}" for name in metrics if f"{name}_stderr" in metrics}
+    return {
+        name: f"{value:.4g}" + errors.get(name, "")
+        for name, value in metrics.items()
+        if name.removesuffix("_stderr") not in errors or name in errors
+    }
 
 
 def whole_model_sparsity(model: nn.Module) -> float:

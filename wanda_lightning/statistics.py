@@ -161,6 +161,11 @@ class InputHessian(InputStatistic):
             self._factors[damping] = factorize(self.total, damping)  # its scale changes no solution
         return self._factors[damping]
 
+    @property
+    def damping(self) -> float | None:
+        """The damping that the factor took, more than asked for where that was not enough; None before."""
+        return max((factor.damping for factor in self._factors.values()), default=None)
+
     def output_energy(self, matrix_OI: Tensor) -> Tensor:
         """Compute the energy exactly, as the quadratic form of X^T X in each row of the matrix."""
         rows_OI = matrix_OI.to(self.total)
