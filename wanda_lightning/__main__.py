@@ -7,7 +7,7 @@ import warnings
 from wanda_lightning import __version__
 
 HELP = """\
-usage: wanda-lightning {prune,fit,validate,test} -c RECIPE [--option value ...]
+usage: wanda-lightning {prune,fit,validate,test,inspect} -c RECIPE [--option value ...]
 
 Prune a Hugging Face language model, and fine-tune it with its zeros kept.
 
@@ -15,6 +15,7 @@ Prune a Hugging Face language model, and fine-tune it with its zeros kept.
   fit        prune, evaluate, fine-tune with the zeros kept, evaluate, save
   validate   evaluate a model on the validation set
   test       evaluate a model on the test set
+  inspect    list what pruning a model would touch and take, without loading it
 
   wanda-lightning prune -c recipes/wanda.yaml --model.pretrained MODEL
   wanda-lightning prune --help           all options of a sub-command
@@ -40,11 +41,17 @@ def main() -> None:
 def _run() -> None:
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    from wanda_lightning.cli import run
     from wanda_lightning.messages import shortened
 
     try:
-        run()
+        if sys.argv[1] == "inspect":
+            from wanda_lightning.inspection import main as inspect
+
+            inspect(sys.argv[2:])
+        else:
+            from wanda_lightning.cli import run
+
+            run()
     except (ValueError, ConnectionError) as error:
         if os.environ.get("WANDA_LIGHTNING_DEBUG"):
             raise

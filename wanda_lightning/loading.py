@@ -10,7 +10,7 @@ import torch
 from wanda_lightning.saving import save_pretrained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,17 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
         )
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
+
+
+def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
+    """Load the config of a model and nothing else; see :func:`load_model`."""
+    from transformers import AutoConfig
+
+    folder = _folder(pretrained)
+    try:
+        return AutoConfig.from_pretrained(folder, **kwargs)
+    except OSError as error:
+        raise _not_found("config", pretrained, error) from error
 
 
 def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
