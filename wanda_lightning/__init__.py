@@ -15,7 +15,15 @@ _MODULES = {
     "pruner": ("prune_model",),
     "report": ("PruningReport",),
     "saving": ("save_pretrained",),
-    "callbacks": ("AblatePruning", "MagnitudePruning", "SparseFinetuning", "SparseGPTPruning", "WandaPruning"),
+    "callbacks": (
+        "AblatePruning",
+        "MagnitudePruning",
+        "SparseFinetuning",
+        "SparseGPTPruning",
+        "WandaPruning",
+        "ZeroShotEvaluation",
+    ),
+    "evaluation": ("evaluate_zero_shot",),
     "module": ("CausalLM",),
     "data": ("TextDataModule",),
     "trainer": ("PruningTrainer",),
@@ -30,8 +38,10 @@ if TYPE_CHECKING:
         SparseFinetuning,
         SparseGPTPruning,
         WandaPruning,
+        ZeroShotEvaluation,
     )
     from wanda_lightning.data import TextDataModule
+    from wanda_lightning.evaluation import evaluate_zero_shot
     from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
     from wanda_lightning.module import CausalLM
     from wanda_lightning.pruner import prune_model

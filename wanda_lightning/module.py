@@ -1,14 +1,16 @@
 """A Hugging Face causal language model as a LightningModule."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from wanda_lightning.distillation import Distillation, Teacher
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.loading import load_model, load_tokenizer
+from wanda_lightning.lora import LoraSettings, add_adapters, merge_masked
 
 
 class CausalLM(LightningModule):
@@ -20,8 +22,10 @@ class CausalLM(LightningModule):
         attn_implementation: Such as ``sdpa``, ``eager`` or ``flash_attention_2``. Default: transformers' choice.
         gradient_checkpointing: Trade time for memory in training.
         trust_remote_code: Run code that the model's author put on the hub.
-        optimizer: Optimizer of all parameters.
+        optimizer: Optimizer of all parameters, or of the adapters.
         lr_scheduler: Learning-rate scheduler, stepped after every optimizer step.
+        lora: Train low-rank adapters instead of the weights.
+        distillation: Learn from the dense model's predictions too.
         model_kwargs: More arguments of ``from_pretrained``.
     """
 
@@ -34,6 +38,8 @@ class CausalLM(LightningModule):
         trust_remote_code: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoraSettings | None = None,
+        distillation: Distillation | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -43,6 +49,8 @@ class CausalLM(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.lora = lora
+        self.distillation = distillation
         self.model_kwargs = {
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
@@ -51,13 +59,17 @@ class CausalLM(LightningModule):
         }
         self.model: Any = None
         self.tokenizer: Any = None
-        self.perplexity = Perplexity()
+        self.perplexities = torch.nn.ModuleList([Perplexity()])  # one an evaluation set
+        self.teacher: Teacher | None = None
+        self.merged = False
 
     def configure_model(self) -> None:
         """Load the model; called by the Trainer before every run."""
         if self.model is None:
             self.tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
             self.model = load_model(self.pretrained, **self.model_kwargs).train()
+            if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
+                add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
 
@@ -65,19 +77,33 @@ class CausalLM(LightningModule):
         """Call the model, without a cache."""
         return self.model(**inputs, use_cache=False)
 
+    def on_fit_start(self) -> None:
+        """Make the metrics anew: what ``validate`` leaves are inference tensors, which nothing can be added to here."""
+        for metric in self.modules():
+            if isinstance(metric, Perplexity):
+                metric.reset()
+
+    def on_train_start(self) -> None:
+        """Load the teacher, if there is one."""
+        if self.distillation is not None and self.teacher is None:
+            self.teacher = Teacher(load_model(self.distillation.teacher or self.pretrained, **self.model_kwargs))
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean cross-entropy of the next token."""
-        loss = self(**batch, labels=_labels(batch)).loss
+        """Return the mean cross-entropy of the next token, or what distillation makes of it."""
+        if self.distillation is not None and self.teacher is not None:
+            loss = self.distillation.loss(self(**batch).logits, self.teacher.logits(batch), _labels(batch))
+        else:
+            loss = self(**batch, labels=_labels(batch)).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to ``val/perplexity``."""
-        self._evaluate(batch, "val/perplexity")
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to ``val/perplexity``; of several sets, to ``val/perplexity/<name>``."""
+        self._evaluate(batch, "val/perplexity", dataloader_idx)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Add a batch to ``test/perplexity``."""
-        self._evaluate(batch, "test/perplexity")
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to ``test/perplexity``; of several sets, to ``test/perplexity/<name>``."""
+        self._evaluate(batch, "test/perplexity", dataloader_idx)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler that were asked for."""
@@ -87,9 +113,32 @@ class CausalLM(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _evaluate(self, batch: dict[str, Tensor], name: str) -> None:
-        self.perplexity.update(self(**batch).logits, _labels(batch))
-        self.log(name, self.perplexity, on_step=False, on_epoch=True, prog_bar=True)
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights that are not zero, for good: (W + B A) * M."""
+        merge_masked(self.model)
+        self.merged = True
+
+    def _evaluate(self, batch: dict[str, Tensor], name: str, index: int) -> None:
+        while len(self.perplexities) <= index:
+            self.perplexities.append(Perplexity().to(self.device))
+        metric = cast(Perplexity, self.perplexities[index])
+        metric.update(self(**batch).logits, _labels(batch))
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
+        own = names[index] if names else str(index) if _number_of_sets(self.trainer) > 1 else ""
+        self.log(
+            f"{name}/{own}" if own else name,
+            metric,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            add_dataloader_idx=False,
+            metric_attribute=f"perplexities.{index}",
+        )
+
+
+def _number_of_sets(trainer: Any) -> int:
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    return len(batches) if isinstance(batches, list) else 1
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

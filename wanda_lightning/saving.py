@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wanda_lightning.lora import has_adapters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +29,13 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
     Raises:
         RuntimeError: If what was written does not load as the same weights.
+        ValueError: If the model has adapters, which are not part of its weights.
     """
+    if has_adapters(model):
+        raise ValueError(
+            "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
+            "model with PruningTrainer.save_pretrained, or merge under the mask with wanda_lightning.lora.merge_masked"
+        )
     folder = Path(folder).expanduser().resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

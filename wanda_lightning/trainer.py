@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.callbacks import PruningCallback, SparseFinetuning
 from wanda_lightning.decoder import causal_lm
+from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
 from wanda_lightning.report import PruningReport
 from wanda_lightning.saving import save_pretrained
 
@@ -30,6 +31,8 @@ class PruningTrainer(Trainer):
     ) -> PruningReport:
         """Prunes once, evaluates before and after, and saves the model; no training.
 
+        A gradual schedule has nothing to prune before training: then this only evaluates, and refuses to save.
+
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
             datamodule: Has ``calibration_dataloader()``, and ``val_dataloader()`` to evaluate with.
@@ -40,13 +43,17 @@ class PruningTrainer(Trainer):
             The report of the pruning callback.
 
         Raises:
-            ValueError: If the Trainer has no pruning callback.
+            ValueError: If the Trainer has no pruning callback, or one that prunes during training.
         """
         callback = self.pruning_callback
         if callback is None:
             raise ValueError("nothing to prune with: give the Trainer a pruning callback such as WandaPruning")
+        if callback.schedule is not None and save:
+            raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
         if evaluate:
             self.validate(model, datamodule=datamodule, verbose=False)
+        if callback.schedule is not None:
+            return PruningReport(str(callback.method), str(callback.pattern), callback.pattern.sparsity)
         with self._no_training():
             self.fit(model, datamodule=datamodule)
         if evaluate:
@@ -57,11 +64,40 @@ class PruningTrainer(Trainer):
         return callback.report
 
     def save_pretrained(self, model: LightningModule) -> None:
-        """Save the module's language model and tokenizer to ``model/`` in the ``log_dir``, for ``from_pretrained``."""
-        folder = Path(self.log_dir or self.default_root_dir) / "model"
+        """Save the module's language model and tokenizer to ``model/`` in the ``log_dir``, for ``from_pretrained``.
+
+        Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``
+        says so, merged under the masks. A merged model is evaluated too if the trained one was.
+
+        Args:
+            model: A LightningModule that holds a Hugging Face causal language model.
+
+        Raises:
+            RuntimeError: If weights that were zero in training no longer are.
+            ValueError: If adapters have been merged in another way.
+        """
+        for callback in cast(Any, self).callbacks:
+            if isinstance(callback, SparseFinetuning):
+                callback.check()
+        if getattr(getattr(model, "lora", None), "merge", "none") == "masked":
+            self._merge(cast(Any, model))
+        folder = Path(self.log_dir or self.default_root_dir)
+        language_model: Any = causal_lm(model)
         if self.is_global_zero:
-            save_pretrained(causal_lm(model), getattr(model, "tokenizer", None), folder)
+            tokenizer = getattr(model, "tokenizer", None)
+            with without_adapters(language_model) as plain:
+                save_pretrained(cast(Any, plain), tokenizer, folder / "model")
+            if has_adapters(language_model):
+                save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
         self.strategy.barrier("save_pretrained")
+
+    def _merge(self, model: Any) -> None:
+        if model.merged:
+            return
+        model.merge_adapters()
+        callback, datamodule = self.pruning_callback, getattr(self, "datamodule", None)
+        if callback is not None and "fine-tuned" in callback.evaluations and datamodule is not None:
+            self.validate(model, datamodule=datamodule, verbose=False)
 
     @contextmanager
     def _no_training(self) -> Iterator[None]:

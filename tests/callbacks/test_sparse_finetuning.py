@@ -1,11 +1,25 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import tiny_llama
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins import MixedPrecision
 from test_pruning import SomebodysModule, batches, sparsities, trainer
 
-from wanda_lightning.callbacks import SparseFinetuning
+from wanda_lightning.callbacks import SparseFinetuning, WandaPruning
 from wanda_lightning.methods import Magnitude
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.sparsity import SemiStructured, Unstructured
+from wanda_lightning.trainer import PruningTrainer
 
 
 def pruned_module(**settings):
@@ -76,3 +90,171 @@ def test_hooks_are_gone_afterwards(tmp_path):
     run.fit(module, batches())
     optimizer = run.optimizers[0]
     assert not optimizer._optimizer_step_post_hooks
+
+
+def late_average(step: int):
+    """An average that starts late: until then it holds what the module was before it was pruned."""
+    return EMAWeightAveraging(decay=0.5, update_starting_at_step=step)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: WeightAveraging(),
+        lambda: late_average(5),
+        lambda: late_average(100),  # never
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    ],
+    ids=["ema", "average", "late", "never", "swa"],
+)
+def test_averaged_weights_keep_the_zeros(tmp_path, average, first):
+    module, validated = SomebodysModule(), []
+
+    class Watched(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            validated.append(sparsities(pl_module))
+
+    callbacks = [average(), WandaPruning(sparsity=0.5)]
+    checkpoints = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    settings = {"max_steps": -1, "max_epochs": 3, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    run = trainer(tmp_path, *(callbacks if first else callbacks[::-1]), checkpoints, Watched(), **settings)
+    run.fit(module, batches(), batches(2))
+    assert sparsities(module) == {0.5}
+    assert validated == [{0.5}] * 3
+    saved = torch.load(checkpoints.best_model_path, weights_only=True)["state_dict"]
+    fresh = SomebodysModule()
+    fresh.load_state_dict(saved)
+    assert sparsities(fresh) == {0.5}
+
+
+def test_an_average_of_nothing_is_told(tmp_path, caplog):
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    run = trainer(tmp_path, swa, WandaPruning(sparsity=0.5), max_steps=-1, max_epochs=2)
+    run.fit(SomebodysModule(lazy=True), batches())
+    assert "averages nothing" in caplog.text
+
+
+def test_gradient_checkpointing(tmp_path):
+    plain, module = pruned_module(), pruned_module()
+    module.net.gradient_checkpointing_enable()
+    module.net.train()
+    plain.net.train()
+    for each in (plain, module):
+        trainer(tmp_path, SparseFinetuning()).fit(each, batches())
+    assert sparsities(module) == {0.5}
+    assert module.net.is_gradient_checkpointing
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_model(tmp_path, whole):
+    module = SomebodysModule()
+    if whole:
+        module.net = torch.compile(module.net, backend="eager")
+    else:
+        for index, layer in enumerate(module.net.model.layers):
+            module.net.model.layers[index] = torch.compile(layer, backend="eager")
+    trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, batches())
+    linears = [m for n, m in module.net.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    assert {(m.weight == 0).float().mean().item() for m in linears} == {0.5}
+
+
+def test_float16_with_a_gradient_scaler(tmp_path):
+    """Lightning turns 16-mixed into bf16-mixed on a CPU unless the plugin is given."""
+
+    class Watched(SomebodysModule):
+        def on_before_optimizer_step(self, optimizer):
+            scales.append(scaler.get_scale())
+
+    scales, module = [], Watched()
+    before = [p.clone() for p in module.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows: the first steps are skipped
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    trainer(tmp_path, WandaPruning(sparsity=0.5), plugins=[precision], max_steps=40, max_epochs=-1).fit(
+        module, batches()
+    )
+    assert sparsities(module) == {0.5}
+    assert scales[0] == 2.0**40
+    assert scales[-1] < scales[0]
+    assert not all(map(torch.equal, module.parameters(), before))
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_steps_of_the_bare_optimizer_keep_the_zeros_too(tmp_path):
+    class Manual(SomebodysModule):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.net(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    module = Manual(automatic=False)
+    before = tiny_llama(layers=2)
+    trainer(tmp_path, WandaPruning(sparsity=0.5), max_steps=-1, max_epochs=1).fit(module, batches())
+    assert sparsities(module) == {0.5}
+    assert not torch.equal(module.net.lm_head.weight, before.lm_head.weight)
+
+
+def test_no_checkpoint_without_the_zeros_is_written(tmp_path):
+    class Meddler(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                pl_module.net.model.layers[0].mlp.down_proj.weight.add_(1.0)
+
+    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1)
+    run = trainer(tmp_path, SparseFinetuning(), Meddler(), checkpoints, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match=r"no longer zero \(model\.layers\.0\.mlp\.down_proj"):
+        run.fit(pruned_module(), batches())
+    assert run.global_step == 1
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_no_model_without_the_zeros_is_saved(tmp_path):
+    module = SomebodysModule()
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    run.fit(module, batches())
+    with torch.no_grad():
+        module.net.model.layers[1].self_attn.v_proj.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"no longer zero \(model\.layers\.1\.self_attn\.v_proj"):
+        run.save_pretrained(module)
+    assert not (tmp_path / "model").exists()
+
+
+def test_resuming_takes_up_the_masks_as_they_were(tmp_path):
+    module, callback = SomebodysModule(), WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback)
+    run.fit(module, batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed, second = SomebodysModule(), WandaPruning(sparsity=0.5)
+    trainer(tmp_path, second, max_steps=4).fit(resumed, batches(), ckpt_path=tmp_path / "run.ckpt")
+    before, after = ({name: mask for name, _, mask in c._masks.masks} for c in (callback, second))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_processes_keep_the_zeros(tmp_path):
+    """DDP with gloo: what comes back has the zeros of the pruned model, and is trained."""
+    module = pruned_module()
+    zeros = [weight == 0 for weight in module.net.parameters()]
+    before = [weight.clone() for weight in module.net.parameters()]
+    settings = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    trainer(tmp_path, SparseFinetuning(), **settings).fit(module, batches())
+    assert all(not weight[zero].any() for weight, zero in zip(module.net.parameters(), zeros, strict=True))
+    assert sparsities(module) == {0.5}
+    assert not any(map(torch.equal, module.net.parameters(), before))
+
+
+@pytest.mark.slow
+def test_sharded_weights_keep_the_zeros(tmp_path):
+    """FSDP2 on a CPU: two processes, started by Lightning from a script of its own."""
+    script = Path(__file__).parent / "sharded.py"
+    out = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert "sparsities {0.5}, trained True" in out.stdout

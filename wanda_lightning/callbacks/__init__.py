@@ -3,6 +3,7 @@
 from wanda_lightning.callbacks.methods import AblatePruning, MagnitudePruning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
+from wanda_lightning.callbacks.zero_shot import ZeroShotEvaluation
 
 __all__ = [
     "AblatePruning",
@@ -11,4 +12,5 @@ __all__ = [
     "SparseFinetuning",
     "SparseGPTPruning",
     "WandaPruning",
+    "ZeroShotEvaluation",
 ]

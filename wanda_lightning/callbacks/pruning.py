@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
-from wanda_lightning.decoder import causal_lm
+from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.methods import PruningMethod
+from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.report import PruningReport
-from wanda_lightning.sparsity import parse_pattern, sparsity_of
+from wanda_lightning.schedule import Gradual
+from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern, sparsity_of
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,13 @@ class PruningCallback(SparseFinetuning):
     dataloader. The zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``,
     holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
 
+    A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
+    report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
+    for, it is not pruned again: the zeros are kept, and the report says that they were found. Where more is asked for,
+    it is pruned further: zeros score lowest, so they go first.
+
+    With a schedule the model is pruned in several steps while it trains, each time with new statistics.
+
     Args:
         method: The pruning method.
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
@@ -37,6 +48,7 @@ class PruningCallback(SparseFinetuning):
         ignore: Patterns of linears to leave dense.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
+        schedule: Prune gradually during training rather than once before it; unstructured patterns only.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -51,6 +63,7 @@ class PruningCallback(SparseFinetuning):
         ignore: list[str] | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
+        schedule: Gradual | None = None,
     ) -> None:
         super().__init__()
         self.method = method
@@ -58,6 +71,9 @@ class PruningCallback(SparseFinetuning):
         self.method.check(self.pattern)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if schedule is not None:
+            _check_schedule(schedule, method, self.pattern)
+        self.schedule = schedule
         self.targets = targets
         self.ignore = ignore
         self.num_samples = num_samples
@@ -65,6 +81,7 @@ class PruningCallback(SparseFinetuning):
         self.report: PruningReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
         self._trained = False
+        self._pruned_at = -1  # the step of the schedule that was carried out last
 
     @property
     def state_key(self) -> str:
@@ -74,6 +91,8 @@ class PruningCallback(SparseFinetuning):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, unless the strategy restores checkpoints only after this hook: then when training starts."""
         trains = trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps)
+        if self.schedule is not None and not trains:
+            raise ValueError("a gradual schedule prunes while a model trains, and this run has no training steps")
         if not (trainer.strategy.restore_checkpoint_after_setup and trains):
             self.prune(trainer, pl_module)
 
@@ -81,33 +100,95 @@ class PruningCallback(SparseFinetuning):
         """Prune if that has not happened yet; keep the zeros from here on."""
         self.prune(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
+        if self.schedule is not None:
+            steps = trainer.estimated_stepping_batches  # of modules that step by themselves it cannot know
+            if pl_module.automatic_optimization and steps < self.schedule.end:
+                raise ValueError(f"the gradual schedule ends at step {self.schedule.end}, training at step {steps:g}")
+            self._prune_gradually(trainer, pl_module)
 
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune the module's model, once; a second call does nothing."""
+        """Prune the module's model, once; a second call does nothing, and a schedule prunes later."""
         if self.report is not None:
             return
+        model = causal_lm(pl_module)
+        refuse_sharded(model)
+        if self.schedule is not None:
+            return
+        found, met = report_as_found(model, self.method, self.pattern, self.targets, self.ignore)
+        if met or found.sparsity >= NOTABLE:
+            log.warning(
+                "the model was pruned before: %.2f %% of the weights are zero, %.2f %% are asked for: %s",
+                100 * found.sparsity,
+                100 * self.pattern.sparsity,
+                "it is not pruned again" if met else "it is pruned further",
+            )
+            if "dense" in self.evaluations:
+                self.evaluations["as loaded"] = self.evaluations.pop("dense")
+        if met:
+            self.report = found
+            self._publish(trainer)
+        else:
+            self._prune_to(self.pattern, trainer, pl_module)
+
+    def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep from here on the zeros that the decoder's linears have now, unless the schedule lets them grow back."""
+        self._masks = None
+        if self.schedule is None or not self.schedule.regrow or self._pruned_at >= self.schedule.end:
+            super().keep_zeros(trainer, pl_module)
+
+    def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune if the schedule says so at this step; a step that was passed over is made up for."""
+        due = self.schedule.last_due(trainer.global_step) if self.schedule is not None else None
+        if self.schedule is None or due is None or due <= self._pruned_at:
+            return
+        self._pruned_at = due
+        if sparsity := self.schedule.sparsity(due, self.pattern.sparsity):
+            self._prune_to(Unstructured(sparsity), trainer, pl_module)
+            self.check()  # whatever the method: what was pruned before must have stayed so
+            self.keep_zeros(trainer, pl_module)
+
+    def _prune_to(self, pattern: Pattern, trainer: Trainer, pl_module: LightningModule) -> None:
         model = causal_lm(pl_module)
         with isolate_rng(), trainer.precision_plugin.forward_context():
             self.report = prune_model(
                 model,
                 self._calibration_batches(trainer) if self.method.statistic else None,
                 self.method,
-                self.pattern,
+                pattern,
                 targets=self.targets,
                 ignore=self.ignore,
                 sum_over_ranks=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
                 progress=_progress_bar if trainer.progress_bar_callback and trainer.is_global_zero else None,
             )
-        self.report.evaluations = self.evaluations
         describe = getattr(_datamodule(trainer), "describe", None)
         self.report.calibration |= describe() if describe else {}
+        self._publish(trainer)
+
+    def _publish(self, trainer: Trainer) -> None:
+        """Bring a new report to the loggers and to its folder."""
+        assert self.report is not None
+        self.report.linears = [replace(row, name=_plain(row.name)) for row in self.report.linears]
+        self.report.evaluations = self.evaluations
         for logger in trainer.loggers:
             logger.log_metrics({"sparsity": self.report.sparsity}, step=trainer.global_step)
         self._write_report(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Remember that the weights are no longer as they were pruned."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Remember that the weights are no longer as they were pruned; prune more if the schedule says so."""
         self._trained = True
+        self._prune_gradually(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make sure that every zero was kept, and say so if the schedule is not through."""
+        super().on_train_end(trainer, pl_module)
+        if self.schedule is not None and self._pruned_at < self.schedule.end:
+            log.warning(
+                "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
+                trainer.global_step,
+                self.schedule.end,
+                100 * self._measured_sparsity(pl_module),
+                100 * self.pattern.sparsity,
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity of the linears that were pruned, 0 before that."""
@@ -117,18 +198,25 @@ class PruningCallback(SparseFinetuning):
         """Put the metrics of ``trainer.validate`` into the report, under the stage that the weights are in."""
         if trainer.state.fn == "validate":
             stage = "dense" if self.report is None else "fine-tuned" if self._trained else "pruned"
+            stage = "merged" if getattr(pl_module, "merged", False) else stage  # with adapters: see CausalLM.lora
             self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._write_report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know: that the weights are pruned, and the report."""
         report = self.report.to_dict() if self.report else None
-        return {"report": report, "evaluations": self.evaluations, "trained": self._trained}
+        return {
+            "report": report,
+            "evaluations": self.evaluations,
+            "trained": self._trained,
+            "pruned_at": self._pruned_at,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the state of the run that wrote the checkpoint."""
         self.evaluations = state_dict["evaluations"]
         self._trained = state_dict["trained"]
+        self._pruned_at = state_dict["pruned_at"]
         if state_dict["report"]:
             self.report = PruningReport.from_dict(state_dict["report"])
             self.report.evaluations = self.evaluations
@@ -145,8 +233,9 @@ class PruningCallback(SparseFinetuning):
     def _measured_sparsity(self, pl_module: LightningModule) -> float:
         if self.report is None:
             return 0.0
-        modules = dict(causal_lm(pl_module).named_modules())
-        weights = [cast(Any, modules[row.name]).weight for row in self.report.linears]
+        pruned = {row.name for row in self.report.linears}
+        layers = decoder_layers(causal_lm(pl_module), targets=["*"])
+        weights = [linear.weight_OI for layer in layers for linear in layer.linears if _plain(linear.name) in pruned]
         zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
         return zeros / sum(weight.numel() for weight in weights)
 
@@ -164,6 +253,24 @@ def _first_sequences(batches: Iterable[Any], count: int) -> Iterator[Any]:
         yield batch
         ids = batch["input_ids"] if isinstance(batch, dict) else batch
         count -= len(ids) if isinstance(ids, torch.Tensor) else len(ids[0])
+
+
+def _check_schedule(schedule: Gradual, method: PruningMethod, pattern: Pattern) -> None:
+    if not isinstance(pattern, Unstructured):
+        raise ValueError(f"a gradual schedule prunes unstructured patterns only, got {pattern}: leave schedule out")
+    if schedule.initial > pattern.sparsity:
+        raise ValueError(f"the schedule starts at sparsity {schedule.initial}, above the final {pattern.sparsity}")
+    updates_first = isinstance(method, SecondOrderMethod) and getattr(method, "schedule", None) != "sequential"
+    if updates_first and not schedule.regrow:
+        raise ValueError(
+            f"{method} updates weights before it chooses among them, so weights that were pruned may come back: use "
+            "regrow=True in the schedule, or a method that chooses first, such as Wanda or a sequential Ablate"
+        )
+
+
+def _plain(name: str) -> str:
+    """Return the name that a linear has without adapters around it."""
+    return name.removesuffix(".base_layer")
 
 
 def _datamodule(trainer: Trainer) -> Any:

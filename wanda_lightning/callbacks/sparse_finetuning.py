@@ -1,12 +1,17 @@
 """Fine-tuning that keeps the zeros of a pruned model."""
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.masks import WeightMasks
+
+log = logging.getLogger(__name__)
 
 
 class SparseFinetuning(Callback):
@@ -14,10 +19,15 @@ class SparseFinetuning(Callback):
 
     Gradients of pruned weights are dropped before clipping, and the weights are zeroed after every optimizer step.
     The masks are taken from the zeros of the decoder's linears when training starts, after a checkpoint is restored.
-    The pruning callbacks do this by themselves; use this one to fine-tune a model that was pruned before.
+    Averages that Lightning's weight averaging callbacks keep are held to the same zeros. The pruning callbacks do all
+    this by themselves; use this one to fine-tune a model that was pruned before.
+
+    Works with DDP, and with FSDP2 (``ModelParallelStrategy`` and ``fully_shard``), where each process masks the shard
+    it holds; the pruning itself needs whole weights. Lightning's older ``FSDPStrategy``, which flattens weights, and
+    DeepSpeed are not tested.
 
     Raises:
-        RuntimeError: At the end of training, if a pruned weight is not zero.
+        RuntimeError: When a checkpoint is saved or at the end of training, if a pruned weight is not zero.
 
     Example::
 
@@ -30,25 +40,64 @@ class SparseFinetuning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Derive the masks; by now every strategy has restored its checkpoint."""
-        layers = decoder_layers(causal_lm(pl_module), targets=["*"])
-        self._masks = WeightMasks({linear.name: linear.weight for layer in layers for linear in layer.linears})
+        self.keep_zeros(trainer, pl_module)
         self._hooks = [
-            optimizer.register_step_post_hook(lambda *_, masks=self._masks: masks.mask_weights())
-            for optimizer in trainer.optimizers
+            optimizer.register_step_post_hook(lambda *_: self._mask_weights()) for optimizer in trainer.optimizers
         ]
+
+    def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep from here on the zeros that the decoder's linears have now."""
+        layers = decoder_layers(causal_lm(pl_module), targets=["*"])
+        self._masks = WeightMasks(
+            {linear.parameter_name: linear.weight for layer in layers for linear in layer.linears}
+        )
+        names = dict(pl_module.named_parameters())
+        for average in _averages(trainer):
+            if not (copies := dict(average.named_parameters())):
+                log.warning("a weight averaging callback averages nothing: it copied a module that had no model yet")
+            self._masks.mask_copies({names[name]: copy for name, copy in copies.items() if name in names})
+
+    def check(self) -> None:
+        """Make sure that all zeros are where they were when training started, during training and after it.
+
+        Raises:
+            RuntimeError: If one is not, with the names of the linears.
+        """
+        if self._masks is not None:
+            self._masks.check()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of pruned weights: after accumulation and all-reduce, before clipping."""
         if self._masks is not None:
             self._masks.mask_gradients()
 
+    def _mask_weights(self) -> None:
+        if self._masks is not None:
+            self._masks.mask_weights()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make sure that no checkpoint of a model that lost its zeros is written."""
+        self.check()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that every zero was kept."""
-        if self._masks is not None:
-            self._masks.check()
+        self.check()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again: other callbacks may have put averaged weights in place when training ended."""
+        self.check()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks, also after an interrupted run."""
+        """Remove the hooks, also after an interrupted run; the masks stay, for checks of what is saved later."""
         for hook in self._hooks:
             hook.remove()
-        self._masks, self._hooks = None, []
+        self._hooks = []
+
+
+def _averages(trainer: Trainer) -> Iterator[nn.Module]:
+    """Find the copies of the module that weight averaging callbacks keep, which they made before it was pruned."""
+    for callback in getattr(trainer, "callbacks", []):
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            # torch's AveragedModel wraps its copy, Lightning's StochasticWeightAveraging holds it as it is.
+            yield average if isinstance(average, LightningModule) else getattr(average, "module", average)

@@ -1,0 +1,71 @@
+"""What a model has been pruned to before, such as one loaded from a folder that pruning wrote."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.methods import PruningMethod
+from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
+from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
+
+NOTABLE = 0.05
+"""Weights are zero by chance too: quantisation makes some. From this fraction on, somebody pruned them."""
+
+
+@torch.no_grad()
+def report_as_found(
+    model: nn.Module,
+    method: PruningMethod,
+    pattern: Pattern,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> tuple[PruningReport, bool]:
+    """Measure the linears that are to be pruned.
+
+    Args:
+        model: A causal language model of transformers.
+        method: What they are to be pruned with.
+        pattern: What they are to be pruned to.
+        targets: As of :func:`wanda_lightning.prune_model`.
+        ignore: As of :func:`wanda_lightning.prune_model`.
+
+    Returns:
+        A report of the linears as they are, which says in its ``method`` that they were pruned before, and whether
+        every one of them has the zeros that the pattern asks for.
+    """
+    report = PruningReport(f"already pruned, not by this run's {method}", str(pattern), pattern.sparsity)
+    met = pattern.sparsity > 0
+    for layer in decoder_layers(model, targets, ignore):
+        report.not_pruned |= layer.left_dense
+        for linear in layer.linears:
+            weight_OI = linear.weight_OI
+            if weight_OI.is_meta:  # pruning will refuse it
+                return report, False
+            shape = (weight_OI.shape[0], weight_OI.shape[1])
+            report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity_of(weight_OI), 0.0))
+            met = met and _has_zeros_of(weight_OI, pattern, method.tolerance(shape))
+    report.whole_model_sparsity = whole_model_sparsity(model)
+    return report, met and bool(report.linears)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights of which every process holds a part only.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    if sharded := [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]:
+        raise ValueError(
+            f"{len(sharded)} weights are sharded over processes ({sharded[0]}, ...), and pruning needs them whole: "
+            "prune on one device or with DDP, save, and fine-tune the saved model sharded, with SparseFinetuning"
+        )
+
+
+def _has_zeros_of(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> bool:
+    if not isinstance(pattern, SemiStructured):
+        return sparsity_of(weight_OI) >= pattern.sparsity - tolerance
+    if weight_OI.shape[1] % pattern.m:
+        return False
+    return bool(((weight_OI != 0).reshape(-1, pattern.m).sum(-1) <= pattern.n).all())

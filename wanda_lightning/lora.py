@@ -1,0 +1,163 @@
+"""Low-rank adapters on a pruned model, and merging them without losing its zeros; needs peft, the extra ``[lora]``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+Merge = Literal["none", "masked"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Train low-rank adapters B A beside frozen weights W (LoRA, Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    The defaults are the set-up of the Wanda paper (Sun et al. 2023, arXiv:2306.11695, section 5).
+
+    Args:
+        rank: Rank r of B A, >= 1.
+        alpha: B A is scaled by alpha / r.
+        dropout: Of the adapters' inputs while training, in [0, 1).
+        target_modules: Names of the linears that get an adapter.
+        merge: What is saved after training: ``"none"`` the pruned model and the adapter, in folders of their own;
+            ``"masked"`` one model, whose weights are (W + B A) * M with M = 1 where W is not zero. B A has no zeros, so
+            a merge without M would undo the pruning, and is not offered.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    merge: Merge = "none"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.merge not in get_args(Merge):
+            raise ValueError(
+                f"merge must be none (the adapter is saved alone) or masked ((W + B A) * M), got {self.merge!r}: any "
+                "other merge would fill the zeros of the pruned weights"
+            )
+
+
+def add_adapters(model: nn.Module, settings: LoraSettings) -> None:
+    """Freeze a model of transformers and give it adapters that are trained; its outputs do not change yet.
+
+    Args:
+        model: The model; changed in place.
+        settings: Which adapters.
+
+    Raises:
+        ImportError: If peft is not installed.
+        ValueError: If no linear has one of the names.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install 'wanda-lightning[lora]'") from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    cast(Any, model).add_adapter(config)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether some layer of a model has an adapter around it."""
+    return any(True for _ in _adapter_layers(model))
+
+
+@torch.no_grad()
+def merge_masked(model: nn.Module) -> None:
+    """Add adapters to the weights that are not zero, W := (W + B A) * M with M = (W != 0), and remove them.
+
+    Args:
+        model: A model of transformers with adapters; changed in place.
+
+    Raises:
+        ValueError: If an adapter has been merged already, with the weights' zeros filled.
+    """
+    _refuse_merged(model)
+    for _, _, layer in list(_adapter_layers(model)):
+        kept = layer.base_layer.weight != 0
+        layer.merge()
+        layer.base_layer.weight.mul_(kept)
+    _unwrap(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)  # an ordinary model again
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Take the adapters out of a model for a while.
+
+    Args:
+        model: A model of transformers with adapters, or peft's wrapper of one.
+
+    Yields:
+        The model under the adapters, with the names that it had before.
+
+    Raises:
+        ValueError: If the adapters are merged into the weights.
+    """
+    _refuse_merged(model)
+    inner = cast(Any, model)
+    inner = inner.get_base_model() if hasattr(model, "get_base_model") else inner
+    wrapped, flag = _unwrap(inner), inner.__dict__.pop("_hf_peft_config_loaded", None)
+    try:
+        yield inner
+    finally:
+        for parent, name, layer in wrapped:
+            setattr(parent, name, layer)
+        if flag is not None:
+            inner._hf_peft_config_loaded = flag
+
+
+def save_adapter(model: nn.Module, folder: Path, base: Path) -> None:
+    """Write the adapter of a model in peft's format.
+
+    Args:
+        model: The model with its adapter.
+        folder: Where it goes.
+        base: Folder of the pruned model that it belongs to: with the model it was made from, the zeros would be lost.
+    """
+    adapted = cast(Any, model)
+    for config in adapted.peft_config.values():
+        config.base_model_name_or_path = str(base)
+    adapted.save_pretrained(folder)
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield layers with an adapter around them: the module that holds each, its name there, and the layer."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and "base_layer" in child._modules:
+                yield parent, name, child
+
+
+def _unwrap(model: Any) -> list[tuple[nn.Module, str, Any]]:
+    """Put layers back where adapters are around them."""
+    wrapped = list(_adapter_layers(model))
+    for parent, name, layer in wrapped:
+        setattr(parent, name, layer.base_layer)
+    return wrapped
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    if any(layer.merged for _, _, layer in _adapter_layers(model)):
+        raise ValueError(
+            "adapters have been merged into the pruned weights, and filled their zeros: unmerge them, then save the "
+            "adapter alone (LoraSettings(merge='none')) or merge under the mask (merge='masked')"
+        )
