@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.data.evaluation_sets import evaluation_rows
 from wanda_lightning.data.sources import open_source
 
 LENGTH = 32
@@ -245,3 +246,62 @@ def test_the_command_line_takes_names_and_documents_everything():
     assert (config.data.tokenizer, config.data.source, config.data.sequence_length) == ("X", "a b.txt", 512)
     undocumented = [action.dest for action in parser._actions if action.dest.startswith("data.") and not action.help]
     assert undocumented == []
+
+
+def test_several_evaluation_sets(tokenizer, files):
+    one, other = map(str, files)
+    settings = {"tokenizer": tokenizer, "sequence_length": LENGTH, "max_evaluation_windows": 3}
+    data = TextDataModule(
+        evaluation={"sheep": one, "goats": other}, evaluate_calibration=True, num_samples=2, **settings
+    )
+    assert data.evaluation_names == ["sheep", "goats", "calibration"]
+    sheep, goats, calibration = map(stack, data.val_dataloader())
+    assert torch.equal(sheep.flatten(), tokens_of(tokenizer, files[0].read_text())[: 3 * LENGTH])
+    assert torch.equal(goats.flatten(), tokens_of(tokenizer, files[1].read_text())[: 3 * LENGTH])
+    assert torch.equal(calibration, stack(data.calibration_dataloader()))
+    assert data.describe()["evaluation"] == f"{one}, {other}"
+
+    named = TextDataModule(evaluation=[one, "builtin"], **settings)
+    assert named.evaluation_names == ["calibration text", "builtin"]
+    alone = TextDataModule(**settings)  # the source among its own evaluation sets is divided all the same
+    assert torch.equal(stack(named.val_dataloader()[1]), stack(alone.val_dataloader()))
+    assert torch.equal(stack(named.calibration_dataloader()), stack(alone.calibration_dataloader()))
+    assert alone.evaluation_names == [""]
+    assert TextDataModule(evaluation=["a/wikitext2", "c4"]).evaluation_names == ["wikitext2", "c4"]
+    with pytest.raises(ValueError, match="two of the evaluation sets have one name"):
+        TextDataModule(evaluation=["a/c4", "c4"])
+    with pytest.raises(ValueError, match="evaluation names no source"):
+        TextDataModule(evaluation=[])
+    with pytest.raises(ValueError, match="cannot be named 'calibration'"):
+        TextDataModule(evaluation={"calibration": one}, evaluate_calibration=True)
+
+
+def test_the_last_shorter_window(tokenizer, files):
+    tokens = tokens_of(tokenizer, files[1].read_text())
+    full, short = divmod(len(tokens), LENGTH)
+    assert short >= 2
+    settings = {"tokenizer": tokenizer, "sequence_length": LENGTH, "keep_last_window": True, "batch_size": 2}
+    batches = list(TextDataModule(evaluation=str(files[1]), **settings).val_dataloader())
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    mask = torch.cat([batch["attention_mask"] for batch in batches]).bool()
+    assert len(ids) == full + 1
+    assert torch.equal(ids[mask], tokens)
+    limited = TextDataModule(evaluation=str(files[1]), max_evaluation_windows=2, **settings)
+    assert stack(limited.val_dataloader()).shape == (2, LENGTH)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_processes_get_as_many_rows_and_no_window_twice(windows):
+    ids = torch.arange(windows * LENGTH).view(windows, LENGTH)
+    rows = evaluation_rows(ids, rest=torch.arange(7), processes=4)
+    assert len(rows) % 4 == 0
+    predicted = [row["input_ids"][row["attention_mask"].bool()][1:] for row in rows]
+    assert torch.equal(torch.cat(predicted), torch.cat([*ids[:, 1:], torch.arange(1, 7)]))
+    assert evaluation_rows(ids, processes=windows)[0].keys() == {"input_ids"}
+
+
+def test_the_command_line_takes_one_several_or_named_evaluation_sets(tmp_path):
+    parser = ArgumentParser()
+    parser.add_class_arguments(TextDataModule, "data")
+    for text, expected in [("c4", "c4"), ("[wikitext2, c4]", ["wikitext2", "c4"]), ("{a: c4}", {"a": "c4"})]:
+        assert parser.parse_args([f"--data.evaluation={text}"]).data.evaluation == expected

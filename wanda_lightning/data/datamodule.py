@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from wanda_lightning.data.sources import Split, open_source
+from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
+from wanda_lightning.data.sources import Source, Split, open_source
 from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
 from wanda_lightning.loading import load_tokenizer
 
@@ -21,7 +22,9 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 class TextDataModule(LightningDataModule):
     """Text as windows of tokens: random ones for calibration, consecutive ones for training and evaluation.
 
-    Every batch is ``{"input_ids": (B, T) int64}``; windows are always full, so nothing is padded.
+    Every batch is ``{"input_ids": (B, T) int64}``, and windows are full. In evaluation two kinds of rows are padded,
+    and their batches then have an ``attention_mask`` too: the last window where ``keep_last_window`` asks for it, and
+    rows without content that let every process have as many (no window is counted twice).
 
     A ``source`` without splits of its own (``"builtin"``, a file) is divided in three disjoint parts: 30 % for
     calibration, 40 % for training, 30 % for evaluation. Where ``evaluation`` names another source, nothing is set
@@ -31,7 +34,8 @@ class TextDataModule(LightningDataModule):
         source: Text for calibration and training. "builtin" (Python's language reference, needs no download); a .txt,
             .md, .jsonl or .json file (one JSON object a line); "wikitext2" or "c4", as the papers use them; a local
             folder that holds a data set; or the name of a data set on the hub.
-        evaluation: Text for validation and testing, named in the same way. Default: the evaluation part of ``source``.
+        evaluation: Text for validation and testing, named in the same way; a list of several, or several by name. Each
+            of several is evaluated by itself, as ``evaluation_names`` says. Default: the evaluation part of ``source``.
         tokenizer: Name or folder of a tokenizer, or a tokenizer. Default: that of the LightningModule, its attribute
             ``tokenizer``, else the one that belongs to its hyperparameter ``pretrained``.
         num_samples: Number of calibration windows.
@@ -40,6 +44,8 @@ class TextDataModule(LightningDataModule):
         calibration_batch_size: Calibration windows in a batch.
         batch_size: Training and evaluation windows in a batch.
         max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
+        keep_last_window: Evaluate on the text's last, shorter window too.
+        evaluate_calibration: Evaluate on the calibration windows too, as a set named "calibration".
         text_field: Field of a JSON line, or column of a data set, that holds the text.
         config_name: Configuration of the data set in ``source``, if it has several.
         train_split: Split of a data set for calibration and training; "train[:1%]" takes the first hundredth.
@@ -58,7 +64,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         source: str = "builtin",
-        evaluation: str | None = None,
+        evaluation: Evaluation = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         num_samples: int = 128,
         sequence_length: int | None = None,
@@ -71,6 +77,8 @@ class TextDataModule(LightningDataModule):
         train_split: str = "train",
         evaluation_split: str = "test",
         num_workers: int = 0,
+        keep_last_window: bool = False,
+        evaluate_calibration: bool = False,
     ):
         super().__init__()
         _check("num_samples", num_samples, 1)
@@ -80,38 +88,35 @@ class TextDataModule(LightningDataModule):
         _check("batch_size", batch_size, 1)
         _check("max_evaluation_windows", max_evaluation_windows, 1, optional=True)
         _check("num_workers", num_workers, 0)
-        # One file under two spellings must not end up whole on both sides.
-        if evaluation is not None and os.path.realpath(evaluation) == os.path.realpath(source):
-            evaluation = None
         self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
         self.num_samples, self.sequence_length, self.seed = num_samples, sequence_length, seed
         self.calibration_batch_size, self.batch_size, self.num_workers = calibration_batch_size, batch_size, num_workers
+        self.max_evaluation_windows, self.keep_last_window = max_evaluation_windows, keep_last_window
 
-        whole = evaluation is not None
-        self._source = self._evaluation = open_source(
+        self._sets = evaluation_sets(evaluation, source, text_field, evaluation_split)
+        self._source = open_source(
             source,
-            whole=whole,
+            whole=all(each.source is not None for each in self._sets),
             text_field=text_field,
             config_name=config_name,
             train_split=train_split,
             evaluation_split=evaluation_split,
             seed=seed,
         )
-        if evaluation is not None:
-            self._evaluation = open_source(
-                evaluation, whole=True, text_field=text_field, evaluation_split=evaluation_split
-            )
-        self.max_evaluation_windows = max_evaluation_windows or self._evaluation.max_evaluation_windows
+        self.evaluation_names = [each.name for each in self._sets] + ["calibration"] * evaluate_calibration
+        if len(set(self.evaluation_names)) < len(self.evaluation_names):
+            raise ValueError("an evaluation set cannot be named 'calibration' where evaluate_calibration is set")
         self._loaded: tuple[str, PreTrainedTokenizerBase] | None = None
-        # Windows by split, for one tokenizer and one length; built when a dataloader first asks for them.
-        self._windows: dict[Split, Tensor] = {}
+        # Windows by what they are for, for one tokenizer and one length; built when a dataloader first asks for them.
+        self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._built_for: tuple[PreTrainedTokenizerBase, int] | None = None
 
     def prepare_data(self) -> None:
         """Download data and tokenizer, on one process."""
         self._source.prepare()
-        if self._evaluation is not self._source:
-            self._evaluation.prepare()
+        for each in self._sets:
+            if each.source is not None:
+                each.source.prepare()
         if self.tokenizer is not None:  # the module's own is the module's to download
             self._find_tokenizer()
 
@@ -128,17 +133,22 @@ class TextDataModule(LightningDataModule):
 
     def calibration_dataloader(self) -> DataLoader:
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
-        return self._dataloader("calibration", self.calibration_batch_size)
+        return self._dataloader(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
 
     def train_dataloader(self) -> DataLoader:
         """Return the consecutive windows of the training part, shuffled."""
-        return self._dataloader("train", self.batch_size)
+        return self._dataloader(_rows(self._windows_of("train")[0]), self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
-        """Return the consecutive windows of the evaluation part, in order."""
-        return self._dataloader("evaluation", self.batch_size)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        windows = [self._windows_of("evaluation", number) for number in range(len(self._sets))]
+        if self.evaluation_names[-1] == "calibration" and len(self.evaluation_names) > len(self._sets):
+            windows.append(self._windows_of("calibration"))
+        loaders = [self._dataloader(evaluation_rows(*each, processes), self.batch_size) for each in windows]
+        return loaders[0] if len(loaders) == 1 else loaders
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the same windows as ``val_dataloader``."""
         return self.val_dataloader()
 
@@ -146,46 +156,57 @@ class TextDataModule(LightningDataModule):
         """Say what calibration saw, for a report: source, evaluation, number of samples, sequence length and seed."""
         return {
             "source": self.source,
-            "evaluation": self.source if self.evaluation is None else self.evaluation,
+            "evaluation": ", ".join(each.location for each in self._sets),
             "num_samples": self.num_samples,
             "sequence_length": self._find_length(self._find_tokenizer()),
             "seed": self.seed,
         }
 
-    def _dataloader(self, split: Split, batch_size: int) -> DataLoader:
-        # A list of dicts is a map-style data set: the default collation makes {"input_ids": (B, T)} of it.
-        rows = [{"input_ids": window_T} for window_T in self._windows_of(split)]
+    def _dataloader(self, rows: list[dict[str, Tensor]], batch_size: int, shuffle: bool = False) -> DataLoader:
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_size=batch_size,
-            shuffle=split == "train",
+            shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed),  # else every iteration draws from the global one
             num_workers=self.num_workers,
         )
 
-    def _windows_of(self, split: Split) -> Tensor:
+    def _windows_of(self, split: Split, number: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Return the windows of a split (of the evaluation set of that number), and a last shorter one if wanted."""
         tokenizer = self._find_tokenizer()
         length = self._find_length(tokenizer)
         # A datamodule may serve several models one after the other.
         if self._built_for is None or self._built_for[0] is not tokenizer or self._built_for[1] != length:
             self._windows.clear()
             self._built_for = tokenizer, length
-        if split not in self._windows:
-            name = self.source if split != "evaluation" or self.evaluation is None else self.evaluation
+        key = f"{split} {number}"
+        if key not in self._windows:
+            evaluation = split == "evaluation"
+            name = self._sets[number].location if evaluation else self.source
+            source = (self._sets[number].source or self._source) if evaluation else self._source
             try:
-                self._windows[split] = self._build(split, tokenizer, length)
+                self._windows[key] = self._build(source, split, tokenizer, length)
             except ValueError as error:
                 raise ValueError(f"{split} part of {name!r}: {error}") from error
-        return self._windows[split]
+        return self._windows[key]
 
-    def _build(self, split: Split, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-        text = (self._evaluation if split == "evaluation" else self._source).text(split)
+    def _build(
+        self, source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        text = source.text(split)
         if not isinstance(text, str):
-            return document_windows(text, tokenizer, self.num_samples, length, self.seed)
+            return document_windows(text, tokenizer, self.num_samples, length, self.seed), None
         token_ids_L = tokenize(tokenizer, text)
         if split == "calibration":
-            return random_windows(token_ids_L, self.num_samples, length, self.seed)
-        return consecutive_windows(token_ids_L, length, self.max_evaluation_windows if split == "evaluation" else None)
+            return random_windows(token_ids_L, self.num_samples, length, self.seed), None
+        if split == "train":
+            return consecutive_windows(token_ids_L, length), None
+        most = self.max_evaluation_windows or source.max_evaluation_windows
+        windows_NT = consecutive_windows(token_ids_L, length, most)
+        rest = token_ids_L[len(windows_NT) * length :]
+        # One token alone has nothing to predict; and more than a window is left where windows are limited.
+        kept = self.keep_last_window and 2 <= len(rest) < length and len(windows_NT) != most
+        return windows_NT, rest if kept else None
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         wanted = self._wanted_tokenizer()
@@ -236,6 +257,11 @@ def _model_limit(module: LightningModule | None) -> int | None:
             if limit:
                 return int(limit)
     return None
+
+
+def _rows(windows_NT: Tensor) -> list[dict[str, Tensor]]:
+    # A list of dicts is a map-style data set: the default collation makes {"input_ids": (B, T)} of it.
+    return [{"input_ids": window_T} for window_T in windows_NT]
 
 
 def _check(name: str, value: int | None, least: int, optional: bool = False) -> None:

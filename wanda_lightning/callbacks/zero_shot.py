@@ -1,0 +1,143 @@
+"""Zero-shot tasks as part of validation."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from wanda_lightning.callbacks.pruning import PruningCallback
+from wanda_lightning.decoder import causal_lm
+from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
+from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
+from wanda_lightning.report import write_text
+
+log = logging.getLogger(__name__)
+
+
+class ZeroShotEvaluation(Callback):
+    """Evaluates the model in memory on tasks of lm-eval at the end of every validation; needs the extra ``[eval]``.
+
+    Logs ``val/zero_shot/<task>/<metric>``, their standard errors as ``..._stderr``, and the mean over the tasks,
+    ``val/zero_shot/mean/acc``. lm-eval's own results, with versions and seeds, go to ``zero_shot/`` in the Trainer's
+    ``log_dir``. The questions are split over the processes. Tasks are loaded when the run starts, so that one that
+    cannot be had ends the run before anything is lost. Random state and training mode are left as they were.
+
+    Args:
+        tasks: Names of lm-eval's tasks, groups or tags, with wildcards; ``builtin_continuation`` needs no download.
+            Default: the seven of the Wanda paper (boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge,
+            openbookqa).
+        num_fewshot: Examples in the prompt, at least 0; null takes each task's own number.
+        limit: Questions of each task: the first so many, or a fraction in (0, 1). Default: all.
+        batch_size: Sequences in a batch.
+        add_special_tokens: Whether the tokenizer may add its special tokens, such as a first ``<s>``.
+        include_path: Folder, or folders, of task YAMLs of your own, which come before lm-eval's.
+        max_length: Tokens in a sequence, older ones are cut. Default: the model's limit.
+        every_n_epochs: While training, evaluate in every so many epochs; 0 means not while training, only in
+            ``validate``, so before and after pruning and at the end. Never in the sanity check.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example::
+
+        Trainer(callbacks=[WandaPruning(sparsity=0.5), ZeroShotEvaluation(["builtin_continuation"], limit=100)])
+    """
+
+    def __init__(
+        self,
+        tasks: list[str] = list(DEFAULT_TASKS),  # noqa: B006 (never changed; shown by --help)
+        num_fewshot: int | None = 0,
+        limit: int | float | None = None,
+        batch_size: int = 8,
+        add_special_tokens: bool = False,
+        include_path: str | list[str] | None = None,
+        max_length: int | None = None,
+        every_n_epochs: int = 1,
+    ) -> None:
+        check_settings(num_fewshot, limit, batch_size)
+        if every_n_epochs < 0:
+            raise ValueError(f"every_n_epochs must be at least 0, got {every_n_epochs}")
+        self.tasks = tasks
+        self.include_path = include_path
+        self.every_n_epochs = every_n_epochs
+        self.settings: dict[str, Any] = {
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "batch_size": batch_size,
+            "add_special_tokens": add_special_tokens,
+            "max_length": max_length,
+        }
+        self.result: ZeroShotResult | None = None
+        self._loaded: TaskSet | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load the tasks, once, before a model is loaded or pruned."""
+        if self._loaded is None:
+            if not hasattr(pl_module, "tokenizer") and getattr(_datamodule(trainer), "tokenizer", None) is None:
+                raise ValueError(
+                    f"zero-shot evaluation needs a tokenizer: {type(pl_module).__name__} has no attribute tokenizer"
+                )
+            self._loaded = load_tasks(self.tasks, self.include_path)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate, and log the results with the other metrics of this validation."""
+        if trainer.sanity_checking or not self._is_due(trainer):
+            return
+        self._evaluate(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate, and log the results as ``test/zero_shot/...``."""
+        self._evaluate(trainer, pl_module, "test")
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.state.fn == "validate":
+            return True
+        return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        assert self._loaded is not None
+        with trainer.precision_plugin.forward_context():
+            self.result = evaluate_zero_shot(
+                causal_lm(pl_module),
+                _tokenizer(trainer, pl_module),
+                self._loaded,
+                progress=trainer.progress_bar_callback is not None,
+                # Where weights are sharded, all processes must run the same batches.
+                split=isinstance(trainer.strategy, DDPStrategy),
+                **self.settings,
+            )
+        for name, value in self.result.metrics.items():
+            pl_module.log(f"{prefix}/zero_shot/{name}", value, sync_dist=True)  # the same on all processes
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "zero_shot"  # every process must ask for log_dir
+        if trainer.is_global_zero:
+            write_text(folder / f"{_stage(trainer, pl_module)}.json", json.dumps(self.result.details, indent=2) + "\n")
+
+
+def _stage(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Name the state that the weights are in, as the report does."""
+    if trainer.state.fn == "fit":
+        return f"step-{trainer.global_step}"
+    pruning = next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)  # type: ignore[attr-defined]
+    if pruning is None:
+        return "test" if trainer.testing else "validate"
+    if getattr(pl_module, "merged", False):
+        return "merged"
+    return "dense" if pruning.report is None else "fine-tuned" if trainer.global_step else "pruned"
+
+
+def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
+    tokenizer = getattr(pl_module, "tokenizer", None) or getattr(_datamodule(trainer), "tokenizer", None)
+    if isinstance(tokenizer, str):
+        from wanda_lightning.loading import load_tokenizer
+
+        return load_tokenizer(tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"zero-shot evaluation needs a tokenizer: {type(pl_module).__name__}.tokenizer is None")
+    return tokenizer
+
+
+def _datamodule(trainer: Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)

@@ -1,0 +1,192 @@
+"""Zero-shot and few-shot tasks on a model in memory, by lm-eval (the extra ``[eval]``)."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import distributed
+
+from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# The defaults of lm_eval.simple_evaluate: the same examples are drawn for few-shot prompts.
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
+BOOTSTRAP = 1000  # resamples, for metrics whose standard error has no formula (that of acc has one)
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """What the tasks gave.
+
+    Attributes:
+        metrics: By ``task/metric``; standard errors as ``task/metric_stderr``; ``mean/acc`` over all that have ``acc``.
+            Of a group with a figure of its own only that figure.
+        details: lm-eval's own results, every task and metric, with versions, settings and seeds; plain JSON types.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate_zero_shot(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str] | TaskSet = DEFAULT_TASKS,
+    num_fewshot: int | None = 0,
+    limit: int | float | None = None,
+    batch_size: int = 8,
+    add_special_tokens: bool = False,
+    include_path: str | Sequence[str] | None = None,
+    max_length: int | None = None,
+    log_samples: bool = False,
+    progress: bool = False,
+    split: bool = True,
+) -> ZeroShotResult:
+    """Evaluate a model on tasks of lm-eval; the same numbers as ``lm_eval.simple_evaluate``.
+
+    In a distributed run every process must call this; each takes its share of the questions, and all get the result.
+    The model, the tokenizer and the random state are left as they were found. No chat template is applied.
+
+    Args:
+        model: A causal language model, on its device.
+        tokenizer: The tokenizer that belongs to it.
+        tasks: Names of lm-eval's tasks, groups or tags, with wildcards; ``builtin_continuation``; or what
+            :func:`load_tasks` gave. Default: the seven of the Wanda paper.
+        num_fewshot: Examples in the prompt, at least 0; None takes each task's own number.
+        limit: Questions of each task: the first so many, or a fraction in (0, 1). Default: all.
+        batch_size: Sequences in a batch.
+        add_special_tokens: Whether the tokenizer may add its special tokens, such as a first ``<s>``.
+        include_path: Folders of task YAMLs of your own, which come before lm-eval's.
+        max_length: Tokens in a sequence, older ones are cut. Default: the model's limit.
+        log_samples: Keep every question and its answer in ``details["samples"]``.
+        progress: Show a progress bar, on the first process.
+        split: Whether to split the questions over the processes of a distributed run. Must be False where the weights
+            are sharded: then all processes do the same work together.
+
+    Returns:
+        The metrics, and lm-eval's own results.
+
+    Raises:
+        ValueError: If a value is out of range, lm-eval is not installed, or there is no such task.
+        ConnectionError: If the data of a task can neither be found on this machine nor downloaded.
+    """
+    check_settings(num_fewshot, limit, batch_size)
+    loaded = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, include_path)
+    from lm_eval.evaluator import evaluate
+
+    from wanda_lightning.evaluation.harness import InMemoryLM
+
+    ranks = distributed.get_world_size() if split and distributed.is_initialized() else 1
+    if ranks > min(loaded.questions(limit).values()):  # lm-eval needs a question for each
+        ranks = 1
+    settings = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "max_length": max_length}
+    with isolate_rng(), _as_found(model, tokenizer), _subdued():
+        seed_as_lm_eval()
+        loaded.prepare(num_fewshot, SEEDS["fewshot_seed"])
+        lm = InMemoryLM(model, tokenizer, batch_size, max_length, add_special_tokens, ranks, progress)
+        try:
+            results = evaluate(lm, loaded.loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=log_samples)
+        finally:
+            loaded.forget_requests()
+    if ranks > 1:  # lm-eval gathers on the first process only
+        holder = [results]
+        distributed.broadcast_object_list(holder, src=0)
+        results = holder[0]
+    return ZeroShotResult(_metrics(results), _details(results, settings | {"add_special_tokens": add_special_tokens}))
+
+
+def check_settings(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        ValueError: Names the value and what is accepted.
+    """
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot must be at least 0, got {num_fewshot}")
+    # lm-eval takes 1.0 for one question and rounds 2.5 down.
+    whole = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    if limit is not None and not whole and not (isinstance(limit, float) and 0 < limit < 1):
+        raise ValueError(f"limit must be a whole number of at least 1 or a fraction in (0, 1), got {limit}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def seed_as_lm_eval() -> None:
+    """Seed all generators as ``lm_eval.simple_evaluate`` does; to be called within ``isolate_rng``."""
+    random.seed(SEEDS["random_seed"])
+    np.random.seed(SEEDS["numpy_seed"])
+    torch.manual_seed(SEEDS["torch_seed"])
+
+
+@contextmanager
+def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """Undo what lm-eval does to a model and a tokenizer: eval mode, tied weights, padding."""
+    training = {module: module.training for module in model.modules()}
+    padding = tokenizer.pad_token, tokenizer.padding_side
+    try:
+        with patch.object(model, "tie_weights", lambda *_, **__: None):  # they are tied already, where they should be
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        tokenizer.pad_token, tokenizer.padding_side = padding
+
+
+@contextmanager
+def _subdued() -> Iterator[None]:
+    """Keep lm-eval from forking a pool for bootstrap errors (not safe beside CUDA) and from a bar for every task."""
+    with patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}), patch("lm_eval.api.task.tqdm", lambda docs, **_: docs):
+        yield
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, float]:
+    covered = {child for group in results.get("groups", {}) for child in results["group_subtasks"].get(group, [])}
+    metrics: dict[str, float] = {}
+    accuracies = []
+    for task, values in results["results"].items():
+        if task in covered:
+            continue
+        for key, value in values.items():
+            name, comma, filtered = key.partition(",")
+            if not comma or not isinstance(value, int | float) or math.isnan(value):
+                continue
+            metrics[f"{task}/{name}" + (f"-{filtered}" if filtered != "none" else "")] = float(value)
+        if "acc,none" in values:
+            accuracies.append(float(values["acc,none"]))
+    if accuracies:
+        metrics["mean/acc"] = sum(accuracies) / len(accuracies)
+    return metrics
+
+
+def _details(results: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    return _plain(results) | {
+        "settings": settings | SEEDS | {"bootstrap_iters": BOOTSTRAP, "chat_template": False},
+        "environment": {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **{package: version(package) for package in ("lm-eval", "transformers", "torch", "datasets")},
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Turn what lm-eval returns into plain JSON types; a function becomes its name."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__name__", None) or str(value)
