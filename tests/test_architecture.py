@@ -7,7 +7,10 @@ from pathlib import Path
 import wanda_lightning
 
 PACKAGE = Path(wanda_lightning.__file__).parent
-ENGINE = ["sparsity", "statistics", "methods", "solvers", "decoder", "calibration", "masks", "report", "pruner"]
+ENGINE = [
+    "sparsity", "statistics", "methods", "solvers", "linears", "experts", "decoder", "collector", "dry_run",
+    "calibration", "allocation", "masks", "schedule", "report", "pruner",
+]  # fmt: skip
 
 
 def loaded_modules(code: str) -> set[str]:

@@ -29,6 +29,17 @@ def test_json_holds_everything_and_reads_back(report, tmp_path):
     assert PruningReport.from_dict(plain) == report
 
 
+def test_name_patterns_are_counted_over_all_linears(llama, batches):
+    report = prune_model(
+        llama, batches, Wanda(), Unstructured(0.5),
+        targets=["*_proj"], ignore=["layers.0.*", "down_proj"], allocation={"q_proj": 0.25},
+    )  # fmt: skip
+    layers = len(llama.model.layers)
+    assert report.matches == {"*_proj": 7 * layers, "layers.0.*": 7, "down_proj": layers, "q_proj": layers}
+    assert f"| ignored | {7 + layers - 1} |" in report.to_markdown()
+    assert f"| down_proj | {layers} |" in report.to_markdown()
+
+
 def test_totals(report, llama):
     weights = [llama.get_parameter(f"{row.name}.weight") for row in report.linears]
     zeros = sum((weight == 0).sum().item() for weight in weights)

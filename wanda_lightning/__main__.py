@@ -3,11 +3,13 @@
 import os
 import sys
 import warnings
+from importlib import import_module
 
 from wanda_lightning import __version__
 
 HELP = """\
-usage: wanda-lightning {prune,fit,validate,test,inspect} -c RECIPE [--option value ...]
+usage: wanda-lightning {prune,fit,validate,test} -c RECIPE [--option value ...]
+       wanda-lightning {sweep,compare,inspect} ...
 
 Prune a Hugging Face language model, and fine-tune it with its zeros kept.
 
@@ -15,6 +17,8 @@ Prune a Hugging Face language model, and fine-tune it with its zeros kept.
   fit        prune, evaluate, fine-tune with the zeros kept, evaluate, save
   validate   evaluate a model on the validation set
   test       evaluate a model on the test set
+  sweep      prune with several methods and sparsities in one go; a table and a picture
+  compare    put the results of several runs into one table and one picture
   inspect    list what pruning a model would touch and take, without loading it
 
   wanda-lightning prune -c recipes/wanda.yaml --model.pretrained MODEL
@@ -25,6 +29,9 @@ options:
   -h, --help     show this message
   --version      show the version
 """
+
+COMMANDS = {"compare": "compare", "inspect": "inspection", "sweep": "sweep"}
+"""The modules of sub-commands that are not Lightning's."""
 
 
 def main() -> None:
@@ -44,14 +51,10 @@ def _run() -> None:
     from wanda_lightning.messages import shortened
 
     try:
-        if sys.argv[1] == "inspect":
-            from wanda_lightning.inspection import main as inspect
-
-            inspect(sys.argv[2:])
+        if sys.argv[1] in COMMANDS:
+            import_module(f"wanda_lightning.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:])
         else:
-            from wanda_lightning.cli import run
-
-            run()
+            import_module("wanda_lightning.cli").run()
     except (ValueError, ConnectionError) as error:
         if os.environ.get("WANDA_LIGHTNING_DEBUG"):
             raise

@@ -13,12 +13,21 @@ from wanda_lightning.linears import (
     PrunableLinear,
     is_linear,
     is_router,
+    matches,
     matrix_parameters,
     own_modules,
     prunable_linears,
 )
 
-__all__ = ["DecoderLayer", "PrunableLinear", "causal_lm", "coverage", "decoder_layers", "max_sequence_length"]
+__all__ = [
+    "DecoderLayer",
+    "PrunableLinear",
+    "causal_lm",
+    "count_matches",
+    "coverage",
+    "decoder_layers",
+    "max_sequence_length",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,12 @@ def coverage(layers: Iterable[DecoderLayer]) -> float:
         pruned += sum(linear.weight_OI.numel() for linear in layer.linears)
         total += sum(parameter.numel() for parameter in matrix_parameters(layer.module, layer.name))
     return pruned / max(1, total)
+
+
+def count_matches(layers: Sequence[DecoderLayer], patterns: Iterable[str]) -> dict[str, int]:
+    """Count the linears, pruned or not, that each pattern over names fits."""
+    names = [name for layer in layers for name in [*(linear.name for linear in layer.linears), *layer.left_dense]]
+    return {pattern: sum(matches(name, pattern) for name in names) for pattern in patterns}
 
 
 def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:

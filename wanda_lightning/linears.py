@@ -68,9 +68,14 @@ class PrunableLinear:
         return min(self.weight_OI.shape) <= THIN
 
     def matches(self, pattern: str) -> bool:
-        """Whether a shell-style pattern fits the name, or its end; what adapters add to it may be left out."""
-        plain = self.name.replace(".base_layer", "")
-        return any(fnmatchcase(name, p) for name in (self.name, plain) for p in (pattern, f"*.{pattern}"))
+        """Whether a shell-style pattern fits the name."""
+        return matches(self.name, pattern)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell-style pattern fits a linear's name, or its end; what adapters add to it may be left out."""
+    plain = name.replace(".base_layer", "")
+    return any(fnmatchcase(n, p) for n in (name, plain) for p in (pattern, f"*.{pattern}"))
 
 
 def own_modules(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.allocation import Allocation, allocate
 from wanda_lightning.calibration import Batch, walk
-from wanda_lightning.decoder import DecoderLayer, PrunableLinear, decoder_layers, uncompiled
+from wanda_lightning.decoder import DecoderLayer, PrunableLinear, count_matches, decoder_layers, uncompiled
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern, sparsity_of
@@ -77,6 +77,7 @@ def prune_model(
     wanted = InputHessian if exact_error else method.statistic
     _check(model, decoder, method, {**patterns, "": pattern}, wanted is None or calibration is not None)
     report = PruningReport(str(method), str(pattern), pattern.sparsity)
+    report.matches = count_matches(decoder, [*(targets or ()), *(ignore or ()), *(allocation or ())])
     for layer in decoder:
         report.not_pruned |= layer.left_dense
     with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -54,6 +55,7 @@ class PruningReport:
         pattern: ``"unstructured"`` or ``"n:m"``.
         target_sparsity: The fraction asked for.
         linears: A row for each pruned linear.
+        matches: How many linears each name pattern of targets, ignore and allocation fits.
         not_pruned: Linears of the decoder left dense, by name with the reason.
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
         seconds: Time of the whole pruning.
@@ -66,6 +68,7 @@ class PruningReport:
     pattern: str
     target_sparsity: float
     linears: list[LinearReport] = field(default_factory=list)
+    matches: dict[str, int] = field(default_factory=dict)
     not_pruned: dict[str, str] = field(default_factory=dict)
     whole_model_sparsity: float = 0.0
     seconds: float = 0.0
@@ -139,6 +142,13 @@ class PruningReport:
             metrics = list(dict.fromkeys(metric for stage in stages for metric in values[stage]))
             rows = [[metric, *(values[stage].get(metric, "") for stage in stages)] for metric in metrics]
             yield ["evaluation", *stages], rows
+        if self.matches:
+            yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
+        if self.not_pruned:
+            yield (
+                ["not pruned, because", "matrices"],
+                [[r, str(n)] for r, n in Counter(self.not_pruned.values()).items()],
+            )
         layers: dict[str, list[LinearReport]] = {}
         for row in self.linears:
             layers.setdefault(row.layer, []).append(row)

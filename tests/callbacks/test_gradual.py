@@ -254,6 +254,7 @@ def test_training_that_ends_too_early_says_so(tmp_path, caplog):
     ("settings", "message"),
     [
         ({"pattern": "2:4"}, "prunes unstructured patterns only, got 2:4"),
+        ({"allocation": {"q_proj": 0.2}}, "prunes all linears alike, got the allocation"),
         ({"sparsity": 0.3, "schedule": Gradual(0, 8, 2, initial=0.4)}, "starts at sparsity 0.4, above the final 0.3"),
     ],
 )

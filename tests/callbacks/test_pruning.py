@@ -297,3 +297,32 @@ def test_a_module_without_a_language_model_is_refused(tmp_path):
     module.net = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="SomebodysModule must hold exactly one transformers model"):
         trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, batches())
+
+
+def test_allocation_and_layers_reach_the_engine(tmp_path):
+    module, plain = SomebodysModule(), SomebodysModule()
+    allocation = {"q_proj": 0.25, "down_proj": "1:4"}
+    callback = WandaPruning(sparsity=0.5, allocation=allocation, layers="model.layers", output_dir=str(tmp_path))
+    trainer(tmp_path, callback).fit(module, SomebodysData())
+    prune_model(plain.net, batches(seed=3), Wanda(), Unstructured(0.5), allocation=allocation)
+    zeros = {name: p == 0 for name, p in plain.net.named_parameters() if "_proj" in name}
+    assert all(torch.equal(module.net.get_parameter(name) == 0, mask) for name, mask in zeros.items())
+    report = json.loads((tmp_path / "pruning.json").read_text())
+    assert report["matches"] == {"q_proj": 2, "down_proj": 2}
+    # Found again, these zeros are all that is asked for; evenly spread they would not be.
+    again, even = (WandaPruning(sparsity=0.5, allocation=a) for a in (allocation, None))
+    trainer(tmp_path, again, max_steps=1).fit(module, SomebodysData())
+    assert again.report.method.startswith("already pruned")
+    trainer(tmp_path, even, max_steps=1).fit(module, SomebodysData())
+    assert even.report.method == "Wanda(variant=False)"
+
+
+def test_a_wrong_list_of_layers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no list of layers 'model.blocks'; its lists with linears: model.layers"):
+        trainer(tmp_path, WandaPruning(layers="model.blocks")).fit(SomebodysModule(), SomebodysData())
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_is_lightnings_to_show_or_hide(tmp_path, capsys, shown):
+    trainer(tmp_path, WandaPruning(), enable_progress_bar=shown).fit(SomebodysModule(), SomebodysData())
+    assert ("Pruning" in capsys.readouterr().out) == shown

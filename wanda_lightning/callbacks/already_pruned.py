@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.allocation import Allocation, allocate
 from wanda_lightning.decoder import decoder_layers
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
@@ -21,6 +22,8 @@ def report_as_found(
     pattern: Pattern,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    layers: str | None = None,
+    allocation: Allocation | None = None,
 ) -> tuple[PruningReport, bool]:
     """Measure the linears that are to be pruned.
 
@@ -30,14 +33,18 @@ def report_as_found(
         pattern: What they are to be pruned to.
         targets: As of :func:`wanda_lightning.prune_model`.
         ignore: As of :func:`wanda_lightning.prune_model`.
+        layers: As of :func:`wanda_lightning.prune_model`.
+        allocation: As of :func:`wanda_lightning.prune_model`.
 
     Returns:
         A report of the linears as they are, which says in its ``method`` that they were pruned before, and whether
         every one of them has the zeros that the pattern asks for.
     """
     report = PruningReport(f"already pruned, not by this run's {method}", str(pattern), pattern.sparsity)
-    met = pattern.sparsity > 0
-    for layer in decoder_layers(model, targets, ignore):
+    decoder = decoder_layers(model, targets, ignore, layers)
+    patterns = allocate([linear for layer in decoder for linear in layer.linears], pattern, allocation)
+    met = any(own.sparsity > 0 for own in patterns.values())
+    for layer in decoder:
         report.not_pruned |= layer.left_dense
         for linear in layer.linears:
             weight_OI = linear.weight_OI
@@ -45,7 +52,7 @@ def report_as_found(
                 return report, False
             shape = (weight_OI.shape[0], weight_OI.shape[1])
             report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity_of(weight_OI), 0.0))
-            met = met and _has_zeros_of(weight_OI, pattern, method.tolerance(shape))
+            met = met and _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape))
     report.whole_model_sparsity = whole_model_sparsity(model)
     return report, met and bool(report.linears)
 

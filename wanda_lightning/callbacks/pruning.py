@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from wanda_lightning.allocation import Allocation
 from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm, decoder_layers
@@ -46,6 +47,8 @@ class PruningCallback(SparseFinetuning):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
+        allocation: Sparsities, or ``n:m``, of linears by name pattern, where not all are to be pruned alike.
+        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
@@ -61,21 +64,24 @@ class PruningCallback(SparseFinetuning):
         pattern: str = "unstructured",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
+        allocation: dict[str, float | str] | None = None,
+        layers: str | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
         schedule: Gradual | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(layers)
         self.method = method
         self.pattern = parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if schedule is not None:
-            _check_schedule(schedule, method, self.pattern)
+            _check_schedule(schedule, method, self.pattern, allocation)
         self.schedule = schedule
         self.targets = targets
         self.ignore = ignore
+        self.allocation = allocation
         self.num_samples = num_samples
         self.output_dir = output_dir
         self.report: PruningReport | None = None
@@ -114,7 +120,9 @@ class PruningCallback(SparseFinetuning):
         refuse_sharded(model)
         if self.schedule is not None:
             return
-        found, met = report_as_found(model, self.method, self.pattern, self.targets, self.ignore)
+        found, met = report_as_found(
+            model, self.method, self.pattern, self.targets, self.ignore, self.layers, self.allocation
+        )
         if met or found.sparsity >= NOTABLE:
             log.warning(
                 "the model was pruned before: %.2f %% of the weights are zero, %.2f %% are asked for: %s",
@@ -157,6 +165,8 @@ class PruningCallback(SparseFinetuning):
                 pattern,
                 targets=self.targets,
                 ignore=self.ignore,
+                layers=self.layers,
+                allocation=self.allocation,
                 sum_over_ranks=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
                 progress=_progress_bar if trainer.progress_bar_callback and trainer.is_global_zero else None,
             )
@@ -234,7 +244,7 @@ class PruningCallback(SparseFinetuning):
         if self.report is None:
             return 0.0
         pruned = {row.name for row in self.report.linears}
-        layers = decoder_layers(causal_lm(pl_module), targets=["*"])
+        layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
         weights = [linear.weight_OI for layer in layers for linear in layer.linears if _plain(linear.name) in pruned]
         zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
         return zeros / sum(weight.numel() for weight in weights)
@@ -255,9 +265,11 @@ def _first_sequences(batches: Iterable[Any], count: int) -> Iterator[Any]:
         count -= len(ids) if isinstance(ids, torch.Tensor) else len(ids[0])
 
 
-def _check_schedule(schedule: Gradual, method: PruningMethod, pattern: Pattern) -> None:
+def _check_schedule(schedule: Gradual, method: PruningMethod, pattern: Pattern, allocation: Allocation | None) -> None:
     if not isinstance(pattern, Unstructured):
         raise ValueError(f"a gradual schedule prunes unstructured patterns only, got {pattern}: leave schedule out")
+    if allocation is not None:
+        raise ValueError(f"a gradual schedule prunes all linears alike, got the allocation {allocation}: leave one out")
     if schedule.initial > pattern.sparsity:
         raise ValueError(f"the schedule starts at sparsity {schedule.initial}, above the final {pattern.sparsity}")
     updates_first = isinstance(method, SecondOrderMethod) and getattr(method, "schedule", None) != "sequential"

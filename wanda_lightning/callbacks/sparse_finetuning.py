@@ -26,6 +26,9 @@ class SparseFinetuning(Callback):
     it holds; the pruning itself needs whole weights. Lightning's older ``FSDPStrategy``, which flattens weights, and
     DeepSpeed are not tested.
 
+    Args:
+        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+
     Raises:
         RuntimeError: When a checkpoint is saved or at the end of training, if a pruned weight is not zero.
 
@@ -34,7 +37,8 @@ class SparseFinetuning(Callback):
         Trainer(callbacks=[SparseFinetuning()]).fit(module, datamodule)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str | None = None) -> None:
+        self.layers = layers
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []
 
@@ -47,7 +51,7 @@ class SparseFinetuning(Callback):
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
-        layers = decoder_layers(causal_lm(pl_module), targets=["*"])
+        layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
         self._masks = WeightMasks(
             {linear.parameter_name: linear.weight for layer in layers for linear in layer.linears}
         )
