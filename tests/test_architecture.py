@@ -8,7 +8,7 @@ import wanda_lightning
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ENGINE = [
-    "sparsity", "statistics", "methods", "solvers", "linears", "experts", "decoder", "collector", "dry_run",
+    "sparsity", "statistics", "methods", "solvers", "linears", "patches", "experts", "decoder", "collector", "dry_run",
     "calibration", "allocation", "masks", "schedule", "report", "pruner",
 ]  # fmt: skip
 

@@ -283,7 +283,9 @@ def test_listed_experts_without_tokens_fall_back_to_magnitude(caplog):
 def test_listed_experts_cannot_tell_padding(batches):
     mask_BT = torch.ones_like(batches[0])
     mask_BT[1, :5] = 0
-    with pytest.raises(ValueError, match=r"experts\.\d\.w1 sees \d+ of 32 tokens, and which of them are padding"):
+    with pytest.raises(
+        ValueError, match=r"experts\.\d\.w1 has \d+ inputs for 32 tokens, and which of them are padding"
+    ):
         prune_model(listed_llama(), [{"input_ids": batches[0], "attention_mask": mask_BT}], Wanda(), Unstructured(0.5))
 
 

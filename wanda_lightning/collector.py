@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.experts import expert_inputs
 from wanda_lightning.linears import PrunableLinear
+from wanda_lightning.patches import patches
 from wanda_lightning.statistics import InputStatistic
 
 
@@ -99,6 +100,7 @@ class Collector:
 
     def _see(self, linear: PrunableLinear, x: Tensor) -> None:
         name = linear.name
+        x = patches(linear.module, x) if isinstance(linear.module, nn.Conv2d) else x
         if name not in self._statistics:
             sharing = None
             if linear.experts is None:  # which experts share an input may differ by batch and by process
@@ -109,7 +111,7 @@ class Collector:
         if name in self._owners:
             if linear.experts is None:
                 self._inputs.append((x, name))
-            self._statistics[name].update(_real_tokens(x, self._mask_BT, name))
+            self._statistics[name].update(_real_tokens(x, self._mask_BT, linear))
         self._called(linear.module)
 
     def _see_experts(self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, *_: Any) -> None:
@@ -127,13 +129,13 @@ class Collector:
             raise _AllInputsSeenError
 
 
-def _real_tokens(x: Tensor, mask_BT: Tensor | None, name: str) -> Tensor:
+def _real_tokens(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Tensor:
     """Drop the padding from a linear's inputs, shape (B, T, I) or flattened (B * T, I)."""
     if mask_BT is None:
         return x
-    if x.shape[:-1].numel() != mask_BT.numel():
+    if x.shape[:-1].numel() != mask_BT.numel() or isinstance(linear.module, nn.Conv2d):
         raise ValueError(
-            f"{name} sees {x.shape[:-1].numel()} of {mask_BT.numel()} tokens, and which of them are padding cannot be "
-            "told: calibrate without padding, on sequences of equal length"
+            f"{linear.name} has {x.shape[:-1].numel()} inputs for {mask_BT.numel()} tokens, and which of them are "
+            "padding cannot be told: calibrate without padding, on sequences of equal length"
         )
     return x.reshape(-1, x.shape[-1])[mask_BT.reshape(-1).to(x.device)]

@@ -75,9 +75,10 @@ def decoder_layers(
     """List the decoder layers of a model with the linears that are to be pruned.
 
     The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
-    looked for in the model's own decoder first. Every ``nn.Linear`` and ``transformers.Conv1D`` in them is prunable,
-    and of fused experts (3-D parameters of transformers' experts interface) every expert's matrix. Routers of mixtures
-    of experts and linears with at most 4 inputs or outputs are pruned only when a target names them.
+    looked for in the model's own decoder first. Every ``nn.Linear``, ``transformers.Conv1D`` and ``Conv2d`` (without
+    groups) in them is prunable, and of fused experts (3-D parameters of transformers' experts interface) every
+    expert's matrix. Routers of mixtures of experts and linears with at most 4 inputs or outputs are pruned only when a
+    target names them.
 
     Args:
         model: A causal language model of transformers.

@@ -10,6 +10,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from wanda_lightning.patches import is_conv2d
+
 # Name components of the linears that choose experts in mixtures of experts. Pruned only when a target names them.
 ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
 
@@ -54,7 +56,7 @@ class PrunableLinear:
         """A view of the weight, shape (out_features, in_features): writing to it changes the module."""
         weight = self.weight.detach()
         if self.expert is None:
-            return weight.t() if _is_conv1d(self.module) else weight
+            return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
         return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]
 
     @property
@@ -100,7 +102,7 @@ def own_modules(
 
 
 def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
-    """List every ``nn.Linear``, ``transformers.Conv1D`` and expert matrix of a decoder layer."""
+    """List every ``nn.Linear``, ``transformers.Conv1D``, ``Conv2d`` and expert matrix of a decoder layer."""
     linears = []
     lists: list[str] = []  # of modules within the layer, such as experts that are modules of their own
     for name, module in own_modules(layer, prefix):
@@ -135,8 +137,8 @@ def is_router(name: str) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear`` or a ``transformers.Conv1D``."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    """Whether a module is an ``nn.Linear``, a ``transformers.Conv1D`` or a ``Conv2d`` that can be seen as one."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_conv2d(module)
 
 
 def holds_fused_experts(module: nn.Module) -> bool:

@@ -318,7 +318,7 @@ def test_allocation_and_layers_reach_the_engine(tmp_path):
 
 
 def test_a_wrong_list_of_layers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no list of layers 'model.blocks'; its lists with linears: model.layers"):
+    with pytest.raises(ValueError, match=r"no list of layers 'model\.blocks'; its lists with linears: model\.layers"):
         trainer(tmp_path, WandaPruning(layers="model.blocks")).fit(SomebodysModule(), SomebodysData())
 
 
