@@ -30,7 +30,7 @@ options:
   --version      show the version
 """
 
-COMMANDS = {"compare": "compare", "inspect": "inspection", "sweep": "sweep"}
+COMMANDS = {"compare": "compare", "inspect": "inspection"}
 """The modules of sub-commands that are not Lightning's."""
 
 

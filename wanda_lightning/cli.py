@@ -28,11 +28,18 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
         lightning = LightningCLI.subcommands()
-        return {"prune": {"model", "datamodule"}, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+        both = {"model", "datamodule"}
+        return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
 
     def after_prune(self) -> None:
         """Show the report."""
         self._show_report()
+
+    def after_sweep(self) -> None:
+        """Show the table of all runs."""
+        if self.trainer.comparison and self.trainer.is_global_zero:
+            Console().print(self.trainer.comparison.to_table())
+            Console().print(f"Results and comparison.png are in {self.trainer.log_dir}", soft_wrap=True)
 
     def before_fit(self) -> None:
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""

@@ -1,6 +1,6 @@
 """A Trainer that can also prune: evaluate, prune, evaluate, save."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -8,14 +8,18 @@ from typing import Any, cast
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from wanda_lightning.callbacks import PruningCallback, SparseFinetuning
+from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm
 from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
+from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report import PruningReport
 from wanda_lightning.saving import save_pretrained
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer with :meth:`prune`."""
+    """Lightning's Trainer with :meth:`prune` and :meth:`sweep`."""
+
+    comparison: Comparison | None = None
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
@@ -62,6 +66,39 @@ class PruningTrainer(Trainer):
             self.save_pretrained(model)
         assert callback.report is not None
         return callback.report
+
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        methods: Sequence[PruningMethod],
+        sparsities: Sequence[float] = (0.5,),
+        patterns: Sequence[str] = (),
+    ) -> Comparison:
+        """Prunes with every method to every sparsity and pattern, each from the dense weights, and compares.
+
+        The dense model is evaluated once, for all. Every run has a folder with its report in the Trainer's ``log_dir``;
+        beside them stand the table and the picture of all. Runs that are done already are not done again. A copy of the
+        dense weights is kept in memory; pruned weights are not saved, and the model ends as the last run left it.
+
+        Args:
+            model: A LightningModule that holds a Hugging Face causal language model.
+            datamodule: Has ``calibration_dataloader()`` and ``val_dataloader()``; None if the model has them.
+            methods: Pruning methods, such as Wanda.
+            sparsities: Fractions of weights to prune, unstructured, each in [0, 1).
+            patterns: N:M patterns besides, in quotes: ``"2:4"``.
+
+        Returns:
+            The comparison of all runs.
+
+        Raises:
+            ValueError: If nothing or a thing twice is asked for, the folder holds another sweep, or matplotlib is not
+                installed.
+        """
+        from wanda_lightning.sweep import sweep
+
+        self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns)
+        return self.comparison
 
     def save_pretrained(self, model: LightningModule) -> None:
         """Save the module's language model and tokenizer to ``model/`` in the ``log_dir``, for ``from_pretrained``.

@@ -81,6 +81,7 @@ class TextDataModule(LightningDataModule):
         evaluate_calibration: bool = False,
     ):
         super().__init__()
+        self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         _check("num_samples", num_samples, 1)
         _check("sequence_length", sequence_length, 2, optional=True)
         _check("seed", seed, 0)
