@@ -1,9 +1,10 @@
-"""Perplexity of a model, dense and pruned by every method at 50 % and 2:4, on two text files.
+"""Perplexity of a model, dense and pruned by every method at 50 % and 2:4, on two text files; and zero-shot tasks.
 
-    python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt
+    python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--tasks TASK ... --include-path FOLDER]
 
 Calibration: 32 random windows of 512 tokens of one file, seed 0. Perplexity: the first 40 consecutive windows of the
-other, float32. Prints a Markdown table, and seconds a pruning.
+other, float32. Tasks are lm-eval's, accuracy in per cent on their first --limit questions. Prints
+a Markdown table, and seconds a pruning.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from wanda_lightning import (
     Wanda,
     prune_model,
 )
-from wanda_lightning.evaluation import Perplexity
+from wanda_lightning.evaluation import Perplexity, evaluate_zero_shot, load_tasks
 
 METHODS = {
     "magnitude": Magnitude(),
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="a sparsity, or n:m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
+    parser.add_argument("--tasks", nargs="*", default=[], help="of lm-eval")
+    parser.add_argument("--include-path", help="folder of task YAMLs")
+    parser.add_argument("--limit", type=int, help="questions a task")
     options = parser.parse_args()
 
     module = CausalLM(options.model, dtype="float32")
@@ -60,8 +64,19 @@ def main() -> None:
         max_evaluation_windows=40,
     )
     data.setup()
-    print("| method | pattern | perplexity | seconds |\n| --- | --- | ---: | ---: |")
-    print(f"| dense | | {perplexity(model, data):.2f} | |", flush=True)
+    tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
+    names = list(tasks.questions()) if tasks else []
+
+    def results(of: torch.nn.Module) -> str:
+        cells = [f"{perplexity(of, data):.2f}"]
+        if tasks:
+            metrics = evaluate_zero_shot(of, module.tokenizer, tasks, limit=options.limit, batch_size=16).metrics
+            cells += [f"{100 * metrics[f'{name}/acc']:.1f}" for name in names]
+        return " | ".join(cells)
+
+    print("| " + " | ".join(["method", "pattern", "perplexity", *names, "seconds"]) + " |")
+    print("| --- | --- |" + " ---: |" * (len(names) + 2))
+    print(f"| dense | | {results(model)} | |", flush=True)
     for name in options.methods:
         for setting in options.patterns:
             kept, _, size = setting.partition(":")
@@ -72,7 +87,7 @@ def main() -> None:
                 continue
             pruned = copy.deepcopy(model)
             report = prune_model(pruned, data.calibration_dataloader(), METHODS[name], pattern)
-            print(f"| {name} | {setting} | {perplexity(pruned, data):.2f} | {report.seconds:.1f} |", flush=True)
+            print(f"| {name} | {setting} | {results(pruned)} | {report.seconds:.1f} |", flush=True)
 
 
 @torch.no_grad()
