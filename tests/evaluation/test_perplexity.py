@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanda_lightning.evaluation import Perplexity
 
@@ -42,3 +43,28 @@ def test_equals_the_loss_of_transformers(llama, batches):
     metric = Perplexity()
     metric.update(out.logits, batches[0])
     assert metric.compute().item() == pytest.approx(out.loss.exp().item(), rel=1e-5)
+
+
+class LargestNew(TorchDispatchMode):
+    """Notes the size of the largest tensor that was made while it is on; views make none."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_copy_of_the_logits_is_made(dtype):
+    logits, labels = torch.randn(4, 512, 300).to(dtype), torch.randint(0, 300, (4, 512))
+    metric = Perplexity()
+    with LargestNew() as largest:
+        metric.update(logits, labels)
+    assert largest.numel == 128 * 300  # of the log-probabilities of 128 tokens

@@ -42,11 +42,11 @@ class Perplexity(Metric):
             logits_BTV: Predictions, shape (B, T, V); those at t are for the label at t + 1, as in transformers.
             labels_BT: Token ids, shape (B, T); -100 is not counted.
         """
-        logits_NV = logits_BTV[:, :-1].flatten(0, 1)
-        labels_N = labels_BT[:, 1:].flatten()
-        for logits, labels in zip(logits_NV.split(CHUNK), labels_N.split(CHUNK), strict=True):
-            self.nll += F.cross_entropy(logits.float(), labels, reduction="sum").double()
-        self.tokens += (labels_N != -100).sum()
+        labels_BT = labels_BT[:, 1:]
+        for logits_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT, strict=True):  # flattened they would be copied
+            for logits, labels in zip(logits_TV.split(CHUNK), labels_T.split(CHUNK), strict=True):
+                self.nll += F.cross_entropy(logits.float(), labels, reduction="sum").double()
+        self.tokens += (labels_BT != -100).sum()
 
     def compute(self) -> Tensor:
         """Return the perplexity, float64."""
