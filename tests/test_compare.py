@@ -9,12 +9,13 @@ import pytest
 from wanda_lightning import __main__
 from wanda_lightning.compare import Comparison, main
 from wanda_lightning.plotting import plot
-from wanda_lightning.report import PruningReport
+from wanda_lightning.report import LinearReport, PruningReport
 
 
 def run(folder, method="Wanda(variant=False)", sparsity=0.5, pattern="unstructured", dense=10.0, **stages):
     """Write the report of a run that was evaluated dense, and at the stages given."""
     report = PruningReport(method, pattern, sparsity, calibration={"source": "builtin", "sequence_length": 16})
+    report.linears = [LinearReport("q_proj", "layers.0", (10, 10), sparsity, 0.0)]
     report.evaluations = {"dense": {"val/perplexity": dense, "sparsity": 0.0}}
     for stage, perplexity in stages.items():
         report.evaluations[stage.replace("_", "-")] = {"val/perplexity": perplexity, "sparsity": sparsity}
@@ -53,6 +54,11 @@ def test_dense_evaluations_that_differ_both_appear(tmp_path):
 def test_settings_are_named_where_they_tell_runs_apart(tmp_path):
     comparison = Comparison([run(tmp_path / "a"), run(tmp_path / "b", "Wanda(variant=True)")])
     assert [comparison.label(r) for r in comparison.runs] == ["Wanda(variant=False)", "Wanda(variant=True)"]
+
+
+def test_folders_are_named_where_settings_do_not_tell_runs_apart(tmp_path):
+    comparison = Comparison([run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", sparsity=0.6)])
+    assert [comparison.label(r) for r in comparison.runs] == ["Wanda in a", "Wanda in b", "Wanda"]
 
 
 def test_standard_errors_stand_beside_their_metrics(tmp_path):

@@ -47,9 +47,12 @@ class Comparison:
         self.runs = [_read(Path(folder)) for folder in folders]
 
     def label(self, run: Run) -> str:
-        """Name a run's method, with its settings only where another run of that method has others."""
+        """Name a run's method: with its settings where another run has others, with its folder where one has none."""
         name = run.method.partition("(")[0]
-        return name if len({r.method for r in self.runs if r.method.partition("(")[0] == name}) == 1 else run.method
+        if len({r.method for r in self.runs if r.method.partition("(")[0] == name}) > 1:
+            name = run.method
+        alike = [r for r in self.runs if (r.method, r.pattern, r.sparsity) == (run.method, run.pattern, run.sparsity)]
+        return name if len(alike) == 1 else f"{name} in {run.folder.name}"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each stage of each run; dense results that runs share appear once."""

@@ -66,16 +66,22 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
         own = [row for row in rows if row["method"] == label]
         for stage in dict.fromkeys(row["stage"] for row in own):
             style = {"color": f"C{number}", "linestyle": "-" if stage == "pruned" else "--"}
+            filled = style["color"] if stage == "pruned" else "none"
             name = label if stage == "pruned" else f"{label}, {stage}"
             points = sorted(
                 _point(row, metric) for row in own if row["stage"] == stage and row["pattern"] == "unstructured"
             )
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=name, **style)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker="D" if stage == "merged" else "o",
+                    markerfacecolor=filled,
+                    label=name,
+                    **style,
+                )
             for row in own:
                 if row["stage"] == stage and row["pattern"] != "unstructured":
                     x, y = _point(row, metric)
-                    filled = style["color"] if stage == "pruned" else "none"
                     axes.plot([x], [y], marker="s", markerfacecolor=filled, color=style["color"], linestyle="none",
                               label=None if points else f"{name} ({row['pattern']})")  # fmt: skip
                     patterns.setdefault(x, []).append(row["pattern"])
