@@ -53,17 +53,19 @@ def main() -> None:
     )
     print(f"{processes} process(es)")
     for task in ours["samples"]:
-        a, b = (
-            torch.tensor(
-                [[float(r[0][0]) for r in s["resps"]] for s in sorted(x["samples"][task], key=lambda s: s["doc_id"])]
-            )
-            for x in (ours, theirs)
-        )
-        accuracy = [x["results"][task]["acc,none"] for x in (ours, theirs)]
+        a, b = (_loglikelihoods(results["samples"][task]) for results in (ours, theirs))
+        accuracy = [results["results"][task]["acc,none"] for results in (ours, theirs)]
+        questions = len(ours["samples"][task])
         print(
-            f"{task}: {a.numel()} log-likelihoods of {len(a)} questions, largest difference {(a - b).abs().max():.2e}; "
+            f"{task}: {len(a)} log-likelihoods of {questions} questions, largest difference {(a - b).abs().max():.2e}; "
             f"accuracy {accuracy[0]:.4f} (ours) {accuracy[1]:.4f} (lm-eval)"
         )
+
+
+def _loglikelihoods(samples: list[dict]) -> torch.Tensor:
+    """Every answer's, in the order of questions and answers."""
+    in_order = sorted(samples, key=lambda sample: sample["doc_id"])
+    return torch.tensor([float(answer[0][0]) for sample in in_order for answer in sample["resps"]])
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ def wanda_lightning_command(monkeypatch, tmp_path):
 
 
 def test_the_module_runs_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "wanda_lightning", "prune", "-c", "missing.yaml"]
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "-c", "wanda", "--data.nothing", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"File does not exist: '{tmp_path / 'missing.yaml'}'" in done.stderr
+    assert "Option 'nothing' is not accepted" in done.stderr
     assert "run: wanda-lightning prune --help" in done.stderr
 
 
@@ -140,7 +140,6 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
     ("arguments", "message"),
     [
         (["prun"], "invalid choice: 'prun'"),
-        (["prune", "-c", "missing.yaml"], "File does not exist: '"),
         (["prune", "-c", RECIPE], "the following arguments are required: pretrained"),
         (["prune", "-c", RECIPE, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
     ],

@@ -9,7 +9,7 @@ from wanda_lightning import __version__
 
 HELP = """\
 usage: wanda-lightning {prune,fit,validate,test} -c RECIPE [--option value ...]
-       wanda-lightning {sweep,compare,inspect} ...
+       wanda-lightning {sweep,recipes,compare,inspect} ...
 
 Prune a Hugging Face language model, and fine-tune it with its zeros kept.
 
@@ -18,10 +18,11 @@ Prune a Hugging Face language model, and fine-tune it with its zeros kept.
   validate   evaluate a model on the validation set
   test       evaluate a model on the test set
   sweep      prune with several methods and sparsities in one go; a table and a picture
+  recipes    list the recipes of the package; show or copy one
   compare    put the results of several runs into one table and one picture
   inspect    list what pruning a model would touch and take, without loading it
 
-  wanda-lightning prune -c recipes/wanda.yaml --model.pretrained MODEL
+  wanda-lightning prune -c wanda --model.pretrained MODEL
   wanda-lightning prune --help           all options of a sub-command
   wanda-lightning prune -c RECIPE --print_config
 
@@ -30,7 +31,7 @@ options:
   --version      show the version
 """
 
-COMMANDS = {"compare": "compare", "inspect": "inspection"}
+COMMANDS = {"compare": "compare", "inspect": "inspection", "recipes": "packaged"}
 """The modules of sub-commands that are not Lightning's."""
 
 
@@ -49,11 +50,13 @@ def _run() -> None:
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     from wanda_lightning.messages import shortened
+    from wanda_lightning.packaged import with_recipes_found
 
     try:
         if sys.argv[1] in COMMANDS:
             import_module(f"wanda_lightning.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:])
         else:
+            sys.argv[1:] = with_recipes_found(sys.argv[1:])
             import_module("wanda_lightning.cli").run()
     except (ValueError, ConnectionError) as error:
         if os.environ.get("WANDA_LIGHTNING_DEBUG"):
