@@ -57,13 +57,12 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> None:
         settings: Which adapters.
 
     Raises:
-        ImportError: If peft is not installed.
-        ValueError: If no linear has one of the names.
+        ValueError: If no linear has one of the names, or peft is not installed.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("adapters need peft: pip install 'wanda-lightning[lora]'") from error
+        raise ValueError("adapters need peft: pip install 'wanda-lightning[lora]'") from error
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
