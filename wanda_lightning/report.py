@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from wanda_lightning.html_report import to_html
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -118,9 +120,10 @@ class PruningReport:
         return Group(*tables, f"[bold]{self.title}[/bold]", self.summary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``pruning.json`` and ``pruning.md`` into a folder."""
+        """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
         write_text(Path(folder) / "pruning.json", json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(Path(folder) / "pruning.md", self.to_markdown())
+        write_text(Path(folder) / "report.html", to_html(self))
 
     @property
     def title(self) -> str:
@@ -135,7 +138,8 @@ class PruningReport:
             f"({self.whole_model_sparsity:.2%} of the whole model), pruned in {self.seconds:.1f} s."
         )
 
-    def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+    def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        """Yield the tables that are not by layer, each a header and rows of text."""
         if self.evaluations:
             stages = list(self.evaluations)
             values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
@@ -149,6 +153,9 @@ class PruningReport:
                 ["not pruned, because", "matrices"],
                 [[r, str(n)] for r, n in Counter(self.not_pruned.values()).items()],
             )
+
+    def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        yield from self.overview()
         layers: dict[str, list[LinearReport]] = {}
         for row in self.linears:
             layers.setdefault(row.layer, []).append(row)
