@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.report import with_errors, write_text
+from wanda_lightning.tables import markdown_table, terminal_table
+
+TEXT = (0, 1, 3)
+"""The columns of the table that hold words."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +103,17 @@ class Comparison:
     def to_markdown(self) -> str:
         """Return the table as Markdown."""
         header, rows = self.table()
-        lines = ["| " + " | ".join(header) + " |", "| --- | --- | ---: | --- |" + " ---: |" * (len(header) - 4)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([*lines, *(f"\nNote: {note}." for note in self.notes())]) + "\n"
+        return (
+            "\n".join([*markdown_table(header, rows, left=TEXT), *(f"\nNote: {note}." for note in self.notes())]) + "\n"
+        )
 
     def to_table(self) -> Any:
         """Return the table for a rich console."""
         from rich.console import Group
-        from rich.table import Table
 
-        header, rows = self.table()
-        table = Table()
-        for number, name in enumerate(header):
-            table.add_column(name.replace("/", "/\u200b"), justify="left" if number in (0, 1, 3) else "right")
-        for row in rows:
-            table.add_row(*row)
-        return Group(table, *(f"[yellow]Note: {note}.[/yellow]" for note in self.notes()))
+        return Group(
+            terminal_table(*self.table(), left=TEXT), *(f"[yellow]Note: {note}.[/yellow]" for note in self.notes())
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write ``comparison.md`` and ``comparison.json`` into a folder."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.html_report import to_html
+from wanda_lightning.tables import markdown_table, terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -100,23 +101,15 @@ class PruningReport:
         """Return the tables as Markdown."""
         lines = [f"# {self.title}", "", self.summary, ""]
         for header, rows in self._tables():
-            lines += ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+            lines += [*markdown_table(header, rows), ""]
         return "\n".join(lines)
 
     def to_table(self) -> "Group":
         """Return the tables for a rich console."""
         from rich.console import Group
-        from rich.table import Table
 
-        tables = []
-        for header, rows in reversed(list(self._tables())):  # the shortest and most wanted last, where the eye is
-            table = Table(*header[:1])
-            for column in header[1:]:
-                table.add_column(column, justify="right")
-            for row in rows:
-                table.add_row(*row)
-            tables.append(table)
+        # The shortest and most wanted last, where the eye is.
+        tables = [terminal_table(header, rows) for header, rows in reversed(list(self._tables()))]
         return Group(*tables, f"[bold]{self.title}[/bold]", self.summary)
 
     def save(self, folder: str | Path) -> None:

@@ -12,7 +12,8 @@ from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm
 from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.report import PruningReport
+from wanda_lightning.model_card import model_card
+from wanda_lightning.report import PruningReport, write_text
 from wanda_lightning.saving import save_pretrained
 
 
@@ -101,7 +102,7 @@ class PruningTrainer(Trainer):
         return self.comparison
 
     def save_pretrained(self, model: LightningModule) -> None:
-        """Save the module's language model and tokenizer to ``model/`` in the ``log_dir``, for ``from_pretrained``.
+        """Save the module's language model, tokenizer and a model card to ``model/`` in the ``log_dir``.
 
         Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``
         says so, merged under the masks. A merged model is evaluated too if the trained one was.
@@ -124,6 +125,9 @@ class PruningTrainer(Trainer):
             tokenizer = getattr(model, "tokenizer", None)
             with without_adapters(language_model) as plain:
                 save_pretrained(cast(Any, plain), tokenizer, folder / "model")
+            if (pruning := self.pruning_callback) is not None and pruning.report is not None:
+                base = getattr(model.hparams, "pretrained", None)
+                write_text(folder / "model/README.md", model_card(pruning.report, base))
             if has_adapters(language_model):
                 save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
         self.strategy.barrier("save_pretrained")

@@ -1,0 +1,25 @@
+"""A header and rows of text as a table, for Markdown and for the terminal."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Return the lines of a Markdown table; the columns that ``left`` numbers are text, the others figures."""
+    rule = ["---" if number in left else "---:" for number in range(len(header))]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "Table":
+    """Return a table for a rich console; long names may break behind a slash."""
+    from rich.table import Table
+
+    table = Table()
+    for number, name in enumerate(header):
+        table.add_column(name.replace("/", "/\u200b"), justify="left" if number in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
