@@ -68,7 +68,7 @@ def test_prune_twice_into_the_same_folder(wanda_lightning_command, small, tmp_pa
     assert "val/perplexity" in done.stdout
     assert f"Results are in {tmp_path / 'results'}" in done.stdout
     written = sorted(p.name for p in (tmp_path / "results").iterdir())
-    assert written == ["config.yaml", "model", "pruning.json", "pruning.md"]
+    assert written == ["config.yaml", "model", "pruning.json", "pruning.md", "report.html"]
     # The configuration beside the results gives the same results.
     report = json.loads((tmp_path / "results/pruning.json").read_text())
     config = tmp_path / "config.yaml"

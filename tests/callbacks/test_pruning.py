@@ -230,7 +230,7 @@ def test_output_dir(tmp_path):
     callback = MagnitudePruning(sparsity=0.5, output_dir=str(tmp_path / "mine"))
     trainer(tmp_path, callback, max_steps=0).fit(SomebodysModule(), batches())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pruning.json", "pruning.md"]
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["pruning.json", "pruning.md", "report.html"]
 
 
 def test_random_state_is_that_of_a_run_without_pruning(tmp_path):
