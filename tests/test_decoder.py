@@ -6,7 +6,7 @@ from conftest import tiny_llama
 from torch import nn
 
 from wanda_lightning.decoder import causal_lm, coverage, decoder_layers, max_sequence_length
-from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
+from wanda_lightning.methods import SparseGPT, Wanda
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 
@@ -245,12 +245,3 @@ def test_hooks_of_accelerate_that_keep_weights_in_place_stay(llama, batches, pru
     prune_model(dispatched, batches, SparseGPT(), SemiStructured(2, 4))
     assert agrees(dispatched, pruned)
     assert [layer.forward for layer in dispatched.model.layers] == forwards
-
-
-def test_offloaded_weights_are_refused(llama, batches):
-    from accelerate import cpu_offload
-
-    cpu_offload(llama, execution_device="cpu")
-    for method, calibration in ((Magnitude(), None), (Wanda(), batches)):
-        with pytest.raises(ValueError, match=r"30 weights are not in memory \(model\.embed_tokens\.weight.*device_map"):
-            prune_model(llama, calibration, method, Unstructured(0.5))

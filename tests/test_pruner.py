@@ -4,12 +4,10 @@ import pytest
 import torch
 from conftest import tiny_llama, token_batches
 
-from wanda_lightning.calibration import walk
 from wanda_lightning.decoder import decoder_layers
 from wanda_lightning.methods import Magnitude, Wanda
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.sparsity import SemiStructured, Unstructured
-from wanda_lightning.statistics import InputNorm
 
 UNSTRUCTURED = [Unstructured(0.5), Unstructured(0.3)]
 PATTERNS = [*UNSTRUCTURED, SemiStructured(2, 4), SemiStructured(1, 4), SemiStructured(4, 8)]
@@ -130,26 +128,6 @@ def test_half_precision(batches):
     report = prune_model(model, batches, Wanda(), Unstructured(0.5))
     assert {row.sparsity for row in report.linears} == {0.5}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-def test_sums_of_ranks_equal_one_process(batches):
-    """Two simulated ranks, each with half of the batches, that add up what they see of every layer."""
-    whole, rank0, rank1 = tiny_llama(), tiny_llama(), tiny_llama()
-    prune_model(whole, batches, Wanda(), Unstructured(0.5))
-    pruned = dict(whole.named_parameters())
-    sent = []  # what rank 1 adds, layer by layer
-    with torch.no_grad():
-        for step in walk(rank1, decoder_layers(rank1), batches[2:]):
-            for statistic in {id(s): s for s in step.collect(InputNorm).values()}.values():
-                sent += [statistic.total, torch.tensor(statistic.tokens)]
-            for linear in step.layer.linears:
-                linear.weight_OI.copy_(pruned[f"{linear.name}.weight"])
-    report = prune_model(
-        rank0, batches[:2], Wanda(), Unstructured(0.5), sum_over_ranks=lambda tensor: tensor + sent.pop(0)
-    )
-    assert not sent
-    assert {row.tokens for row in report.linears} == {4 * 2 * 16}
-    assert all(map(torch.equal, rank0.parameters(), whole.parameters()))
 
 
 @pytest.mark.parametrize(

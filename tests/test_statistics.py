@@ -33,14 +33,6 @@ def test_norm_does_not_depend_on_how_tokens_are_split():
     torch.testing.assert_close(merged.compute(), whole, rtol=1e-6, atol=0)
 
 
-def test_sum_over_ranks_adds_sums_and_counts():
-    norm = norm_of(inputs(2, 3, 8))
-    total = norm.total.clone()
-    norm.reduce(lambda tensor: tensor * 2)
-    assert norm.tokens == 12
-    assert torch.equal(norm.total, 2 * total)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_float32_for_half_precision_inputs(dtype):
     x = (300 * inputs(4096, 4)).to(dtype)  # the squares overflow float16, and bfloat16 sums stop growing

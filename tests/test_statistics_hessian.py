@@ -44,14 +44,11 @@ def test_does_not_depend_on_batches_or_chunks(monkeypatch):
         torch.testing.assert_close(other.compute(), whole.compute(), rtol=1e-12, atol=1e-12)
 
 
-def test_merge_and_reduce_add_up():
+def test_merge_adds_up():
     x = inputs()
     whole, left, right = hessian_of(x), hessian_of(x[:50]), hessian_of(x[50:])
     left.merge(right)
     assert left.tokens == 200
-    torch.testing.assert_close(left.compute(), whole.compute(), rtol=1e-5, atol=1e-4)
-    whole.reduce(lambda tensor: tensor * 3)
-    assert whole.tokens == 600
     torch.testing.assert_close(left.compute(), whole.compute(), rtol=1e-5, atol=1e-4)
 
 
@@ -111,7 +108,6 @@ def test_factor_is_shared_until_the_sums_change():
     for change in (
         lambda: hessian.update(x),
         lambda: hessian.merge(hessian_of(x)),
-        lambda: hessian.reduce(torch.clone),
     ):
         before = hessian.factor(0.01)
         change()

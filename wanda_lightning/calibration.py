@@ -6,14 +6,17 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.activations import Activations, Place
 from wanda_lightning.collector import Collector
-from wanda_lightning.decoder import DecoderLayer, uncompiled
+from wanda_lightning.decoder import DecoderLayer, PrunableLinear, uncompiled
 from wanda_lightning.dry_run import Arguments, Batch, dry_run, model_inputs
-from wanda_lightning.statistics import InputStatistic
+from wanda_lightning.offload import in_memory
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 __all__ = ["Batch", "CalibratedLayer", "model_inputs", "walk"]
 
@@ -31,7 +34,7 @@ class CalibratedLayer:
     def __init__(
         self,
         layer: DecoderLayer,
-        hidden_BTD: list[Tensor],
+        hidden_BTD: Activations,
         arguments: list[Arguments],
         masks_BT: list[Tensor | None],
     ) -> None:
@@ -46,11 +49,48 @@ class CalibratedLayer:
             out = self.layer.module(hidden_BTD, *args, **kwargs)
             yield out[0] if isinstance(out, tuple | list) else out
 
-    def collect(self, statistic: type[InputStatistic]) -> dict[str, InputStatistic]:
+    def passes(self, statistic: type[InputStatistic], memory: int | None) -> list[list[PrunableLinear]]:
+        """Split the pruned linears so that the statistics of each part fit in memory together.
+
+        Args:
+            statistic: The kind of statistic.
+            memory: Bytes that Hessians may take. Linears that share an input are not parted, however large theirs is.
+                Default: no limit.
+
+        Returns:
+            The linears of each pass over the calibration set.
+        """
+        if memory is None or not issubclass(statistic, InputHessian) or not self.layer.linears:
+            return [self.layer.linears] if self.layer.linears else []
+        shared = self.collect(InputNorm, batches=1)
+        groups: dict[object, list[PrunableLinear]] = {}
+        for linear in self.layer.linears:
+            # Which experts of a list are called differs from batch to batch: they stay together.
+            alike = linear.experts if linear.experts and linear.expert is None else id(shared[linear.name])
+            groups.setdefault(alike, []).append(linear)
+        sizes = [4 * sum({id(shared[x.name]): x.weight_OI.shape[1] ** 2 for x in g}.values()) for g in groups.values()]
+        parts: list[list[PrunableLinear]] = []
+        left = 0
+        for group, size in zip(groups.values(), sizes, strict=True):
+            if size > left:
+                parts.append([])
+                left = max(memory, *sizes)
+            parts[-1] += group
+            left -= size
+        return parts
+
+    def collect(
+        self,
+        statistic: type[InputStatistic],
+        linears: list[PrunableLinear] | None = None,
+        batches: int | None = None,
+    ) -> dict[str, InputStatistic]:
         """Run the layer and gather a statistic of every pruned linear's inputs; padding does not count.
 
         Args:
             statistic: The kind of statistic.
+            linears: Those of the layer whose inputs are wanted. Default: all that are pruned.
+            batches: Use the first so many only. Default: all.
 
         Returns:
             The statistics by linear name. Linears fed by the same tensor share one object. Of an expert that no token
@@ -59,9 +99,10 @@ class CalibratedLayer:
         Raises:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
-        collector = Collector(statistic, self.layer.linears)
+        collector = Collector(statistic, self.layer.linears if linears is None else linears)
+        seen = zip(self.hidden_BTD, self.arguments, self.masks_BT, strict=True)
         with collector:
-            for hidden_BTD, (args, kwargs), mask_BT in zip(self.hidden_BTD, self.arguments, self.masks_BT, strict=True):
+            for hidden_BTD, (args, kwargs), mask_BT in islice(seen, batches):
                 with collector.batch(tuple(hidden_BTD.shape), mask_BT):
                     self.layer.module(hidden_BTD, *args, **kwargs)
         statistics = collector.statistics()
@@ -74,16 +115,20 @@ class CalibratedLayer:
         return statistics
 
 
-def walk(model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch]) -> Iterator[CalibratedLayer]:
+def walk(
+    model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch], activations: Place = "device"
+) -> Iterator[CalibratedLayer]:
     """Visit the decoder layers in order, each with the inputs that the layers before it give as they are now.
 
-    Whatever the caller does to a layer while it is visited (such as pruning it) shows in the inputs of the next.
+    Whatever the caller does to a layer while it is visited (such as pruning it) shows in the inputs of the next. The
+    weights of a layer that is offloaded are in memory while it is visited.
 
     Args:
         model: The causal language model; in eval mode, without gradients.
         layers: Its decoder layers.
         batches: Calibration batches; each is input_ids (B, T) int64, a mapping with ``input_ids`` and optionally
             ``attention_mask`` (0 = padding), or a tuple or list that starts with input_ids.
+        activations: Where the hidden states wait between two layers: ``"device"``, ``"cpu"`` or ``"disk"``.
 
     Yields:
         The layer and what enters it.
@@ -91,11 +136,13 @@ def walk(model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Bat
     Raises:
         ValueError: If there are no batches, or one cannot be fed to the model.
     """
-    hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), [layer.module for layer in layers], batches)
+    modules = [layer.module for layer in layers]
+    hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), modules, batches, activations)
     for index, layer in enumerate(layers):
         step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT)
-        yield step
-        if index + 1 < len(layers):  # nothing needs the outputs of the last layer
-            for batch, out_BTD in enumerate(step.outputs()):
-                hidden_BTD[batch] = out_BTD
+        with in_memory(layer.module):
+            yield step
+            if index + 1 < len(layers):  # nothing needs the outputs of the last layer
+                for batch, out_BTD in enumerate(step.outputs()):
+                    hidden_BTD[batch] = out_BTD
         arguments[index] = []

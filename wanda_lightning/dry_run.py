@@ -11,7 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.activations import Activations, Place
 from wanda_lightning.decoder import max_sequence_length
+from wanda_lightning.offload import device_of
 
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -24,8 +26,8 @@ class _DryRunDoneError(Exception):
 class _Recorder:
     """Stands in for the decoder layers while the model runs, and notes what they are called with."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.hidden_BTD: list[Tensor] = []
+    def __init__(self, layers: list[nn.Module], activations: Place) -> None:
+        self.hidden_BTD = Activations(activations)
         self.arguments: list[list[Arguments]] = [[] for _ in layers]
         self._last = len(layers) - 1
         self._called = 0  # layers in this batch
@@ -82,14 +84,15 @@ class _Recorder:
 
 
 def dry_run(
-    model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch]
-) -> tuple[list[Tensor], list[list[Arguments]], list[Tensor | None]]:
+    model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch], activations: Place = "device"
+) -> tuple[Activations, list[list[Arguments]], list[Tensor | None]]:
     """Run the model with empty layers.
 
     Args:
         model: The causal language model.
         layers: Its decoder layers.
         batches: Calibration batches.
+        activations: Where the hidden states wait for the first layer.
 
     Returns:
         The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real (None where
@@ -98,9 +101,9 @@ def dry_run(
     Raises:
         ValueError: If a batch cannot be fed to the model, there is none, or the layers are not called one by one.
     """
-    recorder = _Recorder(layers)
+    recorder = _Recorder(layers, activations)
     masks_BT: list[Tensor | None] = []
-    device = _embeddings(model).device
+    device = device_of(cast(Any, model).get_input_embeddings())
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(_replaced_forward(layer, recorder.forward(index, layer.forward)))
@@ -160,17 +163,13 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     limit = max_sequence_length(model)
     if limit is not None and ids_BT.shape[1] > limit:
         raise ValueError(f"a calibration sequence has {ids_BT.shape[1]} tokens, the model takes at most {limit}")
-    vocabulary = _embeddings(model).shape[0]
+    vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
     if int(ids_BT.min()) < 0 or int(ids_BT.max()) >= vocabulary:
         raise ValueError(
             f"input_ids must lie in [0, {vocabulary}), the model's vocabulary, "
             f"got {int(ids_BT.min())} to {int(ids_BT.max())}: is this the model's tokenizer?"
         )
     return inputs
-
-
-def _embeddings(model: nn.Module) -> Tensor:
-    return cast(Any, model).get_input_embeddings().weight
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 import hashlib
 import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.decoder import decoder_layers
 from wanda_lightning.saving import save_pretrained
 
 if TYPE_CHECKING:
@@ -38,6 +41,59 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
         )
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
+
+
+def load_streamed(
+    pretrained: str, dtype: str = "auto", device: torch.device | str = "cpu", **kwargs: Any
+) -> "PreTrainedModel":
+    """Open a causal language model whose decoder layers stay on disk, for models that are larger than memory.
+
+    Embeddings, norms and head are loaded. Calls of the model load its layers a linear at a time, by accelerate's hooks;
+    :func:`wanda_lightning.prune_model` loads them a layer at a time. Where transformers stores the experts of a mixture
+    in another way than the files have them, they are written once more, to a temporary folder in the hub's cache.
+
+    Args:
+        pretrained: See :func:`load_model`.
+        dtype: See :func:`load_model`.
+        device: Where it computes.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        The model, in eval mode; it cannot be trained.
+
+    Raises:
+        ValueError: If there is no such model, or no decoder layers in it.
+    """
+    from huggingface_hub import cached_assets_path
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(pretrained, trust_remote_code=kwargs.get("trust_remote_code", False))
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
+    converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
+    model = load_model(
+        pretrained,
+        dtype,
+        device_map={layers: "disk", **{name: device for name in _beside(skeleton, layers)}},
+        offload_folder=converted.name,
+        **kwargs,
+    )
+    model._converted = converted  # deleted with the model
+    return model
+
+
+def _beside(module: "torch.nn.Module", inner: str, name: str = "") -> Iterator[str]:
+    """Yield the names of the largest parts of a module that do not hold the inner one."""
+    if name == inner:
+        return
+    if name and not inner.startswith(f"{name}."):
+        yield name
+        return
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    yield from (f"{name}.{each}".removeprefix(".") for each, _ in own)
+    for child_name, child in module.named_children():
+        yield from _beside(child, inner, f"{name}.{child_name}".removeprefix("."))
 
 
 def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":

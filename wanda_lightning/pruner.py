@@ -1,23 +1,30 @@
 """Pruning a model: whoever has read this file knows the house."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from wanda_lightning import fingerprint
+from wanda_lightning.activations import Place
 from wanda_lightning.allocation import Allocation, allocate
-from wanda_lightning.calibration import Batch, walk
-from wanda_lightning.decoder import DecoderLayer, PrunableLinear, count_matches, decoder_layers, uncompiled
+from wanda_lightning.calibration import Batch, CalibratedLayer, model_inputs, walk
+from wanda_lightning.decoder import DecoderLayer, count_matches, decoder_layers, uncompiled
+from wanda_lightning.layer_pruning import check_finite, prune_layer
 from wanda_lightning.methods.base import PruningMethod
-from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
-from wanda_lightning.sparsity import Pattern, sparsity_of
-from wanda_lightning.statistics import InputHessian, InputStatistic
+from wanda_lightning.offload import in_memory, is_offloaded, is_on_disk, names_without_values, write_back
+from wanda_lightning.processes import Processes
+from wanda_lightning.report import LinearReport, PruningReport, count_kept, whole_model_sparsity
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputHessian
 
-Statistics = dict[str, InputStatistic]
+if TYPE_CHECKING:
+    from wanda_lightning.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +40,18 @@ def prune_model(
     layers: str | None = None,
     allocation: Allocation | None = None,
     exact_error: bool = False,
-    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    activations: Place = "device",
+    journal: "Journal | None" = None,
+    processes: Processes | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> PruningReport:
     """Prune the linears of a model's decoder layers in place, layer by layer.
 
     Each layer is pruned with statistics of the inputs that the already pruned layers before it give
-    (Frantar & Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695). Of a mixture of experts every
-    expert is pruned with the tokens that its router sends to it. An expert that no calibration token reaches is pruned
-    by magnitude within each output row, whatever the method; its row in the report says ``tokens=0``.
+    (Frantar & Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695). Layers that accelerate keeps on
+    disk or in RAM (``device_map``) are in memory one at a time. Of a mixture of experts every expert is pruned with the
+    tokens that its router sends to it. An expert that no calibration token reaches is pruned by magnitude within each
+    output row, whatever the method; its row in the report says ``tokens=0``.
 
     Args:
         model: A causal language model of transformers; left in the mode, dtype and device it is in.
@@ -55,7 +65,12 @@ def prune_model(
         allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``; see
             :func:`wanda_lightning.allocation.allocate`.
         exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
-        sum_over_ranks: Adds a tensor up over processes, where each holds a part of the calibration set.
+        activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
+            ``"disk"``.
+        journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
+            behind them. Needed where the model's layers are on disk: then it holds their pruned weights, and has to
+            stay until the model is saved.
+        processes: Where each has a part of the calibration set: ``Processes()``. All of them end with the same model.
         progress: Wraps the iteration over layers, given it and its length, to show how far it is.
 
     Returns:
@@ -75,17 +90,36 @@ def prune_model(
     decoder = decoder_layers(model, targets, ignore, layers)
     patterns = allocate([linear for layer in decoder for linear in layer.linears], pattern, allocation)
     wanted = InputHessian if exact_error else method.statistic
-    _check(model, decoder, method, {**patterns, "": pattern}, wanted is None or calibration is not None)
+    _check(model, decoder, method, {**patterns, "": pattern}, wanted is None or calibration is not None, journal)
     report = PruningReport(str(method), str(pattern), pattern.sparsity)
     report.matches = count_matches(decoder, [*(targets or ()), *(ignore or ()), *(allocation or ())])
     for layer in decoder:
         report.not_pruned |= layer.left_dense
+    processes = processes or Processes.alone()
+    offloaded = is_offloaded(model)
+    settings = {
+        "method": str(method),
+        "pattern": str(pattern),
+        "sparsity": pattern.sparsity,
+        "targets": targets,
+        "ignore": ignore,
+        "layers": layers,
+        "allocation": allocation,
+        "exact_error": exact_error,
+        "processes": processes.size,
+    }
+    kept_elsewhere = 0
     with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):
-        visited = _statistics(model, decoder, calibration, wanted, sum_over_ranks)
-        for layer, statistics in progress(visited, len(decoder)) if progress else visited:
-            for linear in layer.linears:
-                row = _prune_linear(layer, linear, statistics.get(linear.name), method, patterns[linear.name])
-                report.linears.append(row)
+        visited = _visit(model, decoder, calibration if wanted else None, activations, settings, journal, processes)
+        for layer, calibrated, number in progress(visited, len(decoder)) if progress else visited:
+            rows = _finished(number, layer, journal, processes)
+            if rows is None:
+                memory = _size(layer.module) if offloaded else None
+                rows = prune_layer(layer, calibrated, method, patterns, wanted, processes, memory)
+                _finish(number, layer, rows, journal, processes)
+            report.linears += rows
+            if offloaded:
+                kept_elsewhere += count_kept(layer.module)
     if method.statistic is not None and (unseen := sum(row.tokens == 0 for row in report.linears)):
         log.warning(
             "no calibration token reached %d of %d expert matrices: they were pruned by magnitude within each row. "
@@ -93,70 +127,86 @@ def prune_model(
             unseen,
             sum(linear.experts is not None for layer in decoder for linear in layer.linears),
         )
-    report.whole_model_sparsity = whole_model_sparsity(model)
+    report.whole_model_sparsity = whole_model_sparsity(model, kept_elsewhere)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _statistics(
+def _visit(
     model: nn.Module,
     layers: list[DecoderLayer],
     calibration: Iterable[Batch] | None,
-    wanted: type[InputStatistic] | None,
-    sum_over_ranks: Callable[[Tensor], Tensor] | None,
-) -> Iterator[tuple[DecoderLayer, Statistics]]:
-    """Visit the layers with the statistics of their linears' inputs, if any are wanted."""
-    if wanted is None or calibration is None:
-        yield from ((layer, {}) for layer in layers)
+    activations: Place,
+    settings: Mapping[str, Any],
+    journal: "Journal | None",
+    processes: Processes,
+) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None, int]]:
+    """Visit the layers in memory, with their inputs if any are wanted; before the first, open the journal."""
+    seen = hashlib.sha256()
+    steps = walk(model, layers, _hashed(calibration, model, seen), activations) if calibration is not None else None
+    with processes.together():
+        first = next(steps) if steps else None
+    digests = processes.gather(seen.hexdigest()[:16])
+    with processes.together():
+        if journal is not None and processes.rank == 0:
+            own = {"device": layers[0].linears[0].weight.device.type if layers[0].linears else ""}
+            about = {**fingerprint.of_model(model), **settings, "calibration": digests, **fingerprint.of_versions()}
+            if finished := journal.start(about | own):
+                log.info("%d of %d layers are finished in %s", finished, len(layers), journal.folder)
+    if steps is None or first is None:
+        for number, layer in enumerate(layers):
+            with in_memory(layer.module):
+                yield layer, None, number
         return
-    for step in walk(model, layers, calibration):
-        statistics = step.collect(wanted) if step.layer.linears else {}
-        if sum_over_ranks is not None:
-            for statistic in {id(s): s for s in statistics.values()}.values():
-                statistic.reduce(sum_over_ranks)
-        yield step.layer, statistics
+    yield first.layer, first, 0
+    for number, step in enumerate(steps, start=1):
+        yield step.layer, step, number
 
 
-def _prune_linear(
-    layer: DecoderLayer,
-    linear: PrunableLinear,
-    statistic: InputStatistic | None,
-    method: PruningMethod,
-    pattern: Pattern,
-) -> LinearReport:
-    weight_OI = linear.weight_OI
-    dense_OI = weight_OI.clone()
-    started = time.perf_counter()
-    tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
-    try:
-        if method.statistic is not None and statistic is not None and statistic.tokens == 0:
-            mask_OI = pattern.mask(weight_OI.float().abs())
-            weight_OI.masked_fill_(~mask_OI, 0)
-            tolerance = 1 / weight_OI.shape[1]
-        else:
-            mask_OI = method.prune(weight_OI, statistic, pattern)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
-    seconds = time.perf_counter() - started
-    pattern.check_mask(mask_OI, tolerance)
-    assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
-    return LinearReport(
-        name=linear.name,
-        layer=layer.name,
-        shape=(weight_OI.shape[0], weight_OI.shape[1]),
-        sparsity=sparsity_of(weight_OI),
-        seconds=seconds,
-        tokens=statistic.tokens if statistic else None,
-        error=_relative_error(dense_OI, weight_OI, statistic) if statistic and statistic.tokens else None,
-        error_is_exact=isinstance(statistic, InputHessian),
-        damping=statistic.damping if isinstance(statistic, InputHessian) else None,
-    )
+def _hashed(batches: Iterable[Batch], model: nn.Module, digest: Any) -> Iterator[Batch]:
+    """Pass batches on, and add them to a digest."""
+    for batch in batches:
+        for name, tensor in model_inputs(batch, model).items():
+            digest.update(name.encode() + str(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().long().contiguous().numpy().data)
+        yield batch
 
 
-def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:
-    """Compute ||(W - W') X||^2 / ||W X||^2 over the calibration set, from the statistic alone."""
-    lost = statistic.output_energy(dense_OI - pruned_OI).sum()
-    return float(lost / statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny))
+def _finished(
+    number: int, layer: DecoderLayer, journal: "Journal | None", processes: Processes
+) -> list[LinearReport] | None:
+    """Put a layer in the state that the journal has of it; return its rows, or None if it has none."""
+    if journal is None:
+        return None
+    found = journal.load(number) if processes.rank == 0 else None
+    rows = processes.gather(found[1] if found else None)[0]
+    if rows is None:
+        return None
+    for name, weight in _weights(layer).items():
+        weight.copy_(processes.send(0, found[0][name].to(weight.device) if found else weight.detach()))
+    write_back(layer.module, {weight: name for name, weight in _weights(layer).items()}, journal.file(number))
+    return rows
+
+
+def _finish(
+    number: int, layer: DecoderLayer, rows: list[LinearReport], journal: "Journal | None", processes: Processes
+) -> None:
+    """Make a pruned layer durable, and let accelerate find its new weights."""
+    weights = _weights(layer)
+    with processes.together():  # nobody goes on before it is written
+        if journal is not None and processes.rank == 0:
+            journal.save(number, weights, rows)
+    file = None if journal is None else journal.file(number)
+    write_back(layer.module, {weight: name for name, weight in weights.items()}, file)
+
+
+def _weights(layer: DecoderLayer) -> dict[str, nn.Parameter]:
+    """Return the parameters that are pruned, by name; experts may share one."""
+    return {linear.parameter_name: linear.weight for linear in layer.linears}
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _check(
@@ -165,6 +215,7 @@ def _check(
     method: PruningMethod,
     patterns: dict[str, Pattern],
     calibrated: bool,
+    journal: "Journal | None",
 ) -> None:
     """Refuse what cannot work before any weight has changed."""
     for pattern in set(patterns.values()):
@@ -174,10 +225,12 @@ def _check(
     linears = [linear for layer in layers for linear in layer.linears]
     if not linears:
         raise ValueError("nothing is left to prune: targets and ignore exclude every linear of the decoder")
-    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+    if absent := names_without_values(model):
+        raise ValueError(f"{len(absent)} weights were never loaded ({absent[0]}, ...): load the model with its weights")
+    if journal is None and any(is_on_disk(layer.module) for layer in layers):
         raise ValueError(
-            f"{len(absent)} weights are not in memory ({absent[0]}, ...): they were offloaded, or never loaded. Load "
-            "the model with a device_map that offloads nothing to the CPU or the disk"
+            "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
+            "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
     for linear in linears:
         weight_OI = linear.weight_OI
@@ -186,8 +239,7 @@ def _check(
                 f"{linear.name} holds {weight_OI.dtype}, not floating-point weights: prune before quantising"
             )
         patterns[linear.name].check_in_features(weight_OI.shape[1], linear.name)
-        if not torch.isfinite(weight_OI).all():
-            raise ValueError(f"{linear.name} has NaN or infinite weights")
+    check_finite(linear for linear in linears if not linear.weight.is_meta)
 
 
 @contextmanager

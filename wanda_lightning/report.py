@@ -178,11 +178,20 @@ def with_errors(metrics: dict[str, float]) -> dict[str, str]:
     }
 
 
-def whole_model_sparsity(model: nn.Module) -> float:
-    """Measure the fraction of zeros over all parameters; shared ones count once."""
-    parameters = list(model.parameters())
-    kept = sum(int(torch.count_nonzero(p)) for p in parameters)
-    return 1 - kept / max(1, sum(p.numel() for p in parameters))
+def whole_model_sparsity(model: nn.Module, kept_elsewhere: int = 0) -> float:
+    """Measure the fraction of zeros over all parameters; shared ones count once.
+
+    Args:
+        model: The model.
+        kept_elsewhere: How many weights are not zero among those that are offloaded.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return 1 - (count_kept(model) + kept_elsewhere) / max(1, total)
+
+
+def count_kept(module: nn.Module) -> int:
+    """Count the weights in memory that are not zero."""
+    return sum(int(torch.count_nonzero(p)) for p in module.parameters() if not p.is_meta)
 
 
 def write_text(path: Path, text: str) -> None:

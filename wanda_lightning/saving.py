@@ -2,15 +2,20 @@
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wanda_lightning.lora import has_adapters
+from wanda_lightning.offload import is_offloaded, stored_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARD = "2GB"
+"""Largest file of a model that is not in memory: so much of it is, while it is written."""
 
 
 def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> Path:
@@ -41,7 +46,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         unfinished.chmod(0o755)
-        model.save_pretrained(unfinished)
+        _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         _check_reloads(model, unfinished)
@@ -51,16 +56,28 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     return folder
 
 
+def _write(model: "PreTrainedModel", folder: Path) -> None:
+    if not is_offloaded(model):
+        model.save_pretrained(folder)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=SHARD)  # read and written a shard at a time
+
+
 def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
-    reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-    saved = dict(model.named_parameters())
-    loaded = dict(reloaded.named_parameters())
-    if different := [n for n in saved.keys() | loaded.keys() if not _same(saved.get(n), loaded.get(n))]:
-        raise RuntimeError(f"the saved model does not load as it was: {len(different)} weights differ, {different[:3]}")
+    if is_offloaded(model):
+        from wanda_lightning.loading import load_streamed
 
-
-def _same(saved: torch.Tensor | None, loaded: torch.Tensor | None) -> bool:
-    return saved is not None and loaded is not None and torch.equal(saved.detach().cpu(), loaded.detach())
+        reloaded: Any = load_streamed(str(folder), local_files_only=True)
+    else:
+        reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
+    names = [name for name, _ in model.named_parameters()]
+    if names != [name for name, _ in reloaded.named_parameters()]:
+        raise RuntimeError("the saved model does not load as it was: it has other weights")
+    for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
+        if not torch.equal(saved.cpu(), loaded.cpu()):
+            raise RuntimeError(f"the saved model does not load as it was: {name} differs")
 
 
 def _replace(new: Path, folder: Path) -> None:

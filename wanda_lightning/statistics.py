@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, O out features, I in features, P in features of a pan
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,11 +50,6 @@ class InputStatistic(ABC):
         """Add what another statistic of the same kind has seen."""
         self.total += other.total.to(self.total)
         self.tokens += other.tokens
-
-    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sums by those over all processes, given a function that adds a tensor up over them."""
-        self.total = sum_over_ranks(self.total)
-        self.tokens = int(sum_over_ranks(torch.tensor(self.tokens, device=self.total.device)))
 
     @abstractmethod
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor: ...
@@ -133,11 +127,6 @@ class InputHessian(InputStatistic):
         """Add what another Hessian has seen."""
         self._factors.clear()
         super().merge(other)
-
-    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Replace the sums by those over all processes, given a function that adds a tensor up over them."""
-        self._factors.clear()
-        super().reduce(sum_over_ranks)
 
     def compute(self) -> Tensor:
         """Return H = 2/T X^T X, symmetric, shape (in_features, in_features)."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.methods.second_order import SecondOrderMethod
+from wanda_lightning.processes import Processes
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.report import PruningReport
 from wanda_lightning.schedule import Gradual
@@ -167,7 +167,7 @@ class PruningCallback(SparseFinetuning):
                 ignore=self.ignore,
                 layers=self.layers,
                 allocation=self.allocation,
-                sum_over_ranks=partial(trainer.strategy.reduce, reduce_op="sum") if trainer.world_size > 1 else None,
+                processes=Processes(),
                 progress=_progress_bar if trainer.progress_bar_callback and trainer.is_global_zero else None,
             )
         describe = getattr(_datamodule(trainer), "describe", None)
