@@ -43,6 +43,8 @@ class PruningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
+        if isinstance(self.model, CausalLM):
+            self.model.check_trainable()
         if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
             self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
 

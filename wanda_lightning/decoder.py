@@ -39,6 +39,11 @@ class DecoderLayer:
     linears: list[PrunableLinear]
     left_dense: dict[str, str]
 
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that are to be pruned, by name; experts may share one."""
+        return {linear.parameter_name: linear.weight for linear in self.linears}
+
 
 def causal_lm(module: nn.Module) -> nn.Module:
     """Find the Hugging Face model that a module is or holds.

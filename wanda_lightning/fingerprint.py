@@ -1,31 +1,70 @@
 """What decides the result of a pruning, in a few lines: two runs with the same fingerprint give the same bytes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.dry_run import Batch, model_inputs
 from wanda_lightning.offload import stored_parameters
 
 SAMPLED = 256
 """Values of each parameter that are looked at: enough to tell models apart, and little to read from a disk."""
 
 
-def of_model(model: nn.Module) -> dict[str, str]:
-    """Return the class, a hash of names, shapes and dtypes, and one of a sample of the weights."""
+def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequence[str]) -> dict[str, Any]:
+    """Describe a run.
+
+    Args:
+        model: The model before it is pruned, wherever its weights are.
+        settings: Of the pruning, plain types.
+        calibration: A digest of each process's calibration batches.
+
+    Returns:
+        Plain values by name.
+    """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
     for name, values in stored_parameters(model):
         shapes.update(f"{name} {tuple(values.shape)} {values.dtype};".encode())
         flat = values.detach().reshape(-1)
         weights.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
-    return {"model": type(model).__name__, "shapes": shapes.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+    return {
+        "model": type(model).__name__,
+        "shapes": shapes.hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+        "calibration": [*calibration],
+        **settings,
+        **_versions(),
+    }
 
 
-def of_versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
+class Watched:
+    """Calibration batches that are hashed as they pass.
+
+    Args:
+        batches: The batches.
+        model: The model that they are for.
+    """
+
+    def __init__(self, batches: Iterable[Batch], model: nn.Module) -> None:
+        self._batches, self._model = batches, model
+        self._digest = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            self._digest.update(hashed(model_inputs(batch, self._model)).encode())
+            yield batch
+
+    @property
+    def digest(self) -> str:
+        """Of the batches that have passed."""
+        return self._digest.hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
     versions = {}
     for package in ("torch", "transformers", "wanda-lightning"):
         try:

@@ -18,45 +18,42 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wanda_lightning.decoder import DecoderLayer
 from wanda_lightning.fingerprint import differences, hashed
+from wanda_lightning.processes import Processes
 from wanda_lightning.report import LinearReport, write_text
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The finished layers of one pruning; only one process at a time may write to it.
+    """The finished layers of one pruning; only one run at a time may write to them.
 
     Args:
-        folder: Where it is kept; made if needed.
-
-    Raises:
-        ValueError: If another process is writing there. The lock goes with its process, however that ends.
+        folder: Where they are kept; made when the pruning starts.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / "lock", is_singleton=True)
+
+    def start(self, fingerprint: Mapping[str, Any]) -> None:
+        """Begin a run, or go on with it.
+
+        Args:
+            fingerprint: What decides its results, by name; plain types.
+
+        Raises:
+            ValueError: If the folder holds another run (it says where they differ), or another process is writing
+                there: the lock goes with its process, however that ends.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"another run is writing to {self.folder.parent}: wait for it, or choose another folder"
             ) from None
-
-    def start(self, fingerprint: Mapping[str, Any]) -> int:
-        """Begin a run, or go on with it.
-
-        Args:
-            fingerprint: What decides its results, by name; plain types.
-
-        Returns:
-            How many layers are finished, as far as can be told without reading them.
-
-        Raises:
-            ValueError: If the folder holds another run; it says where they differ.
-        """
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
         if file.exists():
@@ -68,39 +65,57 @@ class Journal:
                 )
         else:
             write_text(file, json.dumps(fingerprint, indent=2) + "\n")
-        finished = 0
-        while self.file(finished).exists():
-            finished += 1
-        return finished
+        if finished := len([*self.folder.glob("layer-*.safetensors")]):
+            log.info("%d layers are finished in %s: the run goes on behind them", finished, self.folder)
 
     def file(self, layer: int) -> Path:
         """Name the file of a layer."""
         return self.folder / f"layer-{layer:05d}.safetensors"
 
-    def save(self, layer: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
-        """Make a layer durable: to a temporary name, to the disk, renamed.
+    def record(self, number: int, layer: DecoderLayer, rows: list[LinearReport], processes: Processes) -> None:
+        """Make a pruned layer durable; no process goes on before it is.
 
         Raises:
             OSError: If it cannot be written; the layers before it are kept.
         """
+        with processes.together():
+            if processes.rank == 0:
+                self._save(number, layer.weights, rows)
+
+    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> list[LinearReport] | None:
+        """Put a layer in the state in which it was recorded; return its rows, or None if it was not."""
+        found = self._load(number) if processes.rank == 0 else None
+        rows = processes.gather(found[1] if found else None)[0]
+        if rows is not None:
+            for name, weight in layer.weights.items():
+                weight.copy_(processes.send(0, found[0][name].to(weight.device) if found else weight.detach()))
+        return rows
+
+    def remove(self) -> None:
+        """Delete everything: the model is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release(force=True)
+
+    def _save(self, number: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
+        """Write a file under a temporary name, to the disk, and rename it."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         metadata = {"rows": json.dumps([asdict(row) for row in rows]), "sha256": hashed(tensors)}
         unfinished = self.folder / ".unfinished"
         try:
             save_file(tensors, unfinished, metadata=metadata)
             _to_disk(unfinished)
-            os.replace(unfinished, self.file(layer))
+            os.replace(unfinished, self.file(number))
             _to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
             raise OSError(
-                f"layer {layer} cannot be written to {self.folder}: {error}. The {layer} layers before it are kept "
+                f"layer {number} cannot be written to {self.folder}: {error}. The {number} layers before it are kept "
                 "there: make room, and the same run goes on behind them"
             ) from error
 
-    def load(self, layer: int) -> tuple[dict[str, Tensor], list[LinearReport]] | None:
-        """Read a finished layer; None if there is none, or its file is damaged: it and later ones are dropped then."""
-        file = self.file(layer)
+    def _load(self, number: int) -> tuple[dict[str, Tensor], list[LinearReport]] | None:
+        """Read a file, if there is one; if it is damaged, drop it and all later ones."""
+        file = self.file(number)
         if not file.exists():
             return None
         try:
@@ -113,19 +128,10 @@ class Journal:
         except (SafetensorError, OSError, KeyError, ValueError):
             pass
         log.warning("%s is damaged: this layer and those after it are pruned again", file)
-        while self.file(layer).exists():
-            self.file(layer).unlink()
-            layer += 1
+        while self.file(number).exists():
+            self.file(number).unlink()
+            number += 1
         return None
-
-    def remove(self) -> None:
-        """Delete it all: the model is saved, or nothing was begun."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
-
-    def close(self) -> None:
-        """Let other processes have the folder."""
-        self._lock.release(force=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -75,7 +75,7 @@ def load_streamed(
     model = load_model(
         pretrained,
         dtype,
-        device_map={layers: "disk", **{name: device for name in _beside(skeleton, layers)}},
+        device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
         offload_folder=converted.name,
         **kwargs,
     )

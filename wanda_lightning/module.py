@@ -1,6 +1,7 @@
 """A Hugging Face causal language model as a LightningModule."""
 
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from wanda_lightning.distillation import Distillation, Teacher
 from wanda_lightning.evaluation import Perplexity
-from wanda_lightning.loading import load_model, load_tokenizer
+from wanda_lightning.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.lora import LoraSettings, add_adapters, merge_masked
 
 
@@ -26,6 +27,8 @@ class CausalLM(LightningModule):
         lr_scheduler: Learning-rate scheduler, stepped after every optimizer step.
         lora: Train low-rank adapters instead of the weights.
         distillation: Learn from the dense model's predictions too.
+        stream: Leave the decoder layers on disk and load them one at a time, to prune and evaluate models that are
+            larger than memory; they cannot be trained.
         model_kwargs: More arguments of ``from_pretrained``.
     """
 
@@ -40,6 +43,7 @@ class CausalLM(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoraSettings | None = None,
         distillation: Distillation | None = None,
+        stream: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -51,6 +55,12 @@ class CausalLM(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lora = lora
         self.distillation = distillation
+        self.stream = stream
+        if stream and (lora or distillation or gradient_checkpointing):
+            raise ValueError(
+                "a model that is streamed from disk cannot be trained: leave out lora, distillation and "
+                "gradient_checkpointing, or stream"
+            )
         self.model_kwargs = {
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
@@ -67,11 +77,32 @@ class CausalLM(LightningModule):
         """Load the model; called by the Trainer before every run."""
         if self.model is None:
             self.tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+            if self.stream:
+                self._open_streamed(self.pretrained)
+                return
             self.model = load_model(self.pretrained, **self.model_kwargs).train()
             if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train a streamed model; ``fit`` without training steps prunes it."""
+        trainer = self.trainer
+        if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
+            self.check_trainable()
+
+    def check_trainable(self) -> None:
+        """Refuse to train a streamed model.
+
+        Raises:
+            ValueError: If the model is streamed from disk.
+        """
+        if self.stream:
+            raise ValueError(
+                "a model that is streamed from disk can be pruned and evaluated, not trained: use prune, and fit the "
+                "saved model without stream"
+            )
 
     def forward(self, **inputs: Tensor) -> Any:
         """Call the model, without a cache."""
@@ -112,6 +143,25 @@ class CausalLM(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def reopen(self, folder: str | Path) -> None:
+        """Stream from the folder of a saved model from now on."""
+        if self.stream:
+            self._open_streamed(str(folder))
+
+    def _open_streamed(self, pretrained: str) -> None:
+        self.model = load_streamed(pretrained, device=self.trainer.strategy.root_device, **self.model_kwargs)
+        # DDP would send every weight to the other processes, also those that are on disk.
+        self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if p.is_meta]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move what the module holds, but not a streamed model: it is where it belongs."""
+        if not self.stream:
+            return super()._apply(fn, recurse)
+        for child in self.children():
+            if child is not self.model:
+                child._apply(fn)
+        return self
 
     def merge_adapters(self) -> None:
         """Add the adapters to the weights that are not zero, for good: (W + B A) * M."""

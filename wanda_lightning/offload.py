@@ -60,15 +60,16 @@ def in_memory(layer: nn.Module) -> Iterator[None]:
             hook.offload = before
 
 
-def write_back(layer: nn.Module, names: Mapping[nn.Parameter, str], file: Path | None) -> None:
+def write_back(layer: nn.Module, weights: Mapping[str, nn.Parameter], file: Path | None) -> None:
     """Keep changed weights of a layer that is :func:`in_memory`, so that the next call finds them.
 
     Args:
         layer: The layer.
-        names: The changed parameters, and how they are called in ``file``.
+        weights: The changed parameters, by the names that they have in ``file``.
         file: A safetensors file that holds them, for weights that are kept on disk; where those came from stays as it
             is.
     """
+    names = {weight: name for name, weight in weights.items()}
     for part in layer.modules():
         hook = _hook(part)
         for name, parameter in part._parameters.items():
@@ -77,8 +78,7 @@ def write_back(layer: nn.Module, names: Mapping[nn.Parameter, str], file: Path |
             if (values := _in_ram(hook, name)) is not None:
                 values.copy_(parameter.detach())
             elif file is not None:
-                weights: Any = hook.weights_map
-                weights.dataset.index[f"{weights.prefix}{name}"] = {
+                hook.weights_map.dataset.index[f"{hook.weights_map.prefix}{name}"] = {
                     "safetensors_file": str(file),
                     "weight_name": names[parameter],
                     "dtype": str(parameter.dtype).removeprefix("torch."),

@@ -1,25 +1,25 @@
 """Pruning a model: whoever has read this file knows the house."""
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from wanda_lightning import fingerprint
 from wanda_lightning.activations import Place
 from wanda_lightning.allocation import Allocation, allocate
-from wanda_lightning.calibration import Batch, CalibratedLayer, model_inputs, walk
+from wanda_lightning.calibration import Batch, CalibratedLayer, walk
 from wanda_lightning.decoder import DecoderLayer, count_matches, decoder_layers, uncompiled
+from wanda_lightning.fingerprint import Watched, fingerprint
 from wanda_lightning.layer_pruning import check_finite, prune_layer
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.offload import in_memory, is_offloaded, is_on_disk, names_without_values, write_back
 from wanda_lightning.processes import Processes
-from wanda_lightning.report import LinearReport, PruningReport, count_kept, whole_model_sparsity
+from wanda_lightning.report import PruningReport, count_kept, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian
 
@@ -106,19 +106,29 @@ def prune_model(
         "layers": layers,
         "allocation": allocation,
         "exact_error": exact_error,
+        "device": next(model.parameters()).device.type,
         "processes": processes.size,
     }
+
+    def start(digest: str) -> None:
+        digests = processes.gather(digest)
+        with processes.together():
+            if journal is not None and processes.rank == 0:
+                journal.start(fingerprint(model, settings, digests))
+
     kept_elsewhere = 0
     with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):
-        visited = _visit(model, decoder, calibration if wanted else None, activations, settings, journal, processes)
-        for layer, calibrated, number in progress(visited, len(decoder)) if progress else visited:
-            rows = _finished(number, layer, journal, processes)
+        visited = _visit(model, decoder, calibration if wanted else None, activations, start, processes)
+        for number, (layer, calibrated) in enumerate(progress(visited, len(decoder)) if progress else visited):
+            rows = journal.restore(number, layer, processes) if journal else None
             if rows is None:
                 memory = _size(layer.module) if offloaded else None
                 rows = prune_layer(layer, calibrated, method, patterns, wanted, processes, memory)
-                _finish(number, layer, rows, journal, processes)
+                if journal is not None:
+                    journal.record(number, layer, rows, processes)
             report.linears += rows
             if offloaded:
+                write_back(layer.module, layer.weights, journal.file(number) if journal else None)
                 kept_elsewhere += count_kept(layer.module)
     if method.statistic is not None and (unseen := sum(row.tokens == 0 for row in report.linears)):
         log.warning(
@@ -137,72 +147,23 @@ def _visit(
     layers: list[DecoderLayer],
     calibration: Iterable[Batch] | None,
     activations: Place,
-    settings: Mapping[str, Any],
-    journal: "Journal | None",
+    start: Callable[[str], None],
     processes: Processes,
-) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None, int]]:
-    """Visit the layers in memory, with their inputs if any are wanted; before the first, open the journal."""
-    seen = hashlib.sha256()
-    steps = walk(model, layers, _hashed(calibration, model, seen), activations) if calibration is not None else None
-    with processes.together():
-        first = next(steps) if steps else None
-    digests = processes.gather(seen.hexdigest()[:16])
-    with processes.together():
-        if journal is not None and processes.rank == 0:
-            own = {"device": layers[0].linears[0].weight.device.type if layers[0].linears else ""}
-            about = {**fingerprint.of_model(model), **settings, "calibration": digests, **fingerprint.of_versions()}
-            if finished := journal.start(about | own):
-                log.info("%d of %d layers are finished in %s", finished, len(layers), journal.folder)
-    if steps is None or first is None:
-        for number, layer in enumerate(layers):
+) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
+    """Visit the layers, in memory, with what enters them; call ``start`` before, with a digest of the batches."""
+    if calibration is None:
+        start("")
+        for layer in layers:
             with in_memory(layer.module):
-                yield layer, None, number
+                yield layer, None
         return
-    yield first.layer, first, 0
-    for number, step in enumerate(steps, start=1):
-        yield step.layer, step, number
-
-
-def _hashed(batches: Iterable[Batch], model: nn.Module, digest: Any) -> Iterator[Batch]:
-    """Pass batches on, and add them to a digest."""
-    for batch in batches:
-        for name, tensor in model_inputs(batch, model).items():
-            digest.update(name.encode() + str(tuple(tensor.shape)).encode())
-            digest.update(tensor.cpu().long().contiguous().numpy().data)
-        yield batch
-
-
-def _finished(
-    number: int, layer: DecoderLayer, journal: "Journal | None", processes: Processes
-) -> list[LinearReport] | None:
-    """Put a layer in the state that the journal has of it; return its rows, or None if it has none."""
-    if journal is None:
-        return None
-    found = journal.load(number) if processes.rank == 0 else None
-    rows = processes.gather(found[1] if found else None)[0]
-    if rows is None:
-        return None
-    for name, weight in _weights(layer).items():
-        weight.copy_(processes.send(0, found[0][name].to(weight.device) if found else weight.detach()))
-    write_back(layer.module, {weight: name for name, weight in _weights(layer).items()}, journal.file(number))
-    return rows
-
-
-def _finish(
-    number: int, layer: DecoderLayer, rows: list[LinearReport], journal: "Journal | None", processes: Processes
-) -> None:
-    """Make a pruned layer durable, and let accelerate find its new weights."""
-    weights = _weights(layer)
-    with processes.together():  # nobody goes on before it is written
-        if journal is not None and processes.rank == 0:
-            journal.save(number, weights, rows)
-    file = None if journal is None else journal.file(number)
-    write_back(layer.module, {weight: name for name, weight in weights.items()}, file)
-
-
-def _weights(layer: DecoderLayer) -> dict[str, nn.Parameter]:
-    """Return the parameters that are pruned, by name; experts may share one."""
-    return {linear.parameter_name: linear.weight for linear in layer.linears}
+    batches = Watched(calibration, model)
+    steps = walk(model, layers, batches, activations)
+    with processes.together():
+        first = next(steps)
+    start(batches.digest)
+    for step in chain([first], steps):
+        yield step.layer, step
 
 
 def _size(module: nn.Module) -> int:

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from wanda_lightning.allocation import Allocation
+from wanda_lightning.methods import PruningMethod
+from wanda_lightning.methods.second_order import SecondOrderMethod
+from wanda_lightning.sparsity import Pattern, Unstructured
+
 Curve = Literal["cubic", "linear"]
 
 
@@ -76,3 +81,30 @@ class Gradual:
         if step >= self.end:
             return self.end
         return None if step < self.start else step - (step - self.start) % self.every
+
+    def check(self, method: PruningMethod, pattern: Pattern, allocation: Allocation | None) -> None:
+        """Refuse what cannot be pruned in several steps.
+
+        Args:
+            method: The pruning method.
+            pattern: What is pruned to in the end.
+            allocation: What holds instead for some of the linears.
+
+        Raises:
+            ValueError: If the pattern is N:M or not the same for all, the schedule starts above it, or the method may
+                bring back what it pruned before.
+        """
+        if not isinstance(pattern, Unstructured):
+            raise ValueError(f"a gradual schedule prunes unstructured patterns only, got {pattern}: leave schedule out")
+        if allocation is not None:
+            raise ValueError(
+                f"a gradual schedule prunes all linears alike, got the allocation {allocation}: leave one out"
+            )
+        if self.initial > pattern.sparsity:
+            raise ValueError(f"the schedule starts at sparsity {self.initial}, above the final {pattern.sparsity}")
+        updates_first = isinstance(method, SecondOrderMethod) and getattr(method, "schedule", None) != "sequential"
+        if updates_first and not self.regrow:
+            raise ValueError(
+                f"{method} updates weights before it chooses among them, so weights that were pruned may come back: "
+                "use regrow=True in the schedule, or a method that chooses first, such as Wanda or a sequential Ablate"
+            )

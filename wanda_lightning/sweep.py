@@ -34,6 +34,8 @@ def sweep(
 ) -> Comparison:
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
+    if getattr(model, "stream", False):
+        raise ValueError("a sweep keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
     callbacks = _callbacks(trainer, methods, sparsities, patterns, folder)
     plotting.check(folder / "comparison.png")
     settings = {"model": _plain(model), "data": _plain(datamodule)}
@@ -99,7 +101,7 @@ def _callbacks(
     callbacks = []
     for name, (method, pattern) in runs.items():
         kind = {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
-        callbacks.append(PruningCallback(method, output_dir=str(folder / name), **kind))
+        callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, **kind))
     return callbacks
 
 

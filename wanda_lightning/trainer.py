@@ -13,6 +13,7 @@ from wanda_lightning.decoder import causal_lm
 from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model_card import model_card
+from wanda_lightning.offload import is_on_disk
 from wanda_lightning.report import PruningReport, write_text
 from wanda_lightning.saving import save_pretrained
 
@@ -36,6 +37,8 @@ class PruningTrainer(Trainer):
     ) -> PruningReport:
         """Prunes once, evaluates before and after, and saves the model; no training.
 
+        Layers that are finished are kept on disk until the model is saved: after a crash the same call goes on there.
+
         A gradual schedule has nothing to prune before training: then this only evaluates, and refuses to save.
 
         Args:
@@ -55,6 +58,8 @@ class PruningTrainer(Trainer):
             raise ValueError("nothing to prune with: give the Trainer a pruning callback such as WandaPruning")
         if callback.schedule is not None and save:
             raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+        if callback.resume is None:
+            callback.resume = True  # until the model is saved
         if evaluate:
             self.validate(model, datamodule=datamodule, verbose=False)
         if callback.schedule is not None:
@@ -121,16 +126,21 @@ class PruningTrainer(Trainer):
             self._merge(cast(Any, model))
         folder = Path(self.log_dir or self.default_root_dir)
         language_model: Any = causal_lm(model)
+        pruning = self.pruning_callback
         if self.is_global_zero:
             tokenizer = getattr(model, "tokenizer", None)
             with without_adapters(language_model) as plain:
                 save_pretrained(cast(Any, plain), tokenizer, folder / "model")
-            if (pruning := self.pruning_callback) is not None and pruning.report is not None:
+            if pruning is not None and pruning.report is not None:
                 base = getattr(model.hparams, "pretrained", None)
                 write_text(folder / "model/README.md", model_card(pruning.report, base))
             if has_adapters(language_model):
                 save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
         self.strategy.barrier("save_pretrained")
+        if reopen := cast(Any, getattr(model, "reopen", None)):
+            reopen(folder / "model")
+        if pruning is not None and (reopen or not is_on_disk(language_model)):
+            pruning.forget_layers(self)
 
     def _merge(self, model: Any) -> None:
         if model.merged:

@@ -1,22 +1,24 @@
 """Pruning as a Lightning callback: prune once before training, keep the zeros while training, report."""
 
 import logging
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-from wanda_lightning.allocation import Allocation
+from wanda_lightning.activations import Place
 from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
+from wanda_lightning.callbacks.calibration_source import calibration_batches
+from wanda_lightning.callbacks.progress import progress
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm, decoder_layers
+from wanda_lightning.journal import Journal
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.methods.second_order import SecondOrderMethod
+from wanda_lightning.offload import is_on_disk
 from wanda_lightning.processes import Processes
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.report import PruningReport
@@ -52,6 +54,11 @@ class PruningCallback(SparseFinetuning):
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
+        activations: Where the activations of the calibration set wait between two layers: ``device``, ``cpu`` or
+            ``disk``.
+        resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
+            them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
+            until ``fit`` ends. Models that are streamed from disk have that folder in any case.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -69,6 +76,8 @@ class PruningCallback(SparseFinetuning):
         num_samples: int = 128,
         output_dir: str | None = None,
         schedule: Gradual | None = None,
+        activations: Place = "device",
+        resume: bool | None = None,
     ) -> None:
         super().__init__(layers)
         self.method = method
@@ -77,13 +86,16 @@ class PruningCallback(SparseFinetuning):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if schedule is not None:
-            _check_schedule(schedule, method, self.pattern, allocation)
+            schedule.check(method, self.pattern, allocation)
         self.schedule = schedule
         self.targets = targets
         self.ignore = ignore
         self.allocation = allocation
         self.num_samples = num_samples
         self.output_dir = output_dir
+        self.activations = activations
+        self.resume = resume
+        self.journal: Journal | None = None
         self.report: PruningReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
         self._trained = False
@@ -160,19 +172,43 @@ class PruningCallback(SparseFinetuning):
         with isolate_rng(), trainer.precision_plugin.forward_context():
             self.report = prune_model(
                 model,
-                self._calibration_batches(trainer) if self.method.statistic else None,
+                calibration_batches(trainer, self.num_samples) if self.method.statistic else None,
                 self.method,
                 pattern,
                 targets=self.targets,
                 ignore=self.ignore,
                 layers=self.layers,
                 allocation=self.allocation,
+                activations=self.activations,
+                journal=self._open_journal(trainer, model),
                 processes=Processes(),
-                progress=_progress_bar if trainer.progress_bar_callback and trainer.is_global_zero else None,
+                progress=partial(progress, trainer),
             )
         describe = getattr(_datamodule(trainer), "describe", None)
         self.report.calibration |= describe() if describe else {}
         self._publish(trainer)
+
+    def _open_journal(self, trainer: Trainer, model: nn.Module) -> Journal | None:
+        wanted = self.output_dir is not None if self.resume is None else self.resume
+        if self.schedule is not None or not (wanted or is_on_disk(model)):
+            return None
+        self.journal = Journal(self._folder(trainer) / "unfinished")
+        if not wanted and trainer.is_global_zero:
+            self.journal.remove()
+        trainer.strategy.barrier("journal")
+        return self.journal
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the zeros again; forget the finished layers, unless they are wanted until the model is saved."""
+        super().on_fit_end(trainer, pl_module)
+        if self.resume is None and not is_on_disk(causal_lm(pl_module)):
+            self.forget_layers(trainer)
+
+    def forget_layers(self, trainer: Trainer) -> None:
+        """Delete the finished layers on disk: the model is saved, or nobody asked for them."""
+        if self.journal is not None and trainer.is_global_zero:
+            self.journal.remove()
+        self.journal = None
 
     def _publish(self, trainer: Trainer) -> None:
         """Bring a new report to the loggers and to its folder."""
@@ -231,53 +267,24 @@ class PruningCallback(SparseFinetuning):
             self.report = PruningReport.from_dict(state_dict["report"])
             self.report.evaluations = self.evaluations
 
-    def _calibration_batches(self, trainer: Trainer) -> Iterator[Any]:
-        """Yield this process's share of the calibration batches."""
-        for source in (_datamodule(trainer), trainer.lightning_module):
-            if hasattr(source, "calibration_dataloader"):
-                batches = cast(Any, source).calibration_dataloader()
-                return islice(iter(batches), trainer.global_rank, None, trainer.world_size)
-        trainer.fit_loop.setup_data()  # the train dataloader is otherwise made later; distributed ones are sharded here
-        return _first_sequences(cast(Any, trainer.train_dataloader), -(-self.num_samples // trainer.world_size))
-
     def _measured_sparsity(self, pl_module: LightningModule) -> float:
         if self.report is None:
             return 0.0
         pruned = {row.name for row in self.report.linears}
         layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
         weights = [linear.weight_OI for layer in layers for linear in layer.linears if _plain(linear.name) in pruned]
+        if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
+            return self.report.sparsity
         zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
         return zeros / sum(weight.numel() for weight in weights)
 
     def _write_report(self, trainer: Trainer) -> None:
-        folder = self.output_dir or trainer.log_dir or trainer.default_root_dir
+        folder = self._folder(trainer)  # every process must ask for it
         if self.report is not None and trainer.is_global_zero:
-            self.report.save(Path(folder))
+            self.report.save(folder)
 
-
-def _first_sequences(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Yield whole batches until they hold ``count`` sequences."""
-    for batch in batches:
-        if count <= 0:
-            return
-        yield batch
-        ids = batch["input_ids"] if isinstance(batch, dict) else batch
-        count -= len(ids) if isinstance(ids, torch.Tensor) else len(ids[0])
-
-
-def _check_schedule(schedule: Gradual, method: PruningMethod, pattern: Pattern, allocation: Allocation | None) -> None:
-    if not isinstance(pattern, Unstructured):
-        raise ValueError(f"a gradual schedule prunes unstructured patterns only, got {pattern}: leave schedule out")
-    if allocation is not None:
-        raise ValueError(f"a gradual schedule prunes all linears alike, got the allocation {allocation}: leave one out")
-    if schedule.initial > pattern.sparsity:
-        raise ValueError(f"the schedule starts at sparsity {schedule.initial}, above the final {pattern.sparsity}")
-    updates_first = isinstance(method, SecondOrderMethod) and getattr(method, "schedule", None) != "sequential"
-    if updates_first and not schedule.regrow:
-        raise ValueError(
-            f"{method} updates weights before it chooses among them, so weights that were pruned may come back: use "
-            "regrow=True in the schedule, or a method that chooses first, such as Wanda or a sequential Ablate"
-        )
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
 
 
 def _plain(name: str) -> str:
@@ -287,9 +294,3 @@ def _plain(name: str) -> str:
 
 def _datamodule(trainer: Trainer) -> Any:
     return getattr(trainer, "datamodule", None)
-
-
-def _progress_bar(layers: Iterable[Any], total: int) -> Iterable[Any]:
-    from rich.progress import track
-
-    return track(layers, description="Pruning", total=total)
