@@ -9,7 +9,7 @@ import wanda_lightning
 PACKAGE = Path(wanda_lightning.__file__).parent
 ENGINE = [
     "sparsity", "statistics", "methods", "solvers", "linears", "patches", "experts", "decoder", "collector", "dry_run",
-    "calibration", "allocation", "masks", "schedule", "tables", "html_report", "report", "pruner",
+    "calibration", "allocation", "masks", "schedule", "semi_structured", "tables", "html_report", "report", "pruner",
     "activations", "offload", "processes", "fingerprint", "journal", "layer_pruning",
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ _MODULES = {
     "pruner": ("prune_model",),
     "report": ("PruningReport",),
     "saving": ("save_pretrained",),
+    "semi_structured": ("to_semi_structured",),
     "callbacks": (
         "AblatePruning",
         "MagnitudePruning",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from wanda_lightning.pruner import prune_model
     from wanda_lightning.report import PruningReport
     from wanda_lightning.saving import save_pretrained
+    from wanda_lightning.semi_structured import to_semi_structured
     from wanda_lightning.sparsity import SemiStructured, Unstructured
     from wanda_lightning.statistics import InputHessian, InputNorm
     from wanda_lightning.trainer import PruningTrainer

@@ -4,12 +4,13 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from pkgutil import resolve_name
 
 from wanda_lightning import __version__
 
 HELP = """\
 usage: wanda-lightning {prune,fit,validate,test} -c RECIPE [--option value ...]
-       wanda-lightning {sweep,recipes,compare,inspect} ...
+       wanda-lightning {sweep,recipes,compare,inspect,compress,decompress} ...
 
 Prune a Hugging Face language model, and fine-tune it with its zeros kept.
 
@@ -20,7 +21,9 @@ Prune a Hugging Face language model, and fine-tune it with its zeros kept.
   sweep      prune with several methods and sparsities in one go; a table and a picture
   recipes    list the recipes of the package; show or copy one
   compare    put the results of several runs into one table and one picture
-  inspect    list what pruning a model would touch and take, without loading it
+  inspect    list what pruning a model would touch and take, and how sparse it is, without loading it
+  compress   store a pruned model without its zeros, to ship it
+  decompress undo that
 
   wanda-lightning prune -c wanda --model.pretrained MODEL
   wanda-lightning prune --help           all options of a sub-command
@@ -31,8 +34,14 @@ options:
   --version      show the version
 """
 
-COMMANDS = {"compare": "compare", "inspect": "inspection", "recipes": "packaged"}
-"""The modules of sub-commands that are not Lightning's."""
+COMMANDS = {
+    "compare": "compare:main",
+    "compress": "compression:compress_command",
+    "decompress": "compression:decompress_command",
+    "inspect": "inspection:main",
+    "recipes": "packaged:main",
+}
+"""The functions of sub-commands that are not Lightning's."""
 
 
 def main() -> None:
@@ -54,7 +63,7 @@ def _run() -> None:
 
     try:
         if sys.argv[1] in COMMANDS:
-            import_module(f"wanda_lightning.{COMMANDS[sys.argv[1]]}").main(sys.argv[2:])
+            resolve_name(f"wanda_lightning.{COMMANDS[sys.argv[1]]}")(sys.argv[2:])
         else:
             sys.argv[1:] = with_recipes_found(sys.argv[1:])
             import_module("wanda_lightning.cli").run()

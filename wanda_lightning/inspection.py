@@ -1,18 +1,21 @@
-"""What pruning a model would touch and take, without loading its weights.
+"""What pruning a model would touch and take, without loading it; and how sparse the weights in its folder are.
 
 The model is built on the meta device from its config alone. Shapes: B batch, T tokens, I in features.
 """
 
 import logging
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear, coverage, decoder_layers
+from wanda_lightning.stored_weights import StoredWeights, stored_weights
 
 GIB = 2**30
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Inspection:
         parameters: Number of all parameters.
         memory: Bytes by purpose.
         seconds: Estimated time on the device by purpose.
+        weights: What the weight files hold, of a folder that has some.
     """
 
     model: str
@@ -60,6 +64,7 @@ class Inspection:
     parameters: int
     memory: dict[str, int]
     seconds: dict[str, float]
+    weights: StoredWeights | None = None
 
     def to_table(self) -> Any:
         """Return tables for a rich console."""
@@ -83,16 +88,19 @@ class Inspection:
             "Linears with the same letter share one input, and so one statistic and one factorisation.",
             f"{self.coverage:.2%} of the matrix weights of the decoder layers are prunable; left dense: {dense}",
             costs,
+            *([self.weights.to_table()] if self.weights else []),
         )
 
 
 def inspect_model(
     pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: str = "auto", device: str = "cpu"
 ) -> Inspection:
-    """Look at a model's config: what would be pruned, and what that would take.
+    """Look at a model's config: what would be pruned, and what that would take; and at the weights in its folder.
+
+    The weights are read tensor by tensor, so that a model of any size can be looked at.
 
     Args:
-        pretrained: A hub name or a local folder; only the config is read.
+        pretrained: A hub name, of which only the config is read, or a local folder.
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
         dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
@@ -102,7 +110,7 @@ def inspect_model(
         What was found.
 
     Raises:
-        ValueError: If there is no such model, or no decoder layers in it.
+        ValueError: If there is no such model, no decoder layers in it, or a weight file is missing or cut off.
     """
     from transformers import AutoModelForCausalLM
 
@@ -125,6 +133,7 @@ def inspect_model(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         memory=_memory(model, layers, kinds, num_samples * sequence_length * hidden),
         seconds=_seconds(kinds, num_samples * sequence_length, model.dtype, device),
+        weights=stored_weights(folder, model, layers) if (folder := Path(pretrained).expanduser()).is_dir() else None,
     )
 
 
@@ -221,3 +230,5 @@ def main(arguments: list[str]) -> None:
 
     inspection = auto_cli(inspect_model, args=arguments, prog="wanda-lightning inspect")
     Console().print(inspection.to_table())
+    if inspection.weights and not inspection.weights.check.loads_whole:
+        sys.exit(1)

@@ -149,6 +149,11 @@ def sparsity_of(tensor: Tensor) -> float:
     return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
 
 
+def most_kept(mask_OI: Tensor, m: int) -> int:
+    """Count what is kept in that group of m consecutive inputs which keeps most: n:m holds for n as large as this."""
+    return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
+
+
 def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:
     """Mask out exactly ``count`` lowest scores of each row; among equal scores the first positions go."""
     if count == 0:
