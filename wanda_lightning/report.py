@@ -126,9 +126,10 @@ class PruningReport:
     @property
     def summary(self) -> str:
         """One sentence of totals."""
+        took = f", pruned in {self.seconds:.1f} s" if self.seconds else ""  # zeros that were found took no time
         return (
             f"{self.sparsity:.2%} of the weights of {len(self.linears)} linears are zero "
-            f"({self.whole_model_sparsity:.2%} of the whole model), pruned in {self.seconds:.1f} s."
+            f"({self.whole_model_sparsity:.2%} of the whole model){took}."
         )
 
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:

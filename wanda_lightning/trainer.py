@@ -12,7 +12,7 @@ from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm
 from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model_card import model_card
+from wanda_lightning.model_card import Training, model_card
 from wanda_lightning.offload import is_on_disk
 from wanda_lightning.report import PruningReport, write_text
 from wanda_lightning.saving import save_pretrained
@@ -133,7 +133,8 @@ class PruningTrainer(Trainer):
                 save_pretrained(cast(Any, plain), tokenizer, folder / "model")
             if pruning is not None and pruning.report is not None:
                 base = getattr(model.hparams, "pretrained", None)
-                write_text(folder / "model/README.md", model_card(pruning.report, base))
+                card = model_card(pruning.report, base, self._training(model), self.global_step)
+                write_text(folder / "model/README.md", card)
             if has_adapters(language_model):
                 save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
         self.strategy.barrier("save_pretrained")
@@ -141,6 +142,15 @@ class PruningTrainer(Trainer):
             reopen(folder / "model")
         if pruning is not None and (reopen or not is_on_disk(language_model)):
             pruning.forget_layers(self)
+
+    def _training(self, model: LightningModule) -> Training:
+        if not self.global_step:
+            return "none"
+        if getattr(model, "merged", False):
+            return "merged"
+        if has_adapters(model):
+            return "adapter"
+        return "whole" if self.pruning_callback is None or self.pruning_callback.schedule is None else "gradual"
 
     def _merge(self, model: Any) -> None:
         if model.merged:
