@@ -107,7 +107,23 @@ def test_every_bit_and_every_shape_comes_back(tmp_path):
     decompress(str(tmp_path / "small"), str(tmp_path / "again"))
     assert same_bits(load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "again/model.safetensors"))
     stored = load_file(tmp_path / "small/model.compressed.safetensors")
-    assert len(stored["special.values"]) == 7  # -0.0 is none of the zeros
+    assert len(stored["special.values"]) == 6
+    assert stored["special.zero_signs"].sum() == 128  # one bit: that of -0.0, the first of the zeros
+
+
+def test_weights_that_were_multiplied_by_a_mask(tmp_path):
+    """Half of their zeros are -0.0: they cost a bit each, not a value."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    masked = weight * (torch.arange(64) % 4 == 0)
+    assert int(masked.view(torch.int32).count_nonzero()) > 64 * 64 // 2
+    source = folder_of(tmp_path / "model", {"w": masked, "plain": masked + 0.0})
+    compress(source, str(tmp_path / "small"))
+    stored = load_file(tmp_path / "small/model.compressed.safetensors")
+    assert len(stored["w.values"]) == len(stored["plain.values"]) == 64 * 16
+    assert stored["w.zero_signs"].nbytes == 64 * 48 / 8
+    assert "plain.zero_signs" not in stored
+    decompress(str(tmp_path / "small"), str(tmp_path / "again"))
+    assert same_bits(load_file(tmp_path / "model/model.safetensors"), load_file(tmp_path / "again/model.safetensors"))
 
 
 def test_only_what_gets_smaller_is_compressed(tmp_path):

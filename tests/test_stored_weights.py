@@ -92,7 +92,7 @@ def test_layers_that_read_the_same_share_a_row(tmp_path):
     _, rows = inspect_model(str(tmp_path)).weights._by_layer_and_kind()
     assert [row[0] for row in rows] == ["0 to 2", "3", "4 to 5"]
     header, _ = inspect_model(str(tmp_path)).weights._by_layer_and_kind()
-    assert rows[1][header.index("q_proj")] == "0.00%"
+    assert rows[1][header.index("q_proj")] == "0.0%"
 
 
 def test_the_inputs_of_conv1d_are_its_rows(tmp_path):

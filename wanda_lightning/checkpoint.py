@@ -89,7 +89,7 @@ def write_tensors(
     for entry in entries:
         start, end = end, end + entry.nbytes
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)

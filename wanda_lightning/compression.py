@@ -3,30 +3,22 @@
 The round trip is exact to the bit. Files are worked on tensor by tensor, so the model need not fit into memory.
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from math import prod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from wanda_lightning.checkpoint import PLAIN, Entry, opened, weight_files, write_tensors
+from wanda_lightning.bitmask import compress_file, decompress_file, read_compressed
+from wanda_lightning.checkpoint import PLAIN, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHAPES = "wanda_lightning.compressed"
-"""Key of a file's metadata: the shapes of the tensors that are stored without zeros, by name, as JSON."""
-
 COMPRESSED = ".compressed.safetensors"  # from_pretrained must not take these files for ordinary weights
-VALUES, BITMASK = ".values", ".bitmask"
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NOTE = "COMPRESSED.md"
 
 
@@ -43,8 +35,8 @@ class Sizes(NamedTuple):
 def compress(folder: str, output: str) -> Sizes:
     """Write a copy of a pruned model without its zeros.
 
-    A matrix becomes a mask of one bit a weight, and the values that are not zero; tensors that would not get smaller
-    stay as they are. Zero is what has no bit set: -0.0 is kept. Other files are copied.
+    A matrix becomes a mask of one bit a weight, and the values that are not zero; where some zeros are -0.0, the signs
+    of the zeros besides. Tensors that would not get smaller stay as they are. Other files are copied.
 
     Args:
         folder: A model with safetensors weights.
@@ -64,7 +56,7 @@ def compress(folder: str, output: str) -> Sizes:
         "`wanda-lightning decompress FOLDER OUTPUT` restores the files, and "
         "`wanda_lightning.compression.load_compressed(FOLDER)` loads the model.\n"
     )
-    return _convert(Path(folder), files, Path(output), COMPRESSED, _compress_file, note)
+    return _convert(Path(folder), files, Path(output), COMPRESSED, compress_file, note)
 
 
 def decompress(folder: str, output: str) -> Sizes:
@@ -80,7 +72,7 @@ def decompress(folder: str, output: str) -> Sizes:
     Raises:
         ValueError: If the folder holds no compressed model, or the output exists.
     """
-    return _convert(Path(folder), _compressed_files(folder), Path(output), PLAIN, _decompress_file, None)
+    return _convert(Path(folder), _compressed_files(folder), Path(output), PLAIN, decompress_file, None)
 
 
 def load_compressed(folder: str, **kwargs: Any) -> "PreTrainedModel":
@@ -102,9 +94,7 @@ def load_compressed(folder: str, **kwargs: Any) -> "PreTrainedModel":
 
     weights: dict[str, Tensor] = {}
     for file in _compressed_files(folder):
-        with opened(file) as tensors:
-            shapes = _shapes(tensors)
-            weights |= {name: _read(tensors, name, shapes.get(name)) for name in _names(tensors)}
+        weights |= read_compressed(file)
     config = load_config(folder)
     with torch.device("meta"):
         family = type(AutoModelForCausalLM.from_config(config))
@@ -145,90 +135,6 @@ def _convert(
         sizes = Sizes(*(sum(file.stat().st_size for file in some) for some in (files, written)))
         new.rename(output)
     return sizes
-
-
-def _compress_file(source: Path, target: Path) -> None:
-    with opened(source) as tensors:
-        names = set(tensors.keys())
-        if clash := {name for name in names if {name + VALUES, name + BITMASK} & names}:
-            raise ValueError(f"{source} has tensors of the names that compression would give to parts of {clash}")
-        entries: list[Entry] = []
-        shapes: dict[str, list[int]] = {}
-        for name in _ordered(tensors, names):
-            tensor, dtype = tensors.get_tensor(name), tensors.get_slice(name).get_dtype()
-            kept = int(np.count_nonzero(_bits(tensor)))
-            values = Entry(name + VALUES, dtype, [kept], kept * tensor.element_size())
-            mask_bytes = -(-tensor.numel() // 64) * 8  # in steps of 8, so that what follows stays aligned
-            if values.nbytes + mask_bytes < tensor.nbytes:
-                entries += [values, Entry(name + BITMASK, "U8", [mask_bytes], mask_bytes)]
-                shapes[name] = list(tensor.shape)
-            else:
-                entries.append(Entry(name, dtype, tensor.shape, tensor.nbytes))
-
-        def arrays() -> Iterator[NDArray[Any]]:
-            for name in _ordered(tensors, names):
-                bits = _bits(tensors.get_tensor(name))
-                if name in shapes:
-                    kept = bits != 0
-                    yield bits[kept]
-                    yield np.packbits(np.pad(kept, (0, -len(kept) % 64)))
-                else:
-                    yield bits
-
-        write_tensors(target, entries, arrays(), {**(tensors.metadata() or {}), SHAPES: json.dumps(shapes)})
-
-
-def _decompress_file(source: Path, target: Path) -> None:
-    with opened(source) as tensors:
-        shapes = _shapes(tensors)
-        names = _ordered(tensors, _names(tensors))
-        entries = []
-        for name in names:
-            stored = name + VALUES if name in shapes else name
-            tensor, dtype = tensors.get_tensor(stored), tensors.get_slice(stored).get_dtype()
-            shape = shapes.get(name, tensor.shape)
-            entries.append(Entry(name, dtype, shape, prod(shape) * tensor.element_size()))
-        arrays = (_bits(_read(tensors, name, shapes.get(name))) for name in names)
-        metadata = {key: value for key, value in tensors.metadata().items() if key != SHAPES}
-        write_tensors(target, entries, arrays, metadata)
-
-
-def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:
-    """Read a tensor with its zeros; ``shape`` is None if it is stored with them."""
-    if shape is None:
-        return tensors.get_tensor(name)
-    values, mask = tensors.get_tensor(name + VALUES), tensors.get_tensor(name + BITMASK)
-    kept = np.unpackbits(mask.numpy(), count=prod(shape)).view(bool)
-    if int(np.count_nonzero(kept)) != len(values):
-        raise ValueError(f"the compressed tensor {name} is damaged: its mask and its values do not fit together")
-    tensor = torch.zeros(shape, dtype=values.dtype)
-    _bits(tensor)[kept] = _bits(values)
-    return tensor
-
-
-def _bits(tensor: Tensor) -> NDArray[Any]:
-    """View a contiguous tensor as a row of whole numbers with the same bits."""
-    return tensor.reshape(-1).view(BITS[tensor.element_size()]).numpy()
-
-
-def _ordered(tensors: Any, names: set[str]) -> list[str]:
-    """Sort as safetensors does, wide types first: then everything is aligned."""
-
-    def width(name: str) -> int:
-        return tensors.get_tensor(name if name in stored else name + VALUES).element_size()
-
-    stored = set(tensors.keys())
-    return sorted(names, key=lambda name: (-width(name), name))
-
-
-def _names(tensors: Any) -> set[str]:
-    """Names of the tensors of a compressed file, as they were."""
-    shapes = _shapes(tensors)
-    return set(tensors.keys()) - {name + part for name in shapes for part in (VALUES, BITMASK)} | set(shapes)
-
-
-def _shapes(tensors: Any) -> dict[str, list[int]]:
-    return json.loads((tensors.metadata() or {})[SHAPES])
 
 
 def compress_command(arguments: list[str]) -> None:

@@ -85,7 +85,7 @@ class StoredWeights:
         for layer in sorted({linear.layer for linear in self.linears}):
             here = [linear for linear in self.linears if linear.layer == layer]
             groups = [here, *([linear for linear in here if linear.kind == kind] for kind in kinds)]
-            cells = [f"{_sparsity(group):.2%}" if group else "" for group in groups]
+            cells = [f"{_sparsity(group):.1%}" if group else "" for group in groups]
             if rows and rows[-1][1:] == cells:
                 rows[-1][0] = f"{first} to {layer}"
             else:
