@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
+from test_experts import mixtral
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
@@ -63,6 +64,14 @@ def test_the_loaded_model_is_the_same(tmp_path, dtype, batches):
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]).logits, expected(batches[0]).logits)
     assert load_compressed(str(tmp_path / "small"), dtype=torch.float16).dtype == torch.float16
+
+
+def test_a_mixture_of_experts_is_loaded_too(tmp_path, batches):
+    model = mixtral()  # its experts are stored one by one, and fused when they are loaded
+    prune_model(model, None, Magnitude(), Unstructured(0.5))
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    compress(str(tmp_path / "model"), str(tmp_path / "small"))
+    assert same_bits(load_compressed(str(tmp_path / "small")).state_dict(), model.state_dict())
 
 
 def test_what_is_stored(tmp_path):

@@ -12,6 +12,7 @@ from test_experts import mixtral
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
+from wanda_lightning.compression import compress
 from wanda_lightning.inspection import inspect_model, main
 from wanda_lightning.report import whole_model_sparsity
 
@@ -189,6 +190,25 @@ def test_the_report_of_the_run_is_read(tmp_path):
     assert "dense: val/perplexity 12.35" in text or "dense: val/perplexity 12.34" in text
     (tmp_path / "pruning.json").write_text("{}")
     assert inspect_model(str(tmp_path / "model")).weights.report is None
+
+
+def test_the_model_card_is_read_where_there_is_no_report(tmp_path):
+    from wanda_lightning.model_card import model_card
+    from wanda_lightning.report import PruningReport
+
+    tiny_llama().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text(model_card(PruningReport("Wanda()", "2:4", 0.5)))
+    assert "The model card says: Wanda(), 2:4, sparsity 0.5." in text_of(inspect_model(str(tmp_path)).weights)
+    for other in ("# Somebody's model", "", "---\n[unfinished\n---\n# Title", "---\ntags: [llama]\n---\n# Title\n"):
+        (tmp_path / "README.md").write_text(other)
+        assert inspect_model(str(tmp_path)).weights.card is None
+
+
+def test_weights_that_are_not_looked_at_are_named(tmp_path, caplog):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    compress(str(tmp_path / "model"), str(tmp_path / "small"))
+    assert inspect_model(str(tmp_path / "small")).weights is None
+    assert "not ['model.compressed.safetensors']" in caplog.text
 
 
 def test_only_one_tensor_is_in_memory(tmp_path, monkeypatch):

@@ -87,10 +87,12 @@ def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
     bits = _bits(tensor)
     negative_zero = bits == np.iinfo(bits.dtype).min  # what multiplying by a mask makes of negative weights
     kept = (bits != 0) & ~negative_zero
+    count, signed = int(np.count_nonzero(kept)), bool(negative_zero.any())
+    flags = _packed_size(len(bits)) + (_packed_size(len(bits) - count) if signed else 0)
+    if count * bits.itemsize + flags >= bits.nbytes:
+        return {name: bits}
     parts = {name + VALUES: bits[kept], name + BITMASK: _packed(kept)}
-    if negative_zero.any():
-        parts[name + SIGNS] = _packed(negative_zero[~kept])
-    return parts if sum(part.nbytes for part in parts.values()) < bits.nbytes else {name: bits}
+    return parts | {name + SIGNS: _packed(negative_zero[~kept])} if signed else parts
 
 
 def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:
@@ -115,9 +117,14 @@ def _bits(tensor: Tensor) -> NDArray[Any]:
     return tensor.reshape(-1).view(BITS[tensor.element_size()]).numpy()
 
 
+def _packed_size(count: int) -> int:
+    """Bytes that booleans take, eight to a byte, in steps of eight bytes: what follows stays aligned."""
+    return -(-count // 64) * 8
+
+
 def _packed(flags: NDArray[Any]) -> NDArray[Any]:
-    """Pack booleans, eight to a byte, to a multiple of eight bytes: what follows stays aligned."""
-    return np.packbits(np.pad(flags, (0, -len(flags) % 64)))
+    packed = np.packbits(flags)
+    return np.pad(packed, (0, _packed_size(len(flags)) - len(packed)))
 
 
 def _unpacked(packed: Tensor, count: int) -> NDArray[Any]:

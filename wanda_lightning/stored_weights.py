@@ -5,6 +5,7 @@ Files are read tensor by tensor, so the model need not fit into memory. Shapes: 
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.checkpoint import opened, weight_files
+from wanda_lightning.compression import COMPRESSED
 from wanda_lightning.decoder import DecoderLayer
 from wanda_lightning.load_check import LoadCheck, load_check
 from wanda_lightning.report import PruningReport
@@ -39,6 +41,7 @@ class StoredWeights:
         linears: The prunable matrices.
         check: Whether transformers loads them.
         report: What the report of the pruning beside the weights says, if there is one.
+        card: Else the title of the model card that a pruning wrote.
     """
 
     files: int
@@ -46,6 +49,7 @@ class StoredWeights:
     linears: list[StoredLinear]
     check: LoadCheck
     report: PruningReport | None
+    card: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -107,6 +111,8 @@ class StoredWeights:
                 yield f"  {stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             if self.contradictions:
                 yield f"[red]Fewer zeros than reported[/red] in {_some(self.contradictions)}"
+        elif self.card:
+            yield f"The model card says: {self.card}."
         where = f"{self.files} file{'s' if self.files > 1 else ''}, {self.nbytes / 1e6:,.1f} MB"
         if self.check.loads_whole:
             yield f"Loads with transformers: every weight is there, of the right shape ({where})."
@@ -137,6 +143,8 @@ def stored_weights(folder: Path, model: nn.Module, layers: Sequence[DecoderLayer
 
     files = weight_files(folder)
     if not files:
+        if others := [file.name for file in folder.iterdir() if file.name.endswith((".bin", COMPRESSED))]:
+            log.warning("only the weights of *.safetensors that transformers loads are looked at, not %s", others)
         return None
     shapes: dict[str, list[int]] = {}
     for file in files:
@@ -153,7 +161,7 @@ def stored_weights(folder: Path, model: nn.Module, layers: Sequence[DecoderLayer
                         linears.append(measure(matrix, place, weight_OI, patterns))
     linears.sort(key=lambda linear: linear.layer)
     size = sum(file.stat().st_size for file in files)
-    return StoredWeights(len(files), size, linears, load_check(model, shapes), report)
+    return StoredWeights(len(files), size, linears, load_check(model, shapes), report, _card_title(folder))
 
 
 def _candidates(report: PruningReport | None) -> list[SemiStructured]:
@@ -174,6 +182,14 @@ def _report(folder: Path) -> PruningReport | None:
             except (ValueError, KeyError, TypeError) as error:
                 log.warning("%s is no report of a pruning: %r", beside / "pruning.json", error)
     return None
+
+
+def _card_title(folder: Path) -> str | None:
+    """Read the title of a model card, if it is one of a pruned model."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    header = re.match(r"---\n(.*?)\n---\n\s*# (.+?)\n", text, re.DOTALL)
+    return header[2] if header and "- pruned" in header[1].splitlines() else None
 
 
 def _sparsity(linears: Sequence[StoredLinear]) -> float:
