@@ -17,6 +17,11 @@ from wanda_lightning.inspection import inspect_model, main
 from wanda_lightning.report import whole_model_sparsity
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch):
+    monkeypatch.setattr("wanda_lightning.inspection._rate", lambda *_: 1e9)
+
+
 def saved(model, folder: Path, pattern=Unstructured(0.5), **save):  # noqa: B008 (frozen)
     """Prune a model by magnitude and save it, with the report beside it; returns the weights as inspected."""
     report = prune_model(model, None, Magnitude(), pattern)
