@@ -6,13 +6,14 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 import wanda_lightning
-from wanda_lightning.__main__ import main
+from wanda_lightning.__main__ import COMMANDS, main
 from wanda_lightning.messages import shortened
 
 RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
@@ -176,3 +177,23 @@ def test_help_and_version(wanda_lightning_command):
 
 def test_other_messages_are_not_shortened():
     assert shortened("sparsity must be\n  Given value: 3") == "sparsity must be\n  Given value: 3"
+
+
+def test_a_saved_model_is_inspected_shipped_and_restored(wanda_lightning_command, tiny_model_folder, tmp_path):
+    assert wanda_lightning_command("compress", tiny_model_folder, "small").returncode == 0
+    assert wanda_lightning_command("decompress", "small", "again").returncode == 0
+    done = wanda_lightning_command("inspect", "again")
+    assert done.returncode == 0
+    assert "Loads with transformers" in done.stdout
+    done = wanda_lightning_command("compress", "nowhere", "small")
+    assert done.returncode == 1
+    assert "error: no such folder: nowhere" in done.stderr
+    (tmp_path / "again/model.safetensors").write_bytes(b"not this")
+    done = wanda_lightning_command("inspect", "again")
+    assert done.returncode == 1
+    assert "model.safetensors is cut off, or no safetensors file" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_functions(command):
+    assert callable(resolve_name(f"wanda_lightning.{COMMANDS[command]}"))
