@@ -7,7 +7,11 @@ import torch
 from conftest import tiny_llama, token_batches
 from test_experts import mixtral
 from torch import nn
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+)
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
@@ -113,6 +117,41 @@ def test_fused_experts_stay_as_they_are(on_the_cpu):
     assert conversion.skipped["model.layers.0.mlp.gate.weight"] == "router"
 
 
+def test_linears_that_compute_in_a_way_of_their_own(on_the_cpu):
+    class Transposing(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    model = pruned()
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Transposing(128, 256, dtype=torch.bfloat16)
+    assert to_semi_structured(model).skipped == {
+        "model.layers.0.mlp.up_proj": "Transposing computes in a way of its own"
+    }
+
+
+def test_torchs_own_tensors_become_the_weights(monkeypatch):
+    """All but the kernels: they are made and set here, and a second conversion leaves them alone."""
+
+    class Unchecked(SparseSemiStructuredTensorCUTLASS):
+        @classmethod
+        def _validate_device_dim_dtype_shape(cls, original_tensor):
+            pass
+
+    monkeypatch.setattr(semi_structured, "_backend", lambda device: Unchecked)
+    model = pruned(ignore=["v_proj"])
+    dense = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    with pytest.warns(UserWarning, match="prototype"):
+        to_semi_structured(model, ignore=["layers.2.*"])
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight.data, Unchecked)
+    assert torch.equal(weight.to_dense(), dense)
+    assert len(to_semi_structured(model).converted) == 6
+    with pytest.raises(ValueError, match=r"18 not: the weight is no plain tensor.*3 not: more than two of four"):
+        to_semi_structured(model)
+
+
 def test_nothing_to_convert_is_an_error(on_the_cpu):
     model = pruned(Unstructured(0.5))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -128,20 +167,29 @@ def test_a_model_on_the_cpu_is_refused():
         to_semi_structured(pruned())
 
 
-def test_old_gpus_are_refused_and_the_backend_is_one_there_is(monkeypatch):
-    device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
-    with pytest.raises(ValueError, match=r"capability 8\.0 or newer, Tesla V100 has 7\.0"):
-        semi_structured._backend(device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert semi_structured._backend(device) is SparseSemiStructuredTensorCUSPARSELT
-    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
-    assert semi_structured._backend(device) is SparseSemiStructuredTensorCUTLASS
-    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", False)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert semi_structured._backend(device) is SparseSemiStructuredTensorCUTLASS
+@pytest.mark.parametrize(
+    ("capability", "cusparselt", "force_cutlass", "expected"),
+    [
+        ((7, 0), True, False, r"capability 8\.0 or newer, not A GPU \(compute capability 7\.0\)"),
+        ((8, 0), True, False, SparseSemiStructuredTensorCUSPARSELT),
+        ((8, 6), True, True, SparseSemiStructuredTensorCUTLASS),
+        ((8, 9), False, False, SparseSemiStructuredTensorCUTLASS),
+        ((9, 0), True, False, SparseSemiStructuredTensorCUSPARSELT),
+        ((9, 0), False, False, "needs cuSPARSELt, which this torch lacks"),
+        ((12, 0), True, True, "needs cuSPARSELt"),
+    ],
+)
+def test_the_backend_is_one_that_the_gpu_has_kernels_for(monkeypatch, capability, cusparselt, force_cutlass, expected):
+    """As torch's own checks: its CUTLASS kernels refuse all but 8.x."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cusparselt)
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", force_cutlass)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            semi_structured._backend(torch.device("cuda"))
+    else:
+        assert semi_structured._backend(torch.device("cuda")) is expected
 
 
 @pytest.mark.gpu
@@ -153,4 +201,5 @@ def test_the_kernels_compute_what_dense_ones_do(dtype, length):
     with torch.no_grad():
         expected = model(ids).logits.float()
         assert len(to_semi_structured(model).converted) == 21
+        assert isinstance(model.model.layers[0].mlp.up_proj.weight.data, SparseSemiStructuredTensor)
         torch.testing.assert_close(model(ids).logits.float(), expected, atol=0.02 * float(expected.std()), rtol=0.02)

@@ -92,6 +92,15 @@ def test_exceptions_are_named(tmp_path):
     assert "Fewer zeros than reported in model.layers.2.self_attn.k_proj (0.00% zeros, no n:m pattern)" in text
 
 
+def test_an_exception_that_comes_first_does_not_set_the_pattern(tmp_path):
+    saved(tiny_llama(), tmp_path, SemiStructured(2, 4))
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(16)
+    change(tmp_path, lambda tensors: tensors["model.layers.0.mlp.down_proj.weight"].fill_(1).mul_(mask))
+    weights = inspect_model(str(tmp_path)).weights
+    assert weights.linears[0].patterns == ["3:4", "6:8"]
+    assert (weights.pattern, weights.exceptions) == ("2:4", weights.linears[:1])
+
+
 def test_layers_that_read_the_same_share_a_row(tmp_path):
     saved(tiny_llama(layers=6), tmp_path, SemiStructured(2, 4))
     change(tmp_path, lambda tensors: tensors["model.layers.3.self_attn.q_proj.weight"].fill_(1))

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 # torch's backends list more: in float32 the hardware keeps one of two, and float8 needs scales that nn.Linear lacks.
 DTYPES = (torch.float16, torch.bfloat16, torch.int8)
-CAPABILITY = (8, 0)
-"""The oldest GPUs with sparse tensor cores (Ampere)."""
+AMPERE = (8, 0)
+"""Compute capability of the oldest GPUs with sparse tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def _backend(device: torch.device) -> Any:
     if device.type != "cuda":
         there = "move it with model.to('cuda')" if torch.cuda.is_available() else "this machine shows none to torch"
         raise ValueError(f"2:4 sparse kernels need a CUDA GPU, and the model is on {device}: {there}")
-    if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        raise ValueError(
-            f"2:4 sparse kernels need a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer, "
-            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}"
-        )
-    forced = torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS
-    if forced or not torch.backends.cusparselt.is_available():
-        return torch.sparse.SparseSemiStructuredTensorCUTLASS
-    return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    capability = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
+    if capability < AMPERE:
+        raise ValueError(f"2:4 sparse kernels need a GPU of compute capability 8.0 or newer, not {gpu}")
+    if torch.backends.cusparselt.is_available() and not torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS:
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    if capability[0] > AMPERE[0]:
+        raise ValueError(f"on {gpu} 2:4 needs cuSPARSELt, which this torch lacks; its CUTLASS kernels are for 8.x")
+    return torch.sparse.SparseSemiStructuredTensorCUTLASS
 
 
 def _reason_to_skip(linear: PrunableLinear, device: torch.device, limits: dict[torch.dtype, Any]) -> str | None:
@@ -102,6 +102,8 @@ def _reason_to_skip(linear: PrunableLinear, device: torch.device, limits: dict[t
         return "experts that are fused into one weight have kernels of their own"
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is no nn.Linear"
+    if type(module).forward is not nn.Linear.forward:  # such as Falcon's, which transposes the weight
+        return f"{type(module).__name__} computes in a way of its own"
     if weight.layout != torch.strided or type(weight) is not Tensor:
         return "the weight is no plain tensor: it is converted, quantised or sharded"
     if weight.device.type != device.type:

@@ -16,7 +16,7 @@ class StoredLinear:
     """A prunable matrix of a decoder layer as it is stored.
 
     Attributes:
-        name: Its name in the file, without ``.weight``.
+        name: Its name in the model, or in the file where the model fuses it.
         layer: Number of the decoder layer.
         kind: Its name within the layer, ``*`` for the numbers of experts.
         shape: (out_features, in_features).

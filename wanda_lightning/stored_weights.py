@@ -20,7 +20,7 @@ from wanda_lightning.compression import COMPRESSED
 from wanda_lightning.decoder import DecoderLayer
 from wanda_lightning.load_check import LoadCheck, load_check
 from wanda_lightning.report import PruningReport
-from wanda_lightning.sparsity import SemiStructured, parse_pattern
+from wanda_lightning.sparsity import Pattern, SemiStructured, parse_pattern
 from wanda_lightning.stored_linears import MatrixFinder, StoredLinear, measure
 from wanda_lightning.tables import terminal_table
 
@@ -60,8 +60,8 @@ class StoredWeights:
     def pattern(self) -> str | None:
         """The tightest N:M pattern that more than half of the linears keep to; None if there is none."""
         holds = Counter(pattern for linear in self.linears for pattern in linear.patterns)
-        common = {pattern for pattern, number in holds.items() if 2 * number > len(self.linears)}
-        return next((p for linear in self.linears for p in linear.patterns if p in common), None)
+        common = [parse_pattern(pattern) for pattern, number in holds.items() if 2 * number > len(self.linears)]
+        return str(min(common, key=_tightness)) if common else None
 
     @property
     def exceptions(self) -> list[StoredLinear]:
@@ -169,7 +169,12 @@ def _candidates(report: PruningReport | None) -> list[SemiStructured]:
     asked = []
     with suppress(ValueError):
         asked = [parse_pattern(report.pattern)] if report else []
-    return sorted({*COMMON, *(p for p in asked if isinstance(p, SemiStructured))}, key=lambda p: (p.n / p.m, p.m))
+    return sorted({*COMMON, *(p for p in asked if isinstance(p, SemiStructured))}, key=_tightness)
+
+
+def _tightness(pattern: Pattern) -> tuple[float, int]:
+    """Rank patterns: those that keep less come first, then those of smaller groups."""
+    return -pattern.sparsity, pattern.m if isinstance(pattern, SemiStructured) else 0
 
 
 def _report(folder: Path) -> PruningReport | None:
