@@ -10,6 +10,7 @@ PACKAGE = Path(wanda_lightning.__file__).parent
 ENGINE = [
     "sparsity", "statistics", "methods", "solvers", "linears", "patches", "experts", "decoder", "collector", "dry_run",
     "calibration", "allocation", "masks", "schedule", "semi_structured", "tables", "html_report", "report", "pruner",
+    "magnitudes", "by_layer", "charts",
     "activations", "offload", "processes", "fingerprint", "journal", "layer_pruning",
 ]  # fmt: skip
 

@@ -1,32 +1,20 @@
-"""A pruning report as one HTML file that needs no network: tables, a heat map and a line over the layers."""
+"""A pruning report as one HTML file that needs no network and no scripts."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from wanda_lightning.report import LinearReport, PruningReport
+from wanda_lightning.by_layer import by_kind, layers, mean_error, mean_sparsity, number, stem_of
+from wanda_lightning.charts import bars, breakable, heat_map, histograms, lines
+from wanda_lightning.linears import kind_of
+from wanda_lightning.magnitudes import ZERO
+from wanda_lightning.tables import in_bytes
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --faint: #667; --paper: #fff; --line: #d8dce2; --heat: 200, 60, 30;
-        --curve: #2563a8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --faint: #9aa3ad; --paper: #14171a; --line: #363c44; --heat: 235, 110, 70; --curve: #79b0ea; }
-}
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-       font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-p.note { color: var(--faint); }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-th { white-space: normal; vertical-align: bottom; }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-svg { width: 100%; max-width: 44rem; height: auto; }
-@media (max-width: 40rem) { body { padding: .6rem; } th, td { padding: .2rem .3rem; font-size: 12px; } }
- svg text { fill: var(--faint); font-size: 11px; }
-"""
+if TYPE_CHECKING:
+    from wanda_lightning.by_layer import Values
+    from wanda_lightning.report import PruningReport
 
 
 def to_html(report: "PruningReport") -> str:
@@ -39,102 +27,178 @@ def to_html(report: "PruningReport") -> str:
         The page, self-contained.
     """
     heading = escape(report.title)
-    body = [f"<h1>{heading}</h1>", f"<p>{escape(report.summary)}</p>"]
-    for header, rows in report.overview():
-        body += [_table(header, rows)]
-    body += _heat_map(report)
-    body += [_heading("settings"), _table(None, _settings(report))]
+    style = files("wanda_lightning").joinpath("report.css").read_text(encoding="utf-8")
+    body = [f"<h1>{breakable(report.title)}</h1>", f"<p>{escape(report.summary).replace(' s.', '&nbsp;s.')}</p>"]
+    for part in (_evaluations, _errors, _sparsities, _magnitudes, _costs, _not_pruned, _settings):
+        body += part(report)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{heading}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{heading}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
 
 
-def _heading(text: str) -> str:
-    return f"<h2>{escape(text[:1].upper() + text[1:])}</h2>"
+def _evaluations(report: "PruningReport") -> Iterable[str]:
+    if not report.evaluations:
+        yield _note("The model was not evaluated in this run.")
+        return
+    header, rows = next(iter(report.overview()))
+    yield _table([header[0], *header[1:]], rows)
 
 
-def _table(header: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> str:
-    head = "" if header is None else "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
-    kind = ' class="text"' if header is None else ""
-    body = "".join("<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class="wide"><table>{head}{body}</table></div>'
+def _errors(report: "PruningReport") -> Iterable[str]:
+    yield _heading("Reconstruction error")
+    rows = [row for row in report.linears if row.error is not None]
+    if not rows:
+        yield _note("Not measured: without calibration data there are no outputs to compare.")
+        return
+    exact = all(row.error_is_exact for row in rows)
+    yield (
+        '<p class="note">How much of a linear\'s output the pruning changed: <span class="formula">||(W - W\') X||² / '
+        "||W X||²</span> on the calibration set"
+        + ("." if exact else ", estimated from the diagonal of XᵀX (~).")
+        + (" Of the experts of a layer the mean is shown." if _has_experts(report) else "")
+        + "</p>"
+    )
+    unseen = sum(row.tokens == 0 for row in report.linears)
+    if unseen:
+        yield _note(f"No calibration token reached {unseen} matrices: they were pruned by magnitude within each row.")
+    series = by_kind(report, mean_error)
+    top = max(value for values in series.values() for value in values if value is not None)
+    mark = "" if exact else "~"
+    yield from _by_layer(
+        report, series, top, lambda value: f"{mark}{value:.4f}", lambda value: f"{value:.3g}", "error", True
+    )
 
 
-def _settings(report: "PruningReport") -> list[list[str]]:
-    solving = sum(row.seconds for row in report.linears)
-    return [
-        ["seconds to choose masks and update weights", f"{solving:.1f}"],
-        ["seconds for all else, mostly forward passes", f"{max(0.0, report.seconds - solving):.1f}"],
-        *([key, str(value)] for key, value in {**report.calibration, **report.environment}.items()),
-    ]
+def _sparsities(report: "PruningReport") -> Iterable[str]:
+    if not report.linears:
+        return
+    yield _heading("Sparsity")
+    least, most = (choose(row.sparsity for row in report.linears) for choose in (min, max))
+    alike = most - least < 0.005
+    yield _note(
+        f"Every pruned linear has {' to '.join(dict.fromkeys(map(_percent, (least, most))))} zeros."
+        if alike
+        else f"The pruned linears have from {_percent(least)} to {_percent(most)} zeros. Empty cells were not pruned."
+    )
+    series = by_kind(report, mean_sparsity)
+    yield from _by_layer(report, series, 1.0, _percent, lambda value: f"{value:.0%}", "sparsity", not alike)
 
 
-def _heat_map(report: "PruningReport") -> list[str]:
-    """Show error and sparsity of every linear: a row for each layer, a column for each kind, darker is more error."""
-    cells: dict[str, dict[str, list[LinearReport]]] = {}
+def _magnitudes(report: "PruningReport") -> Iterable[str]:
+    shown = histograms(report.magnitudes)
+    if not shown:
+        return
+    yield _heading("Kept and pruned weights")
+    yield (
+        '<p class="note"><span class="box" style="background: var(--c0)"></span>kept'
+        '<span class="box" style="background: var(--c1)"></span>pruned, by |w| before the pruning (logarithmic axis), '
+        "as a share of the weights. Methods that look at the inputs keep some small weights and prune some larger "
+        "ones. Of large matrices evenly spaced rows are counted.</p>"
+    )
+    counts = report.magnitudes.values()
+    zeros = sum(m.kept.get(ZERO, 0) + m.pruned.get(ZERO, 0) for m in counts)
+    if zeros:
+        total = sum(sum(m.kept.values()) + sum(m.pruned.values()) for m in counts)
+        yield _note(f"{zeros / total:.2%} of the weights were zero already; they have no bar.")
+    yield shown
+
+
+def _costs(report: "PruningReport") -> Iterable[str]:
+    yield _heading("Time and memory")
+    if report.seconds_by_phase:
+        yield bars(report.costs(), lambda seconds: f"{seconds:.2f} s ({seconds / max(report.seconds, 1e-9):.0%})")
+    else:
+        yield _note(f"{report.seconds:.1f} s in all.")
+    if report.memory:
+        yield bars(report.memory, in_bytes)
+        yield _note("Peaks since the process started.")
+    seconds: dict[str, float] = {}
     for row in report.linears:
-        cells.setdefault(row.layer, {}).setdefault(_kind(row), []).append(row)
-    kinds = list(dict.fromkeys(kind for layer in cells.values() for kind in layer))
-    errors = [row.error for row in report.linears if row.error is not None]
-    if not errors:
-        return []
-    exact = all(row.error_is_exact for row in report.linears if row.error is not None)
-    head = "".join(f"<th>{escape(kind).replace('.', '.<wbr>').replace('_', '_<wbr>')}</th>" for kind in kinds)
-    body = ""
-    for layer, by_kind in cells.items():
-        shown = "".join(_cell(by_kind.get(kind, []), max(errors)) for kind in kinds)
-        body += f"<tr><td>{escape(layer.rpartition('.')[2])}</td>{shown}</tr>\n"
-    note = "||(W - W') X||² / ||W X||² on the calibration set" + (
-        "" if exact else ", estimated from the diagonal of XᵀX where marked ~"
-    )
-    means = [_mean([row for rows in layer.values() for row in rows]) for layer in cells.values()]
-    return [
-        _heading("reconstruction error by layer"),
-        f'<p class="note">{escape(note)}. Point at a cell for its sparsity.</p>',
-        _curve([mean for mean in means if mean is not None]),
-        f'<div class="wide"><table><tr><th>layer</th>{head}</tr>{body}</table></div>',
+        seconds[row.kind] = seconds.get(row.kind, 0.0) + row.seconds
+    if any(seconds.values()):
+        yield "<h3>Choosing masks and updating weights, by kind of linear</h3>"
+        yield bars(seconds, lambda value: f"{value:.2f} s")
+
+
+def _not_pruned(report: "PruningReport") -> Iterable[str]:
+    yield _heading("What was not pruned")
+    yield _note("Embeddings, norms and the output head are never pruned unless targets name them. Within the decoder:")
+    if report.not_pruned:
+        stem = stem_of(report)
+        kinds = Counter((reason, kind_of(name, stem)) for name, reason in report.not_pruned.items())
+        yield _table(
+            ["matrices", "because", "how many"],
+            [[kind.removeprefix("*."), reason, str(count)] for (reason, kind), count in kinds.items()],
+            "words",
+        )
+    else:
+        yield _note("Every linear was pruned.")
+    if report.matches:
+        yield "<h3>Name patterns</h3>"
+        yield _table(["pattern", "linears"], [[pattern, str(count)] for pattern, count in report.matches.items()])
+
+
+def _settings(report: "PruningReport") -> Iterable[str]:
+    yield _heading("Settings")
+    settings = {
+        "method": report.method,
+        "pattern": report.pattern,
+        "target sparsity": f"{report.target_sparsity:g}",
+        **report.calibration,
+        **report.environment,
+    }
+    yield _table(None, [[key.replace("_", " "), str(value)] for key, value in settings.items()])
+
+
+def _by_layer(
+    report: "PruningReport",
+    series: Mapping[str, "Values"],
+    top: float,
+    show: Callable[[float], str],
+    level: Callable[[float], str],
+    color: str,
+    curves: bool,
+) -> Iterable[str]:
+    """Show values by layer and kind: as a map, as lines, and as a table that opens on demand."""
+    stem = stem_of(report)
+    labels = [number(layer, stem) for layer in layers(report)]
+    yield heat_map(series, labels, top, show, level, color)
+    if curves and len(labels) > 1:
+        yield lines(series, labels, level)
+    rows = [
+        [label, *("" if value is None else show(value) for value in values)]
+        for label, *values in zip(labels, *series.values(), strict=True)
     ]
+    yield f"<details><summary>All figures</summary>{_table(['layer', *series], rows, 'figures')}</details>"
 
 
-def _kind(row: "LinearReport") -> str:
-    """Name a linear within its layer; the experts of a mixture are one kind."""
-    name = row.name.removeprefix(f"{row.layer}.")
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+def _has_experts(report: "PruningReport") -> bool:
+    return len({(row.layer, row.kind) for row in report.linears}) < len(report.linears)
 
 
-def _mean(rows: Sequence["LinearReport"]) -> float | None:
-    errors = [row.error for row in rows if row.error is not None]
-    return sum(errors) / len(errors) if errors else None
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
 
 
-def _cell(rows: Sequence["LinearReport"], most: float) -> str:
-    mean = _mean(rows)
-    if mean is None:
-        return "<td></td>"
-    sparsity = sum(row.sparsity for row in rows) / len(rows)
-    approximate = "" if all(row.error_is_exact for row in rows) else "~"
-    color = f"background: rgba(var(--heat), {0.75 * (mean / most if most else 0) ** 0.5:.3f})"
-    return f'<td style="{color}" title="sparsity {sparsity:.2%}">{approximate}{mean:.4f}</td>'
+def _heading(text: str) -> str:
+    return f"<h2>{escape(text)}</h2>"
 
 
-def _curve(means: Sequence[float], width: int = 600, height: int = 140, margin: int = 34) -> str:
-    """Draw the mean error over the layers."""
-    most = max(means) or 1.0
-    step = (width - 2 * margin) / max(1, len(means) - 1)
-    points = [
-        (margin + n * step, height - margin - (height - 2 * margin) * mean / most) for n, mean in enumerate(means)
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="var(--curve)"/>' for x, y in points)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="mean error by layer">'
-        f'<path d="M{margin} {height - margin}H{width - margin}" stroke="var(--line)"/>'
-        f'<polyline points="{line}" fill="none" stroke="var(--curve)" stroke-width="1.5"/>{dots}'
-        f'<text x="2" y="{margin - 12}">{most:.3g}, mean of the layer</text><text x="2" y="{height - margin}">0</text>'
-        f'<text x="{margin}" y="{height - 12}">first layer</text>'
-        f'<text x="{width - margin}" y="{height - 12}" text-anchor="end">last layer</text></svg>'
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _table(header: Sequence[str] | None, rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    kind = kind or ("text" if header is None else "")
+    head = "" if header is None else "<tr>" + "".join(f"<th>{breakable(cell)}</th>" for cell in header) + "</tr>"
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{breakable(cell) if not n else escape(cell)}</td>" for n, cell in enumerate(row))
+        + "</tr>\n"
+        for row in rows
     )
+    return f'<div class="wide"><table class="{kind}">{head}{body}</table></div>'

@@ -123,7 +123,7 @@ class Journal:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
                 metadata = stored.metadata() or {}
             if hashed(tensors) == metadata["sha256"]:
-                rows = [LinearReport(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(metadata["rows"])]
+                rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
                 return tensors, rows
         except (SafetensorError, OSError, KeyError, ValueError):
             pass

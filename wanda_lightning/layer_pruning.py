@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.calibration import CalibratedLayer
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear
+from wanda_lightning.magnitudes import Magnitudes
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.processes import Processes, combine
 from wanda_lightning.report import LinearReport
@@ -104,6 +105,8 @@ def _prune_linear(
     pattern.check_mask(mask_OI, tolerance)
     assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
     seen = statistic is not None and statistic.tokens > 0
+    magnitudes = Magnitudes()
+    magnitudes.count(linear.weight_OI, mask_OI)
     return LinearReport(
         name=linear.name,
         layer=layer.name,
@@ -114,6 +117,7 @@ def _prune_linear(
         error=_relative_error(linear.weight_OI, weight_OI, statistic) if statistic and seen else None,
         error_is_exact=isinstance(statistic, InputHessian),
         damping=statistic.damping if isinstance(statistic, InputHessian) else None,
+        magnitudes=magnitudes,
     )
 
 

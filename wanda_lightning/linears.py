@@ -80,6 +80,11 @@ def matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(n, p) for n in (name, plain) for p in (pattern, f"*.{pattern}"))
 
 
+def kind_of(name: str, layer: str) -> str:
+    """Name a matrix within its layer, with ``*`` for the numbers in it."""
+    return ".".join("*" if part.isdigit() else part for part in name.removeprefix(f"{layer}.").split("."))
+
+
 def own_modules(
     module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:

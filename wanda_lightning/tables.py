@@ -23,3 +23,12 @@ def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: C
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def in_bytes(size: float) -> str:
+    """Write a number of bytes with a unit that suits it."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -14,6 +14,7 @@ from wanda_lightning.activations import Place
 from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
 from wanda_lightning.callbacks.calibration_source import calibration_batches
 from wanda_lightning.callbacks.progress import progress
+from wanda_lightning.callbacks.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.journal import Journal
@@ -215,8 +216,9 @@ class PruningCallback(SparseFinetuning):
         assert self.report is not None
         self.report.linears = [replace(row, name=_plain(row.name)) for row in self.report.linears]
         self.report.evaluations = self.evaluations
-        for logger in trainer.loggers:
-            logger.log_metrics({"sparsity": self.report.sparsity}, step=trainer.global_step)
+        self.report.magnitudes = {_plain(kind): counts for kind, counts in self.report.magnitudes.items()}
+        through = self.schedule is None or self._pruned_at >= self.schedule.end
+        (log_report if through else log_totals)(self.report, trainer)
         self._write_report(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -246,6 +248,8 @@ class PruningCallback(SparseFinetuning):
             stage = "dense" if self.report is None else "fine-tuned" if self._trained else "pruned"
             stage = "merged" if getattr(pl_module, "merged", False) else stage  # with adapters: see CausalLM.lora
             self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            if self.report is not None:
+                log_evaluation(self.report, stage, trainer)
             self._write_report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
