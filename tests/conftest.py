@@ -9,6 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library:
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the GPU kernel is interpreted on the CPU
+
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -75,7 +75,8 @@ def test_norm_is_wandas():
     x = inputs()
     norm = InputNorm(37)
     norm.update(x)
-    torch.testing.assert_close(hessian_of(x).norm(), norm.compute())
+    torch.testing.assert_close(hessian_of(x).norm().compute(), norm.compute())
+    assert hessian_of(x).norm().tokens == norm.tokens
 
 
 def test_output_energy_is_exact_and_its_diagonal_estimate_is_not():

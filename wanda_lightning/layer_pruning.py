@@ -16,7 +16,7 @@ from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.processes import Processes, combine
 from wanda_lightning.report import LinearReport
 from wanda_lightning.sparsity import Pattern, sparsity_of
-from wanda_lightning.statistics import InputHessian, InputStatistic
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 
 def prune_layer(
@@ -98,11 +98,14 @@ def _prune_linear(
             weight_OI.masked_fill_(~mask_OI, 0)
             tolerance = 1 / weight_OI.shape[1]
         else:
-            mask_OI = method.prune(weight_OI, statistic, pattern)
+            given = statistic
+            if method.statistic is InputNorm and isinstance(statistic, InputHessian):  # gathered for exact errors
+                given = statistic.norm()
+            mask_OI = method.prune(weight_OI, given, pattern)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
+    pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
     seconds = time.perf_counter() - started
-    pattern.check_mask(mask_OI, tolerance)
     assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
     seen = statistic is not None and statistic.tokens > 0
     magnitudes = Magnitudes()

@@ -133,9 +133,11 @@ class InputHessian(InputStatistic):
         lower_II = self.total.tril()
         return (lower_II + lower_II.tril(-1).t()).mul_(2 / max(self.tokens, 1))
 
-    def norm(self) -> Tensor:
-        """Return the L2 norm of every input feature, shape (in_features,): what :class:`InputNorm` computes."""
-        return self.total.diagonal().sqrt()
+    def norm(self) -> InputNorm:
+        """Return what an :class:`InputNorm` would hold after the same inputs: the diagonal of the sums."""
+        norm = InputNorm(self.in_features, self.total.device, self.total.dtype)
+        norm.total, norm.tokens = self.total.diagonal().clone(), self.tokens
+        return norm
 
     def factor(self, damping: float = 0.01) -> Factor:
         """Return the triangular factor of the damped Hessian; computed once for all linears that share these inputs.

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from brute_force import brute_force
 
 from wanda_lightning.methods import Ablate, Magnitude, Wanda
 from wanda_lightning.solvers import prune_with_mask
@@ -38,6 +39,52 @@ def test_golden_vectors_of_the_reference(golden, selection, schedule, pattern):
     given = golden["case1.weight"].clone()
     prune_with_mask(given, hessian.factor(), expected != 0)
     assert (given - expected).norm() < 1e-4 * expected.norm()
+
+
+def lowest(score: torch.Tensor, pattern, whole: bool) -> torch.Tensor:
+    """Mark (True) what a pattern removes, by sorting in Python: of each row, or of the whole matrix."""
+    removed = torch.zeros_like(score, dtype=torch.bool)
+    rows, columns = score.shape
+    if isinstance(pattern, SemiStructured):
+        count = pattern.m - pattern.n
+        groups = [[(i, j + k) for k in range(pattern.m)] for i in range(rows) for j in range(0, columns, pattern.m)]
+    else:
+        groups = [[(i, j) for j in range(columns)] for i in range(rows)]
+        groups = [sum(groups, [])] if whole else groups
+        count = int(pattern.sparsity * len(groups[0]))
+    for group in groups:
+        for place in sorted(group, key=lambda place: float(score[place]))[:count]:
+            removed[place] = True
+    return removed
+
+
+@pytest.mark.parametrize(("selection", "schedule"), VARIANTS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "dead inputs"])
+def test_equals_brute_force_in_float64(selection, schedule, pattern, block_size, kind):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(200, 72, generator=generator) @ torch.randn(72, 72, generator=generator)
+    stored = torch.randn(72, 4, generator=generator).double()
+    weight = stored.t() if kind == "Conv1D" else stored.t().contiguous()
+    if kind == "dead inputs":
+        x[:, [0, 5, 40]] = 0
+    x = x.double()
+    hessian = InputHessian(72, dtype=torch.float64)
+    hessian.update(x)
+    importance = x.norm(dim=0) if selection == "wanda" else (x != 0).any(0).double()
+    group = pattern.m if isinstance(pattern, SemiStructured) else block_size
+
+    def choose(w, _, j):
+        if schedule == "sequential":
+            return (0, 72, lowest(w.abs() * importance, pattern, selection == "magnitude")) if j == 0 else None
+        near = slice(j, min(j + group, 72))
+        return None if j % group else (j, near.stop, lowest((w.abs() * importance)[:, near], pattern, True))
+
+    expected, expected_mask = brute_force(weight, x.t() @ x, choose)
+    mask = Ablate(selection, schedule, block_size).prune(weight, hessian, pattern)
+    assert torch.equal(mask, expected_mask)
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

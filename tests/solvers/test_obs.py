@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from brute_force import brute_force, damped
 from torch import Tensor
 
 from wanda_lightning.solvers import factorize, obs, prune_with_mask, prune_with_scores
@@ -17,39 +18,11 @@ def correlated_hessian(features: int, seed: int = 1) -> Tensor:
     return x.t() @ x
 
 
-def damped(hessian: Tensor, damping: float = 0.01) -> Tensor:
-    return hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
-
-
-def brute_force(weight: Tensor, hessian: Tensor, choose, block_size: int) -> tuple[Tensor, Tensor]:
-    """Remove one weight at a time; each time the later weights of its row take the closed-form optimum.
-
-    ``choose(w, score, j)`` is asked at every column j, with all weights as they are and the error that removing each
-    one alone would leave, and returns which to remove (True) in columns start to stop, or None.
-    """
-    w = weight.double().clone()
-    mask = torch.ones_like(w, dtype=torch.bool)
-    hessian = damped(hessian)
-    columns = w.shape[1]
-    inverses = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
-    cost = torch.stack([inverse[0, 0] for inverse in inverses])
-    for j in range(columns):
-        chosen = choose(w, w.square() / cost, j)
-        if chosen is not None:
-            start, stop, removed = chosen
-            mask[:, start:stop] = ~removed
-        for row in range(w.shape[0]):
-            if not mask[row, j]:
-                w[row, j:] -= w[row, j] / inverses[j][0, 0] * inverses[j][:, 0]
-                w[row, j] = 0
-    return w, mask
-
-
 @pytest.mark.parametrize("block_size", [1, 5, 16, 24, 128])
 def test_given_mask_equals_brute_force(block_size):
     weight, hessian = random(6, 24), correlated_hessian(24)
     removed = random(6, 24, seed=9) < 0
-    expected, mask = brute_force(weight, hessian, lambda w, score, j: (0, 24, removed) if j == 0 else None, 24)
+    expected, mask = brute_force(weight, hessian, lambda w, score, j: (0, 24, removed) if j == 0 else None)
     factor = factorize(hessian)
     prune_with_mask(weight, factor, mask, block_size)
     torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-9)
@@ -69,7 +42,7 @@ def test_unstructured_choice_equals_brute_force(block_size):
         near = score[:, j : j + block_size]
         return j, j + block_size, ~pattern.mask(near.reshape(1, -1)).view(near.shape)
 
-    expected, mask = brute_force(weight, hessian, choose, block_size)
+    expected, mask = brute_force(weight, hessian, choose)
     factor = factorize(hessian)
     ours = prune_with_scores(weight, factor, factor.lower_II.diagonal(), pattern, block_size)
     assert torch.equal(ours, mask)
@@ -83,7 +56,7 @@ def test_n_of_m_choice_equals_brute_force(n, m):
     def choose(w, score, j):
         return None if j % m else (j, j + m, ~pattern.mask(score[:, j : j + m]))
 
-    expected, mask = brute_force(weight, hessian, choose, m)
+    expected, mask = brute_force(weight, hessian, choose)
     factor = factorize(hessian)
     ours = prune_with_scores(weight, factor, factor.lower_II.diagonal(), pattern, 2 * m)
     assert torch.equal(ours, mask)

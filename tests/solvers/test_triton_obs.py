@@ -1,19 +1,16 @@
-"""The fused kernel, run by Triton's interpreter on the CPU, against the torch loop.
-
-TRITON_INTERPRET=1 python -m pytest tests/solvers/test_triton_obs.py
-"""
+"""The fused kernel, run by Triton's interpreter on the CPU, against the torch loop. See test_obs.py for GPUs."""
 
 import os
 
 import pytest
 import torch
 
-from wanda_lightning.solvers import factorize, obs, triton_obs
-from wanda_lightning.sparsity import SemiStructured
+from wanda_lightning.solvers import factorize, obs, prune_with_scores, triton_obs
+from wanda_lightning.sparsity import SemiStructured, Unstructured
 
 interpreted = pytest.mark.skipif(
     triton_obs.triton is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs Triton, and TRITON_INTERPRET=1 before it is imported",
+    reason="needs Triton and no GPU",
 )
 
 
@@ -47,6 +44,22 @@ def test_n_of_m(n, m):
     triton_obs.sweep(w, inverse, pruned, importance, n, m)
     assert torch.equal(pruned, expected_pruned)
     torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
+def test_a_whole_weight_block_by_block(pattern, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(400, 100, generator=generator), torch.randn(20, 100, generator=generator)
+    factor = factorize(x.t() @ x)
+    results = []
+    for fused in (obs._fused, lambda *block: triton_obs.sweep(*block) or True):
+        monkeypatch.setattr(obs, "_fused", fused)
+        pruned = weight.clone()
+        mask = prune_with_scores(pruned, factor, factor.lower_II.diagonal(), pattern, 32)  # the last block is narrower
+        results.append((pruned, mask))
+    assert torch.equal(results[1][1], results[0][1])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
 
 
 def test_without_triton_it_says_so(monkeypatch):

@@ -60,6 +60,7 @@ class PruningCallback(SparseFinetuning):
         resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
             them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
+        exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -79,6 +80,7 @@ class PruningCallback(SparseFinetuning):
         schedule: Gradual | None = None,
         activations: Place = "device",
         resume: bool | None = None,
+        exact_error: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method = method
@@ -97,6 +99,7 @@ class PruningCallback(SparseFinetuning):
         self.activations = activations
         self.resume = resume
         self.journal: Journal | None = None
+        self.exact_error = exact_error
         self.report: PruningReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
         self._trained = False
@@ -173,13 +176,14 @@ class PruningCallback(SparseFinetuning):
         with isolate_rng(), trainer.precision_plugin.forward_context():
             self.report = prune_model(
                 model,
-                calibration_batches(trainer, self.num_samples) if self.method.statistic else None,
+                calibration_batches(trainer, self.num_samples) if self.method.statistic or self.exact_error else None,
                 self.method,
                 pattern,
                 targets=self.targets,
                 ignore=self.ignore,
                 layers=self.layers,
                 allocation=self.allocation,
+                exact_error=self.exact_error,
                 activations=self.activations,
                 journal=self._open_journal(trainer, model),
                 processes=Processes(),

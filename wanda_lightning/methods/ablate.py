@@ -51,7 +51,7 @@ class Ablate(SecondOrderMethod):
         assert isinstance(statistic, InputHessian)
         factor = statistic.factor(self.damping)
         # A dead input's weights score 0 in both selections: removing them costs nothing.
-        norm_I = statistic.norm() if self.selection == "wanda" else (~factor.dead_I).to(factor.lower_II.dtype)
+        norm_I = statistic.norm().compute() if self.selection == "wanda" else (~factor.dead_I).to(factor.lower_II.dtype)
         importance_I = norm_I.to(weight_OI.device)
         if self.schedule == "iterative":
             return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)

@@ -37,21 +37,22 @@ def sweep(
     if triton is None:
         raise ImportError("Triton is not installed")
     columns, rows = w_BO.shape
-    _sweep_kernel[(triton.cdiv(rows, ROWS),)](
-        w_BO,
-        inverse_BB.t().contiguous(),
-        inverse_BB.diagonal().reciprocal(),
-        pruned_BO.view(torch.uint8),
-        w_BO if importance_B1 is None else importance_B1.contiguous(),
-        columns,
-        rows,
-        N=n,
-        M=m,
-        STEP=max(m, 1),
-        K=triton.next_power_of_2(columns),
-        R=ROWS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(w_BO):  # Triton launches on the current GPU, which need not be the one of the weight
+        _sweep_kernel[(triton.cdiv(rows, ROWS),)](
+            w_BO,
+            inverse_BB.t().contiguous(),
+            inverse_BB.diagonal().reciprocal(),
+            pruned_BO.view(torch.uint8),
+            w_BO if importance_B1 is None else importance_B1.contiguous(),
+            columns,
+            rows,
+            N=n,
+            M=m,
+            STEP=max(m, 1),
+            K=triton.next_power_of_2(columns),
+            R=ROWS,
+            num_warps=4,
+        )
 
 
 if triton is not None:
