@@ -5,9 +5,11 @@ import torch
 from conftest import tiny_llama, token_batches
 
 from wanda_lightning.decoder import decoder_layers
-from wanda_lightning.methods import Magnitude, Wanda
+from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
 from wanda_lightning.pruner import prune_model
+from wanda_lightning.solvers import factor
 from wanda_lightning.sparsity import SemiStructured, Unstructured
+from wanda_lightning.statistics import InputHessian
 
 UNSTRUCTURED = [Unstructured(0.5), Unstructured(0.3)]
 PATTERNS = [*UNSTRUCTURED, SemiStructured(2, 4), SemiStructured(1, 4), SemiStructured(4, 8)]
@@ -158,6 +160,81 @@ def test_weights_that_are_not_numbers_are_refused(llama, batches, value):
     with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj has NaN or infinite weights"):
         prune_model(llama, batches, Wanda(), Unstructured(0.5))
     assert all(torch.equal(a.nan_to_num(), before[n].nan_to_num()) for n, a in llama.named_parameters())
+
+
+@torch.no_grad()
+def output_errors(dense, pruned, batches):
+    """||(W - W') X||^2 / ||W X||^2 of the linears of layer 0 in float64, from the dense model's own forward."""
+    inputs = {linear.name: [] for linear in decoder_layers(dense)[0].linears}
+    for name, seen in inputs.items():
+        dense.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].double()))
+    for batch in batches:
+        dense(batch)
+    errors, estimates = {}, {}
+    for name, seen in inputs.items():
+        x_TI = torch.cat([x.flatten(0, 1) for x in seen])
+        weight_OI, left_OI = (model.get_submodule(name).weight.double() for model in (dense, pruned))
+        errors[name] = (
+            (x_TI @ (weight_OI - left_OI).t()).square().sum() / (x_TI @ weight_OI.t()).square().sum()
+        ).item()
+        scale_I = x_TI.square().sum(0)
+        estimates[name] = (
+            ((weight_OI - left_OI).square() @ scale_I).sum() / (weight_OI.square() @ scale_I).sum()
+        ).item()
+    return errors, estimates
+
+
+@pytest.mark.parametrize(
+    "method", [Magnitude(), Wanda(), SparseGPT(), Ablate()], ids=lambda method: type(method).__name__
+)
+@pytest.mark.parametrize("exact_error", [False, True])
+def test_the_reports_reconstruction_errors(llama, batches, method, exact_error):
+    report = prune_model(llama, batches, method, Unstructured(0.5), targets=["layers.0.*"], exact_error=exact_error)
+    errors, estimates = output_errors(tiny_llama(), llama, batches)
+    exact = exact_error or method.statistic is InputHessian
+    assert [row.name for row in report.linears] == list(errors)
+    for row in report.linears:
+        if isinstance(method, Magnitude) and not exact_error:
+            assert row.error is None
+        else:
+            assert row.error == pytest.approx((errors if exact else estimates)[row.name], rel=1e-4)
+            assert row.error_is_exact == exact
+    if not isinstance(method, Magnitude) or exact_error:
+        assert any(abs(errors[name] - estimates[name]) > 0.01 * errors[name] for name in errors)
+
+
+def test_exact_errors_change_no_mask(batches):
+    plain, exact = tiny_llama(), tiny_llama()
+    prune_model(plain, batches, Wanda(), Unstructured(0.5))
+    prune_model(exact, batches, Wanda(), Unstructured(0.5), exact_error=True)
+    assert all(map(torch.equal, plain.parameters(), exact.parameters()))
+
+
+def test_raised_damping_is_in_the_report_and_a_hopeless_factor_names_its_linear(batches, monkeypatch):
+    reverse_cholesky, failures = factor._reverse_cholesky, iter([True])
+
+    def fails_once(*arguments):
+        return None if next(failures, False) else reverse_cholesky(*arguments)
+
+    monkeypatch.setattr(factor, "_reverse_cholesky", fails_once)
+    report = prune_model(tiny_llama(), batches, SparseGPT(), Unstructured(0.5))
+    assert [row.damping for row in report.linears] == pytest.approx([0.1] * 3 + [0.01] * 18)  # q, k, v share a factor
+    monkeypatch.setattr(factor, "_reverse_cholesky", lambda *_: None)
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be pruned: .*damping up to 1 "):
+        prune_model(model, batches, SparseGPT(), Unstructured(0.5))
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+def test_infinite_activations_are_refused(llama, batches, method):
+    with torch.no_grad():
+        llama.model.layers[0].input_layernorm.weight.fill_(torch.inf)
+    before = weights(llama)
+    with pytest.raises(ValueError, match=r"the inputs of model\.layers\.0\.self_attn\.q_proj are NaN or infinite"):
+        prune_model(llama, batches, method, Unstructured(0.5))
+    assert all(torch.equal(llama.get_parameter(name), weight) for name, weight in before.items())
 
 
 def test_magnitude_needs_no_calibration(llama):

@@ -317,6 +317,15 @@ def test_allocation_and_layers_reach_the_engine(tmp_path):
     assert even.report.method == "Wanda(variant=False)"
 
 
+@pytest.mark.parametrize("callback", [WandaPruning, MagnitudePruning])
+def test_exact_errors_on_request(tmp_path, callback):
+    asked, plain = callback(exact_error=True), callback()
+    for one in (asked, plain):
+        trainer(tmp_path, one, max_steps=0).fit(SomebodysModule(), SomebodysData())
+    assert {row.error_is_exact for row in asked.report.linears} == {True}
+    assert {row.error_is_exact for row in plain.report.linears} == {False}
+
+
 def test_a_wrong_list_of_layers_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no list of layers 'model\.blocks'; its lists with linears: model\.layers"):
         trainer(tmp_path, WandaPruning(layers="model.blocks")).fit(SomebodysModule(), SomebodysData())

@@ -50,7 +50,7 @@ def lowest(score: torch.Tensor, pattern, whole: bool) -> torch.Tensor:
         groups = [[(i, j + k) for k in range(pattern.m)] for i in range(rows) for j in range(0, columns, pattern.m)]
     else:
         groups = [[(i, j) for j in range(columns)] for i in range(rows)]
-        groups = [sum(groups, [])] if whole else groups
+        groups = [[place for group in groups for place in group]] if whole else groups
         count = int(pattern.sparsity * len(groups[0]))
     for group in groups:
         for place in sorted(group, key=lambda place: float(score[place]))[:count]:
