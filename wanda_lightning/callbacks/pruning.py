@@ -91,13 +91,9 @@ class PruningCallback(SparseFinetuning):
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
         self.schedule = schedule
-        self.targets = targets
-        self.ignore = ignore
-        self.allocation = allocation
-        self.num_samples = num_samples
-        self.output_dir = output_dir
-        self.activations = activations
-        self.resume = resume
+        self.targets, self.ignore, self.allocation = targets, ignore, allocation
+        self.num_samples, self.output_dir = num_samples, output_dir
+        self.activations, self.resume = activations, resume
         self.journal: Journal | None = None
         self.exact_error = exact_error
         self.report: PruningReport | None = None
