@@ -67,7 +67,7 @@ def _run() -> None:
         else:
             sys.argv[1:] = with_recipes_found(sys.argv[1:])
             import_module("wanda_lightning.cli").run()
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("WANDA_LIGHTNING_DEBUG"):
             raise
         sys.exit(f"wanda-lightning: error: {shortened(str(error))}\n(WANDA_LIGHTNING_DEBUG=1 shows where)")

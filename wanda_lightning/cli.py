@@ -1,8 +1,10 @@
 """The command line: LightningCLI with a ``prune`` sub-command."""
 
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
@@ -23,6 +25,12 @@ class PruningCLI(LightningCLI):
     """Prunes on ``prune``, and before training on ``fit``; shows and saves the results."""
 
     trainer: PruningTrainer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except SIGTERMException:
+            sys.exit(143)  # some of Lightning's loops would say 0, as if all was done
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

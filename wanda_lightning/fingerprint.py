@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequ
         Plain values by name.
     """
     shapes, weights = hashlib.sha256(), hashlib.sha256()
-    for name, values in stored_parameters(model):
+    for name, values in chain(stored_parameters(model), model.named_buffers()):  # a cast also rounds rotary frequencies
         shapes.update(f"{name} {tuple(values.shape)} {values.dtype};".encode())
         flat = values.detach().reshape(-1)
         weights.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
@@ -74,23 +75,22 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def hashed(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of names, types, shapes and every value."""
-    digest = hashlib.sha256()
+def hashed(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a SHA-256 of names, types, shapes and every value, and of a text beside them."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype};".encode())
         digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say where two sets of named values differ."""
-    names: Iterable[str] = {**found, **wanted}
-    return [
-        f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in names
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Say by name where two sets of named values differ."""
+    return {
+        name: f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in {**found, **wanted}
         if found.get(name) != wanted.get(name)
-    ]
+    }
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -30,12 +30,32 @@ class Journal:
     """The finished layers of one pruning; only one run at a time may write to them.
 
     Args:
-        folder: Where they are kept; made when the pruning starts.
+        folder: Where they are kept; made when it is locked.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).resolve()
         self._lock = FileLock(self.folder / "lock", is_singleton=True)
+
+    def lock(self) -> None:
+        """Keep other processes out, until :meth:`release` or the end of this one, however that comes.
+
+        Raises:
+            ValueError: If another process is writing there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run is writing to {self.folder.parent}: wait for it, or choose another folder"
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes in."""
+        self._lock.release(force=True)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Begin a run, or go on with it.
@@ -45,28 +65,18 @@ class Journal:
 
         Raises:
             ValueError: If the folder holds another run (it says where they differ), or another process is writing
-                there: the lock goes with its process, however that ends.
+                there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(
-                f"another run is writing to {self.folder.parent}: wait for it, or choose another folder"
-            ) from None
+        self.lock()
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if other := differences(found, fingerprint):
-                raise ValueError(
-                    f"{self.folder} holds the unfinished layers of another run ({'; '.join(other)}): finish that one, "
-                    "delete the folder, or choose another"
-                )
+            self._refuse_other(file, fingerprint)
         else:
+            self._drop(0)  # a folder whose deletion was cut short, and nobody knows whose layers those are
             write_text(file, json.dumps(fingerprint, indent=2) + "\n")
-        if finished := len([*self.folder.glob("layer-*.safetensors")]):
-            log.info("%d layers are finished in %s: the run goes on behind them", finished, self.folder)
+        if finished := len(self._files()):
+            log.warning("%d layers are finished in %s: the run goes on behind them", finished, self.folder)
 
     def file(self, layer: int) -> Path:
         """Name the file of a layer."""
@@ -92,14 +102,47 @@ class Journal:
         return rows
 
     def remove(self) -> None:
-        """Delete everything: the model is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release(force=True)
+        """Delete everything: the model is saved, or the layers are not wanted.
+
+        Raises:
+            ValueError: If another process is writing there.
+        """
+        if (self.folder / "lock").exists():  # else it is no journal
+            self.lock()
+            (self.folder / "run.json").unlink(missing_ok=True)  # first: without it the rest is void
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def _refuse_other(self, file: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Make sure that the folder is of the run that begins."""
+        try:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): nobody can tell which run the layers beside it are of. Delete "
+                f"{self.folder}, and the run starts over"
+            ) from None
+        if other := differences(found, fingerprint):
+            reload = " A model that was pruned or trained in part has to be loaded again." if "weights" in other else ""
+            raise ValueError(
+                f"{self.folder} holds the finished layers of another run: {'; '.join(other.values())}. Run that one to "
+                f"its end, delete the folder (or say resume=False once) to start over, or choose another.{reload}"
+            )
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("layer-*.safetensors"))
+
+    def _drop(self, number: int) -> None:
+        """Delete the files of a layer and of those behind it: their inputs came out of it."""
+        for file in self._files():
+            if file >= self.file(number):
+                file.unlink()
 
     def _save(self, number: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
         """Write a file under a temporary name, to the disk, and rename it."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        metadata = {"rows": json.dumps([asdict(row) for row in rows]), "sha256": hashed(tensors)}
+        described = json.dumps([asdict(row) for row in rows])
+        metadata = {"rows": described, "sha256": hashed(tensors, described)}
         unfinished = self.folder / ".unfinished"
         try:
             save_file(tensors, unfinished, metadata=metadata)
@@ -116,22 +159,23 @@ class Journal:
     def _load(self, number: int) -> tuple[dict[str, Tensor], list[LinearReport]] | None:
         """Read a file, if there is one; if it is damaged, drop it and all later ones."""
         file = self.file(number)
-        if not file.exists():
-            return None
-        try:
-            with safe_open(file, "pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-                metadata = stored.metadata() or {}
-            if hashed(tensors) == metadata["sha256"]:
-                rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
-                return tensors, rows
-        except (SafetensorError, OSError, KeyError, ValueError):
-            pass
-        log.warning("%s is damaged: this layer and those after it are pruned again", file)
-        while self.file(number).exists():
-            self.file(number).unlink()
-            number += 1
+        if file.exists():
+            try:
+                return _read(file)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                log.warning("%s is damaged (%s): this layer and those after it are pruned again", file, error)
+        self._drop(number)
         return None
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], list[LinearReport]]:
+    with safe_open(file, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        metadata = stored.metadata() or {}
+    if hashed(tensors, metadata["rows"]) != metadata["sha256"]:
+        raise ValueError("its content is not what was written")
+    rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
+    return tensors, rows
 
 
 def _to_disk(path: Path) -> None:

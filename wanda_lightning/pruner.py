@@ -106,7 +106,7 @@ def prune_model(
         "layers": layers,
         "allocation": allocation,
         "exact_error": exact_error,
-        "device": next(model.parameters()).device.type,
+        **_numerics(model),
         "processes": processes.size,
     }
 
@@ -176,6 +176,16 @@ def _visit(
     start(batches.digest)
     for step in chain([first], steps):
         yield step.layer, step
+
+
+def _numerics(model: nn.Module) -> dict[str, Any]:
+    """Name what else decides the last bits of the activations."""
+    device = next(model.parameters()).device.type
+    return {
+        "device": device,
+        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
 
 
 def _size(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from wanda_lightning.callbacks import PruningCallback, SparseFinetuning
 from wanda_lightning.compare import Comparison
@@ -60,14 +61,18 @@ class PruningTrainer(Trainer):
             raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
         if callback.resume is None:
             callback.resume = True  # until the model is saved
+        if callback.report is None:
+            callback.open_journal(self)  # before anything is written to the folder
         if evaluate:
             self.validate(model, datamodule=datamodule, verbose=False)
+            self._end_if_asked()
         if callback.schedule is not None:
             return PruningReport(str(callback.method), str(callback.pattern), callback.pattern.sparsity)
         with self._no_training():
             self.fit(model, datamodule=datamodule)
         if evaluate:
             self.validate(model, datamodule=datamodule, verbose=False)
+            self._end_if_asked()
         if save:
             self.save_pretrained(model)
         assert callback.report is not None
@@ -159,6 +164,11 @@ class PruningTrainer(Trainer):
         callback, datamodule = self.pruning_callback, getattr(self, "datamodule", None)
         if callback is not None and "fine-tuned" in callback.evaluations and datamodule is not None:
             self.validate(model, datamodule=datamodule, verbose=False)
+
+    def _end_if_asked(self) -> None:
+        """End after a SIGTERM that came during the last batch; the next run would forget about it."""
+        if self.strategy.reduce_boolean_decision(self.received_sigterm, all=False):
+            raise SIGTERMException(143)
 
     @contextmanager
     def _no_training(self) -> Iterator[None]:

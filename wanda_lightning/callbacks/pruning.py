@@ -8,12 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from wanda_lightning.activations import Place
 from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
 from wanda_lightning.callbacks.calibration_source import calibration_batches
-from wanda_lightning.callbacks.progress import progress
+from wanda_lightning.callbacks.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.decoder import causal_lm, decoder_layers
@@ -169,7 +168,10 @@ class PruningCallback(SparseFinetuning):
 
     def _prune_to(self, pattern: Pattern, trainer: Trainer, pl_module: LightningModule) -> None:
         model = causal_lm(pl_module)
-        with isolate_rng(), trainer.precision_plugin.forward_context():
+        processes = Processes()
+        with processes.together():
+            self.open_journal(trainer, streamed=is_on_disk(model))
+        with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             self.report = prune_model(
                 model,
                 calibration_batches(trainer, self.num_samples) if self.method.statistic or self.exact_error else None,
@@ -181,23 +183,28 @@ class PruningCallback(SparseFinetuning):
                 allocation=self.allocation,
                 exact_error=self.exact_error,
                 activations=self.activations,
-                journal=self._open_journal(trainer, model),
-                processes=Processes(),
-                progress=partial(progress, trainer),
+                journal=self.journal,
+                processes=processes,
+                progress=partial(progress, trainer, asked_to_end),
             )
-        describe = getattr(_datamodule(trainer), "describe", None)
+        describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
         self.report.calibration |= describe() if describe else {}
         self._publish(trainer)
 
-    def _open_journal(self, trainer: Trainer, model: nn.Module) -> Journal | None:
+    def open_journal(self, trainer: Trainer, streamed: bool = False) -> None:
+        """Keep other runs out of the folder from now on, if finished layers are to be kept there."""
         wanted = self.output_dir is not None if self.resume is None else self.resume
-        if self.schedule is not None or not (wanted or is_on_disk(model)):
-            return None
-        self.journal = Journal(self._folder(trainer) / "unfinished")
-        if not wanted and trainer.is_global_zero:
-            self.journal.remove()
-        trainer.strategy.barrier("journal")
-        return self.journal
+        if self.schedule is not None or not (wanted or streamed or self.resume is False):
+            return
+        journal = Journal(self._folder(trainer) / "unfinished")
+        if trainer.is_global_zero:
+            (journal.lock if wanted else journal.remove)()  # what is there is of an earlier run
+        self.journal = journal if wanted or streamed else None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let others go on with what is finished."""
+        if self.journal is not None:
+            self.journal.release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the zeros again; forget the finished layers, unless they are wanted until the model is saved."""
@@ -294,7 +301,3 @@ class PruningCallback(SparseFinetuning):
 def _plain(name: str) -> str:
     """Return the name that a linear has without adapters around it."""
     return name.removesuffix(".base_layer")
-
-
-def _datamodule(trainer: Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)

@@ -22,6 +22,10 @@ class PruningMethod(ABC):
 
     statistic: ClassVar[type[InputStatistic] | None]
 
+    def __repr__(self) -> str:
+        """Name the method and its settings, alike in every process: reports and resumed runs know it by that."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @abstractmethod
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune one weight in place.

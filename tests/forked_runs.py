@@ -1,0 +1,61 @@
+"""Runs the command line in processes of their own, as often as asked; importing everything, which takes long, once.
+
+Each line of the input is JSON: ``arguments`` and ``folder`` of a run, how many ``seconds`` a layer takes longer than it
+would, so that a signal can hit one, and which ``step`` is to crash. The answers are the process id, and the exit code
+once it has ended. What a run says goes to ``output`` in its folder, the layers that it solves to ``solved``. Used by
+test_crashes.py.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers  # noqa: F401
+from transformers.models.llama import modeling_llama  # noqa: F401
+
+from wanda_lightning import cli, journal, pruner, trainer  # noqa: F401
+from wanda_lightning.__main__ import main
+
+
+def crashes(*_: object, **__: object) -> None:
+    raise RuntimeError("this step crashes")
+
+
+def slowed_down(seconds: float, solved: Path) -> None:
+    prune_layer = pruner.prune_layer
+
+    def slow(layer, *args, **kwargs):
+        with solved.open("a") as file:
+            print(layer.name, file=file)
+        time.sleep(seconds)
+        return prune_layer(layer, *args, **kwargs)
+
+    pruner.prune_layer = slow
+
+
+def run(arguments: list[str], folder: str, seconds: float, step: str | None) -> None:
+    os.chdir(folder)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    slowed_down(seconds, Path(folder) / "solved")
+    if step is not None:
+        setattr(trainer, step, crashes)
+    sys.argv = ["wanda-lightning", *arguments]
+    main()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            sys.stdin.close()
+            run(**json.loads(line))
+            sys.exit(0)
+        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
