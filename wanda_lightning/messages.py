@@ -22,8 +22,9 @@ OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
 NO_MODEL = "no model was given: add --model.pretrained MODEL, a hub name, a folder or a .gguf file"
 NO_MEMORY = """
 what takes less: fewer or shorter calibration sequences (--data.num_samples, --data.sequence_length), smaller batches
-(--data.calibration_batch_size 1, --data.batch_size 1), --model.dtype bfloat16; and in training
---model.gradient_checkpointing true, or adapters (-c wanda_lora). `wanda-lightning inspect MODEL` estimates the need"""
+(--data.calibration_batch_size 1, --data.batch_size 1), --model.dtype bfloat16; where nothing is trained --model.stream
+true, which holds one layer at a time; in training --model.gradient_checkpointing true, or adapters (-c wanda_lora).
+`wanda-lightning inspect MODEL` estimates the need"""
 NO_SPACE = "free some, or write elsewhere: --trainer.default_root_dir FOLDER"
 
 
