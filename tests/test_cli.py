@@ -2,19 +2,21 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import wanda_lightning
-from wanda_lightning.__main__ import COMMANDS, main
-from wanda_lightning.messages import shortened
+from wanda_lightning.__main__ import main
+from wanda_lightning.commands import COMMANDS
+from wanda_lightning.messages import explained, shortened
 
 RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
 
@@ -84,9 +86,8 @@ def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "results/pruning.json").read_text())
-    model = ["--model", "CausalLM", f"--model.pretrained={tmp_path / 'results/model'}"]
-    quiet = ["--trainer.logger=false", "--data", "TextDataModule", *small[2:4]]
-    done = wanda_lightning_command("validate", *model, *quiet)
+    model = f"--model.pretrained={tmp_path / 'results/model'}"
+    done = wanda_lightning_command("validate", model, "--trainer.logger=false", *small[2:4])
     assert done.returncode == 0, done.stderr
     shown = next(line for line in done.stdout.splitlines() if "val/perplexity" in line)
     assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
@@ -121,6 +122,7 @@ def edited(tmp_path, old: str, new: str) -> Path:
     [
         ("sparsity: 0.5", "pattern: 2:4", 'write pattern: "2:4"'),
         ("sparsity: 0.5", "sparsty: 0.5", "Option 'sparsty' is not accepted"),
+        ("sparsity: 0.5", "sparsity: half", "Given value: half"),
         ("sparsity: 0.5", "sparsity: 1.5", "sparsity must be a number in [0, 1), got 1.5"),
         ("source: builtin", "source: missing.txt", "the file 'missing.txt' does not exist"),
         ("num_samples: 128", "num_samples: 0", "num_samples must be"),
@@ -140,8 +142,9 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prun"], "invalid choice: 'prun'"),
-        (["prune", "-c", RECIPE], "the following arguments are required: pretrained"),
+        (["prune"], "no model was given: add --model.pretrained MODEL"),
+        (["prune", "-c", RECIPE], "no model was given: add --model.pretrained MODEL"),
+        (["prune", "-c", RECIPE, "--data.num_sample=3"], "what is accepted: --data.help TextDataModule"),
         (["prune", "-c", RECIPE, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
     ],
 )
@@ -167,7 +170,6 @@ def test_windows_longer_than_the_model_are_refused_before_pruning(wanda_lightnin
 
 
 def test_help_and_version(wanda_lightning_command):
-    assert "prune once, evaluate before and after" in wanda_lightning_command("--help").stdout
     assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
     done = wanda_lightning_command("prune", "--help")
     assert done.returncode == 0
@@ -194,6 +196,104 @@ def test_a_saved_model_is_inspected_shipped_and_restored(wanda_lightning_command
     assert "model.safetensors is cut off, or no safetensors file" in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_functions(command):
-    assert callable(resolve_name(f"wanda_lightning.{COMMANDS[command]}"))
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_starts_with_a_sentence_and_an_example(wanda_lightning_command, name):
+    done = wanda_lightning_command(name, "--help")
+    assert done.returncode == 0
+    usage, purpose, example, *_ = done.stdout.split("\n\n")
+    assert usage.startswith(f"usage: wanda-lightning {name} ")
+    assert purpose == COMMANDS[name].purpose
+    assert example.startswith(f"  wanda-lightning {name} ")
+    assert COMMANDS[name].purpose in wanda_lightning_command("--help").stdout
+
+
+def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_option(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--trainer.callbacks.sparsity=half")
+    assert "Expected a float" in done.stderr
+    assert "Given value: half" in done.stderr
+    assert "not accepted" not in done.stderr
+
+
+def test_a_command_that_is_not_there(wanda_lightning_command):
+    done = wanda_lightning_command("prun")
+    assert done.returncode == 1
+    assert "there is no command 'prun', it is one of prune, fit," in done.stderr
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=./no/such")
+    assert "error: there is no folder './no/such'" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--trainer.accelerator=gpu")
+    assert done.returncode == 1
+    assert "error: no GPU was found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_without_a_pruning_callback(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", *small, "--trainer.logger=false")
+    assert done.returncode == 1
+    assert "-c wanda" in done.stderr
+
+
+def raised_by(function) -> Exception:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def on_a_full_disk():
+    with open("/dev/full", "w") as file:
+        file.write("a")
+
+
+def test_too_little_memory_says_what_takes_less():
+    on_a_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    for error in (on_a_gpu, raised_by(lambda: torch.empty(10**15))):
+        message = explained(error)
+        assert message.startswith("out of memory: ")
+        assert "--data.calibration_batch_size 1" in message
+        assert "GPU 0" not in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_says_so():
+    from_safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (from_safetensors, raised_by(on_a_full_disk)):
+        assert explained(error).startswith("no space is left on the disk")
+
+
+def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", lambda: None)
+    with pytest.raises(TypeError):
+        wanda_lightning_command("prune", "-c", RECIPE, *small)
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """A pruning in which somebody presses Ctrl-C."""
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", pressed)
+    monkeypatch.setattr("wanda_lightning.packaged.main", pressed)
+    yield
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+
+
+def test_ctrl_c_while_pruning_leaves_nothing_unfinished(wanda_lightning_command, small, tmp_path, ctrl_c):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+    assert done.returncode == 1  # Lightning's
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["config.yaml"]
+
+
+def test_ctrl_c_outside_of_lightning(wanda_lightning_command, ctrl_c):
+    done = wanda_lightning_command("recipes")
+    assert done.returncode == 130
+    assert done.stderr == ""

@@ -1,6 +1,6 @@
 """Every family of decoder models that is promised to work, as a tiny random model built from its config.
 
-``python tests/test_families.py`` writes the list of families into the README.
+``python tests/test_families.py`` writes the list of families into docs/models.md.
 """
 
 import re
@@ -66,7 +66,7 @@ DEEPSEEK = {
     "head_dim": 8,
 }
 
-# The name in the README, the config's class, and what it needs beyond SIZE.
+# The name in docs/models.md, the config's class, and what it needs beyond SIZE.
 FAMILIES = {
     "OPT": ("OPTConfig", OPT),
     "OPT (post-norm, projected embeddings)": (
@@ -110,7 +110,7 @@ FAMILIES = {
     "SmolLM3": ("SmolLM3Config", {}),
 }
 
-# Models that cannot be pruned yet: what they need, the reason for the README, and what the error says.
+# Models that cannot be pruned yet: what they need, the reason for docs/models.md, and what the error says.
 REFUSED = {
     "Llama 4": (
         "Llama4TextConfig",
@@ -256,12 +256,12 @@ def test_what_cannot_work_is_refused(name, batches):
     assert all(map(torch.equal, model.parameters(), before))
 
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/models.md"
 MARKED = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
 
 
 def families_as_markdown() -> str:
-    """The part of the README between its marks."""
+    """The part of the page between its marks."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     classes = {name: MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(name))].__name__ for name in FAMILIES | REFUSED}
@@ -272,15 +272,11 @@ def families_as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README to check")
-def test_the_readme_lists_the_families():
-    (listed,) = MARKED.findall(README.read_text(encoding="utf-8"))
+def test_the_page_lists_the_families():
+    (listed,) = MARKED.findall(PAGE.read_text(encoding="utf-8"))
     assert listed == families_as_markdown(), "run python tests/test_families.py"
 
 
 if __name__ == "__main__":
-    readme = README.read_text(encoding="utf-8") if README.exists() else ""
-    text, marks = MARKED.subn(lambda _: families_as_markdown(), readme)
-    if marks:
-        README.write_text(text, encoding="utf-8")
+    PAGE.write_text(MARKED.sub(lambda _: families_as_markdown(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(families_as_markdown())

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with a ``prune`` sub-command."""
+"""The command line: LightningCLI with ``prune`` and ``sweep``."""
 
 import sys
 from typing import Any, NoReturn
@@ -8,10 +8,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
+from wanda_lightning.commands import COMMANDS
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.messages import shortened
+from wanda_lightning.messages import HelpFormatter, shortened
 from wanda_lightning.module import CausalLM
 from wanda_lightning.trainer import PruningTrainer
+
+MORE_HELP = """
+
+A recipe (see `wanda-lightning recipes`) or a config.yaml sets all of this; options after it override it. Help on parts:
+  --model.help CausalLM   --data.help TextDataModule   --trainer.callbacks.help WandaPruning"""
 
 
 class _Parser(LightningArgumentParser):
@@ -38,6 +44,10 @@ class PruningCLI(LightningCLI):
         lightning = LightningCLI.subcommands()
         both = {"model", "datamodule"}
         return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Use our module and datamodule unless others are named."""
+        parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
     def after_prune(self) -> None:
         """Show the report."""
@@ -89,9 +99,15 @@ def run(args: ArgsType = None) -> PruningCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "wanda-lightning"}
+        parser_kwargs={
+            "prog": "wanda-lightning",
+            "formatter_class": HelpFormatter,
+        }
         | {
-            name: {"usage": f"wanda-lightning {name} [-c CONFIG] [--option value ...]"}
+            name: {
+                "usage": f"wanda-lightning {name} [-c RECIPE] [--option value ...]",
+                "description": COMMANDS[name].description + MORE_HELP,
+            }
             for name in PruningCLI.subcommands()
         },
         args=args,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.commands import parser_settings
 from wanda_lightning.report import with_errors, write_text
 from wanda_lightning.tables import markdown_table, terminal_table
 
@@ -142,7 +143,7 @@ def _read(folder: Path) -> Run:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``wanda-lightning compare``."""
-    parser = argparse.ArgumentParser(prog="wanda-lightning compare", description="Compare runs by their pruning.json.")
+    parser = argparse.ArgumentParser(**parser_settings("compare"))
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FOLDER", help="write comparison.md and comparison.json there")
     parser.add_argument("--plot", metavar="FILE", help="draw perplexity against sparsity, as .png or .svg")

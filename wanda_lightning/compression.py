@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wanda_lightning.bitmask import compress_file, decompress_file, read_compressed
 from wanda_lightning.checkpoint import PLAIN, weight_files
+from wanda_lightning.commands import run_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,15 +140,9 @@ def _convert(
 
 def compress_command(arguments: list[str]) -> None:
     """Run ``wanda-lightning compress``."""
-    _run(compress, arguments)
+    print(run_function("compress", compress, arguments))
 
 
 def decompress_command(arguments: list[str]) -> None:
     """Run ``wanda-lightning decompress``."""
-    _run(decompress, arguments)
-
-
-def _run(convert: Callable[[str, str], Sizes], arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    print(auto_cli(convert, args=arguments, prog=f"wanda-lightning {convert.__name__}"))
+    print(run_function("decompress", decompress, arguments))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from wanda_lightning.commands import run_function
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear, coverage, decoder_layers
 from wanda_lightning.stored_weights import StoredWeights, stored_weights
 
@@ -225,10 +226,9 @@ def _rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
 
 def main(arguments: list[str]) -> None:
     """Run ``wanda-lightning inspect``."""
-    from jsonargparse import auto_cli
     from rich.console import Console
 
-    inspection = auto_cli(inspect_model, args=arguments, prog="wanda-lightning inspect")
+    inspection = run_function("inspect", inspect_model, arguments)
     Console().print(inspection.to_table())
     if inspection.weights and not inspection.weights.check.loads_whole:
         sys.exit(1)

@@ -125,6 +125,8 @@ def _folder(pretrained: str) -> str:
         if not path.is_file():
             raise ValueError(f"no such GGUF file: {pretrained}")
         return str(_converted(path))
+    if pretrained.startswith((".", "/", "~")) and not path.exists():  # no name that a hub could know
+        raise ValueError(f"there is no folder {pretrained!r}")
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{pretrained} is no model folder: it holds no config.json (a file must end in .gguf)")
     return str(path) if path.exists() else pretrained
@@ -153,6 +155,6 @@ def _converted(gguf: Path) -> Path:
 def _not_found(what: str, pretrained: str, error: OSError) -> ValueError:
     reason = str(error).strip().splitlines()[0]
     return ValueError(
-        f"cannot load the {what} of {pretrained!r}: it is no local folder or .gguf file, "
-        f"and could not be had from the hub ({reason})"
+        f"cannot load the {what} of {pretrained!r}: there is no such folder here, "
+        f"and it could not be had from the hub ({reason})"
     )

@@ -1,14 +1,55 @@
-"""Error messages of the command line: what was wrong, without how the parser came to see it."""
+"""What the command line says of mistakes: what was wrong and what helps, without how it came to be seen."""
 
+import errno
 import re
+from argparse import RawDescriptionHelpFormatter
+
+import torch
+from jsonargparse import DefaultHelpFormatter
 
 from wanda_lightning.sparsity import parse_pattern
 
 # jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
 NOISE = re.compile(
-    r"\s*(Does not validate against|Subtypes: |Errors:|- Expected a <class 'NoneType'>|- Not a valid subclass of|"
-    r"Subclass types expect|- a (class path|dict)|Given value|- Problem with given class_path 'lightning\.)"
+    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a <class 'NoneType'>|- Not a valid subclass of|"
+    r"Subclass types expect|- a (class path|dict)|Given value type|Given value: (\S*[\[({]|.{60}))"
 )
+UNKNOWN_OPTION = re.compile(
+    r"Parser key \"(\S+)\":.*?class_path '\S*?(\w+)':\s+Option '\w+' is not accepted", re.DOTALL
+)
+OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
+
+NO_MODEL = "no model was given: add --model.pretrained MODEL, a hub name, a folder or a .gguf file"
+NO_MEMORY = """
+what takes less: fewer or shorter calibration sequences (--data.num_samples, --data.sequence_length), smaller batches
+(--data.calibration_batch_size 1, --data.batch_size 1), --model.dtype bfloat16; where nothing is trained --model.stream
+true, which holds one layer at a time; in training --model.gradient_checkpointing true, or adapters (-c wanda_lora).
+`wanda-lightning inspect MODEL` estimates the need"""
+NO_SPACE = "free some, or write elsewhere: --trainer.default_root_dir FOLDER"
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the lines of descriptions as they are."""
+
+
+def explained(error: Exception) -> str | None:
+    """Say in a few lines what was wrong and what helps.
+
+    Args:
+        error: What ended the command.
+
+    Returns:
+        The message; None if nothing that the user gave or has is to blame.
+    """
+    misconfigured = type(error).__name__ == "MisconfigurationException"  # Lightning's, whose import takes seconds
+    message = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in message:
+        return f"out of memory: {message.partition(chr(10))[0]}{NO_MEMORY}"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in message:
+        return f"no space is left on the disk ({message}); {NO_SPACE}"
+    if misconfigured and "gpu backend" in message:
+        return "no GPU was found that this torch can use: leave --trainer.accelerator out, or set it to cpu"
+    return shortened(message) if misconfigured or isinstance(error, ValueError | OSError) else None
 
 
 def shortened(message: str) -> str:
@@ -20,12 +61,36 @@ def shortened(message: str) -> str:
     Returns:
         The lines that name the option, the value and what is accepted.
     """
-    if "Does not validate against" not in message:
-        return message
-    lines = [line for line in message.splitlines() if not NOISE.match(line)]
+    if 'Parser key "model"' in message and "arguments are required: pretrained" in message:
+        return NO_MODEL
+    if "Does not validate against" in message:
+        message = _without_noise(message)
+    if unknown := UNKNOWN_OPTION.search(message):
+        message += f"\n  what is accepted: --{unknown[1]}.help {unknown[2]}"
+    return message
+
+
+def _without_noise(message: str) -> str:
+    lines = [line for line in _without_other_types(message.splitlines()) if not NOISE.match(line)]
+    lines = [re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"^(\s*)- ", r"\1", line)) for line in lines]
     if number := re.search(r'"pattern":\s+Expected a .*str.* Got value: (\d+)', message):
         try:
             parse_pattern(number[1])
         except ValueError as error:
             lines = [*lines[:-1], f"  {error}"]
-    return "\n".join(dict.fromkeys(re.sub(r"^(\s*)- ", r"\1", line) for line in lines)).strip()
+    return "\n".join(dict.fromkeys(lines)).strip()
+
+
+def _without_other_types(lines: list[str]) -> list[str]:
+    """Leave out what is wrong with the value as another type than the one that the user named."""
+    kept: list[str] = []
+    other = None  # how far the block to leave out is indented
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        if other is not None and depth <= other:
+            other = None
+        if other is None and OTHER_TYPE.match(line):
+            other = depth
+        if other is None:
+            kept.append(line)
+    return kept

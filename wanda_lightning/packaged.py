@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from wanda_lightning.commands import parser_settings
+
 FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -49,11 +51,7 @@ def with_recipes_found(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Run ``wanda-lightning recipes``."""
-    parser = argparse.ArgumentParser(
-        prog="wanda-lightning recipes",
-        description="List the recipes that come with the package; show one, or copy it to change it.",
-        epilog="example: wanda-lightning recipes copy wanda_finetune mine.yaml",
-    )
+    parser = argparse.ArgumentParser(**parser_settings("recipes"))
     commands = parser.add_subparsers(dest="command")
     show = commands.add_parser("show", help="print a recipe")
     copy = commands.add_parser("copy", help="copy a recipe to a file of your own")

@@ -20,7 +20,7 @@ from wanda_lightning.saving import save_pretrained
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer with :meth:`prune` and :meth:`sweep`."""
+    """Lightning's Trainer, which can also prune and sweep."""
 
     comparison: Comparison | None = None
 
@@ -56,7 +56,10 @@ class PruningTrainer(Trainer):
         """
         callback = self.pruning_callback
         if callback is None:
-            raise ValueError("nothing to prune with: give the Trainer a pruning callback such as WandaPruning")
+            raise ValueError(
+                "nothing to prune with: give the Trainer a pruning callback such as WandaPruning; on the command line "
+                "a recipe has one, such as -c wanda"
+            )
         if callback.schedule is not None and save:
             raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
         if callback.resume is None:
