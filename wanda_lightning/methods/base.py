@@ -39,10 +39,6 @@ class PruningMethod(ABC):
             Boolean mask of the weight's shape, True = kept.
         """
 
-    def __repr__(self) -> str:
-        """Name the method and its settings: reports and checkpoints tell methods apart by it."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
-
     def check(self, pattern: Pattern) -> None:
         """Refuse a pattern that the method cannot follow, before any weight has changed.
 
