@@ -49,6 +49,19 @@ def test_the_module_runs_in_a_process_of_its_own(tmp_path):
     assert "run: wanda-lightning prune --help" in done.stderr
 
 
+@pytest.mark.slow
+def test_two_processes_prune_and_finetune(small, tmp_path):
+    """Started by Lightning's own launcher, each with the command line of the first."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    command = [sys.executable, "-m", "wanda_lightning", "fit", "-c", "wanda_finetune", *small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Results are in") == 1
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    assert [stage["sparsity"] for stage in report["evaluations"].values()] == [0.0, 0.5, 0.5]
+    assert (tmp_path / "results/model/model.safetensors").exists()
+
+
 @pytest.fixture
 def small(tiny_model_folder, tmp_path) -> list[str]:
     """Options that make the recipe run on the tiny model."""
