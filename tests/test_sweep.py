@@ -7,7 +7,15 @@ import pytest
 import torch
 from lightning.pytorch.cli import ArgsType
 
-from wanda_lightning import CausalLM, Magnitude, PruningTrainer, TextDataModule, Wanda, WandaPruning
+from wanda_lightning import (
+    CausalLM,
+    Magnitude,
+    PruningTrainer,
+    TextDataModule,
+    Wanda,
+    WandaPruning,
+    ZeroShotEvaluation,
+)
 from wanda_lightning.cli import PruningCLI, run
 from wanda_lightning.module import CausalLM as Module
 
@@ -80,6 +88,17 @@ def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds another sweep.*data\.seed: 0 there, 1 now"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(seed=1), [Magnitude()], [0.5])
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tmp_path):
+    """Figures of two data types, or with and without zero-shot tasks, must not end in one table."""
+    asked = [Magnitude()], [0.5]
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), *asked)
+    with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now$"):
+        trainer(tmp_path).sweep(CausalLM(tiny_model_folder, dtype="bfloat16"), data(), *asked)
+    with pytest.raises(ValueError, match=r"another sweep.*zero_shot\.tasks: None there, \['builtin_continuation'\] now"):
+        callback = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+        trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
 
 @pytest.mark.parametrize(
