@@ -246,6 +246,9 @@ class PruningCallback(SparseFinetuning):
             stage = "dense" if self.report is None else "fine-tuned" if self._trained else "pruned"
             stage = "merged" if getattr(pl_module, "merged", False) else stage  # with adapters: see CausalLM.lora
             self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            for logger in trainer.loggers:  # where dense/..., pruned/... and fine-tuned/... then stand side by side
+                named = {f"{stage}/{name}": value for name, value in self.evaluations[stage].items()}
+                logger.log_metrics(named, step=trainer.global_step)
             self._write_report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
