@@ -104,6 +104,25 @@ def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
     assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
 
 
+@pytest.mark.parametrize("recipe", ["distill", "wanda_lora"])
+def test_a_resumed_run_keeps_its_settings_and_ends_the_same(wanda_lightning_command, small, tmp_path, recipe):
+    """The checkpoint holds few of them: neither the teacher nor the adapters, and no learning rate."""
+
+    def fit(folder, *more):
+        saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+        saving += ["--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.save_top_k=-1"]
+        options = [*small[:4], f"--trainer.default_root_dir={folder}", *saving, "--trainer.max_steps=4", *more]
+        dropout = ["--model.lora.dropout=0"] if recipe == "wanda_lora" else []  # no checkpoint holds the random state
+        done = wanda_lightning_command("fit", "-c", RECIPE.with_name(f"{recipe}.yaml"), *options, *dropout)
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        return config["model"], (folder / "model/model.safetensors").read_bytes()
+
+    whole = fit(tmp_path / "whole")
+    (checkpoint,) = (tmp_path / "whole").rglob("*step=3.ckpt")
+    assert fit(tmp_path / "resumed", f"--ckpt_path={checkpoint}") == whole
+
+
 def test_print_config(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--print_config")
     assert done.returncode == 0

@@ -31,6 +31,13 @@ class PruningCLI(LightningCLI):
         both = {"model", "datamodule"}
         return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
 
+    def _parse_ckpt_path(self) -> None:
+        """Resume with the settings that were given, as the Trainer does.
+
+        Lightning would replace them by the checkpoint's hyperparameters, and what is not among these by defaults: a run
+        that distils would go on without its teacher.
+        """
+
     def after_prune(self) -> None:
         """Show the report."""
         self._show_report()
