@@ -101,6 +101,16 @@ def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tm
         trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
 
+def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder, tmp_path):
+    callback = ZeroShotEvaluation(["builtin_continuation"], limit=4)
+    comparison = trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda()], [0.9])
+    for each in comparison.runs:
+        written = json.loads((each.folder / "zero_shot/pruned.json").read_text())
+        found = written["results"]["builtin_continuation"]["acc,none"]
+        assert each.evaluations["pruned"]["val/zero_shot/builtin_continuation/acc"] == pytest.approx(found)
+    assert [file.name for file in (tmp_path / "zero_shot").iterdir()] == ["validate.json"]  # of the dense model
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
