@@ -52,6 +52,19 @@ def test_the_module_runs_in_a_process_of_its_own(tmp_path):
     assert "run: wanda-lightning prune --help" in done.stderr
 
 
+@pytest.mark.slow
+def test_two_processes_prune_and_finetune(small, tmp_path):
+    """Started by Lightning's own launcher, each with the command line of the first."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    command = [sys.executable, "-m", "wanda_lightning", "fit", "-c", "wanda_finetune", *small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Results are in") == 1
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    assert [stage["sparsity"] for stage in report["evaluations"].values()] == [0.0, 0.5, 0.5]
+    assert (tmp_path / "results/model/model.safetensors").exists()
+
+
 @pytest.fixture
 def small(tiny_model_folder, tmp_path) -> list[str]:
     """Options that make the recipe run on the tiny model."""
@@ -91,6 +104,25 @@ def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
     assert done.returncode == 0, done.stderr
     shown = next(line for line in done.stdout.splitlines() if "val/perplexity" in line)
     assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
+
+
+@pytest.mark.parametrize("recipe", ["distill", "wanda_lora"])
+def test_a_resumed_run_keeps_its_settings_and_ends_the_same(wanda_lightning_command, small, tmp_path, recipe):
+    """The checkpoint holds few of them: neither the teacher nor the adapters, and no learning rate."""
+
+    def fit(folder, *more):
+        saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+        saving += ["--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.save_top_k=-1"]
+        options = [*small[:4], f"--trainer.default_root_dir={folder}", *saving, "--trainer.max_steps=4", *more]
+        dropout = ["--model.lora.dropout=0"] if recipe == "wanda_lora" else []  # no checkpoint holds the random state
+        done = wanda_lightning_command("fit", "-c", RECIPE.with_name(f"{recipe}.yaml"), *options, *dropout)
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        return config["model"], (folder / "model/model.safetensors").read_bytes()
+
+    whole = fit(tmp_path / "whole")
+    (checkpoint,) = (tmp_path / "whole").rglob("*step=3.ckpt")
+    assert fit(tmp_path / "resumed", f"--ckpt_path={checkpoint}") == whole
 
 
 def test_print_config(wanda_lightning_command, small):

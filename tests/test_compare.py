@@ -1,6 +1,7 @@
 """The table and the picture over several runs."""
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -110,6 +111,22 @@ def test_the_picture_has_every_point(runs, tmp_path):
     points = [len(line.findall(".//svg:use", namespace)) for line in lines]
     assert sorted(points) == [0, 1, 1, 1, 2]  # the dense level; SparseGPT, fine-tuned, 2:4; Wanda at 0.5 and 0.7
     assert {path.name for path in tmp_path.glob("p.*")} == {"p.svg", "p.png"}
+
+
+def test_no_point_is_outside_of_the_picture(tmp_path):
+    """Nor is the largest, where it is that of a pattern, drawn a little beside its place."""
+    runs = [run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", pattern="2:4", pruned=9000.0)]
+    plot(Comparison(runs), tmp_path / "p.svg")
+    axes = ElementTree.parse(tmp_path / "p.svg").find(".//{*}g[@id='axes_1']")
+    numbers = map(float, re.findall(r"-?[\d.]+", axes.find(".//{*}g[@id='patch_2']/{*}path").get("d")))
+    corners = list(zip(numbers, numbers, strict=True))
+    points = [use for group in axes if group.get("id", "").startswith("line2d") for use in group.findall(".//{*}use")]
+    places = [(float(use.get("x")), float(use.get("y"))) for use in points]
+    assert len(places) == 2
+    assert places[0][0] < places[1][0]  # the square stands to the right
+    for x, y in places:
+        assert min(c[0] for c in corners) < x < max(c[0] for c in corners)
+        assert min(c[1] for c in corners) < y < max(c[1] for c in corners)
 
 
 @pytest.mark.parametrize(

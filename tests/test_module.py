@@ -99,6 +99,15 @@ def test_a_checkpoint_resumes(tiny_model_folder, tmp_path):
     assert torch.equal(weight == 0, module.model.model.layers[0].mlp.up_proj.weight == 0)
 
 
+def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_path):
+    run = trainer(tmp_path, callbacks=[WandaPruning(sparsity=0.5)])
+    module = CausalLM(str(tiny_model_folder))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    opened = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert all(map(torch.equal, opened.model.parameters(), module.model.parameters()))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no .gguf file; make test-all sets it")
 def test_gguf_loads_dense_and_saves(tmp_path):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from lightning.pytorch.cli import ArgsType
 
-from wanda_lightning import CausalLM, Magnitude, PruningTrainer, TextDataModule, Wanda, WandaPruning
+from wanda_lightning import (
+    CausalLM,
+    Magnitude,
+    PruningTrainer,
+    TextDataModule,
+    Wanda,
+    WandaPruning,
+    ZeroShotEvaluation,
+)
 from wanda_lightning.cli import PruningCLI, run
 from wanda_lightning.module import CausalLM as Module
 
@@ -80,6 +88,27 @@ def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"holds another sweep.*data\.seed: 0 there, 1 now"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(seed=1), [Magnitude()], [0.5])
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tmp_path):
+    """Figures of two data types, or with and without zero-shot tasks, must not end in one table."""
+    asked = [Magnitude()], [0.5]
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), *asked)
+    with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now$"):
+        trainer(tmp_path).sweep(CausalLM(tiny_model_folder, dtype="bfloat16"), data(), *asked)
+    callback = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+    with pytest.raises(ValueError, match=r"another sweep.*zero_shot\.tasks: None there, \['builtin_con.* now"):
+        trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
+
+
+def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder, tmp_path):
+    callback = ZeroShotEvaluation(["builtin_continuation"], limit=4)
+    comparison = trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda()], [0.9])
+    for each in comparison.runs:
+        written = json.loads((each.folder / "zero_shot/pruned.json").read_text())
+        found = written["results"]["builtin_continuation"]["acc,none"]
+        assert each.evaluations["pruned"]["val/zero_shot/builtin_continuation/acc"] == pytest.approx(found)
+    assert [file.name for file in (tmp_path / "zero_shot").iterdir()] == ["validate.json"]  # of the dense model
 
 
 @pytest.mark.parametrize(

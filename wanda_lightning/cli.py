@@ -49,15 +49,23 @@ class PruningCLI(LightningCLI):
         """Use our module and datamodule unless others are named."""
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
+    def _parse_ckpt_path(self) -> None:
+        """Resume with the settings that were given, as the Trainer does.
+
+        Lightning would replace them by the checkpoint's hyperparameters, and what is not among these by defaults: a run
+        that distils would go on without its teacher.
+        """
+
     def after_prune(self) -> None:
         """Show the report."""
         self._show_report()
 
     def after_sweep(self) -> None:
         """Show the table of all runs."""
+        folder = self.trainer.log_dir  # all processes must ask: they agree on it
         if self.trainer.comparison and self.trainer.is_global_zero:
             Console().print(self.trainer.comparison.to_table())
-            Console().print(f"Results and comparison.png are in {self.trainer.log_dir}", soft_wrap=True)
+            Console().print(f"Results and comparison.png are in {folder}", soft_wrap=True)
 
     def before_fit(self) -> None:
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
@@ -74,10 +82,10 @@ class PruningCLI(LightningCLI):
             self._show_report()
 
     def _show_report(self) -> None:
-        callback = self.trainer.pruning_callback
+        callback, folder = self.trainer.pruning_callback, self.trainer.log_dir  # all processes must ask for log_dir
         if callback and callback.report and self.trainer.is_global_zero:
             Console().print(callback.report.to_table())
-            Console().print(f"Results are in {self.trainer.log_dir}", soft_wrap=True)
+            Console().print(f"Results are in {folder}", soft_wrap=True)
 
 
 def run(args: ArgsType = None) -> PruningCLI:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wanda_lightning.compare import Comparison
 
 SUFFIXES = (".png", ".svg")
+STEP = 9  # points between the squares of N:M patterns at one sparsity
 Point = tuple[float, float]
 
 
@@ -31,7 +32,8 @@ def check(file: str | Path) -> Path:
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
     """Draw a metric of several runs against their sparsity, one line a method.
 
-    N:M patterns are single points, named beside them; fine-tuned models have dashed lines; the dense model is a level.
+    N:M patterns are squares to the right of their sparsity, so that they do not hide what is unstructured; fine-tuned
+    models have hollow markers and dashed lines; the dense model is a level.
 
     Args:
         comparison: The runs.
@@ -51,12 +53,17 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     rows = [row for row in rows if metric in row["metrics"]]
 
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.transforms import offset_copy
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
     levels = [row["metrics"][metric] for row in rows]
     if min(levels) > 0 and max(levels) > 8 * min(levels):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     labels = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
     for row in rows:
         if row["stage"] in ("dense", "as loaded"):
@@ -64,35 +71,36 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     patterns: dict[float, list[str]] = {}
     for number, label in enumerate(labels):
         own = [row for row in rows if row["method"] == label]
+        beside = offset_copy(axes.transData, figure, x=STEP * (number + 1), units="points")
         for stage in dict.fromkeys(row["stage"] for row in own):
-            style = {"color": f"C{number}", "linestyle": "-" if stage == "pruned" else "--"}
-            filled = style["color"] if stage == "pruned" else "none"
+            style: dict[str, Any] = {"color": f"C{number}", "linestyle": "-" if stage == "pruned" else "--"}
+            style["markerfacecolor"] = style["color"] if stage == "pruned" else "white"
             name = label if stage == "pruned" else f"{label}, {stage}"
             points = sorted(
                 _point(row, metric) for row in own if row["stage"] == stage and row["pattern"] == "unstructured"
             )
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    marker="D" if stage == "merged" else "o",
-                    markerfacecolor=filled,
-                    label=name,
-                    **style,
-                )
+                axes.plot(*zip(*points, strict=True), marker="D" if stage == "merged" else "o", label=name, **style)
             for row in own:
                 if row["stage"] == stage and row["pattern"] != "unstructured":
                     x, y = _point(row, metric)
-                    axes.plot([x], [y], marker="s", markerfacecolor=filled, color=style["color"], linestyle="none",
+                    axes.plot([x], [y], marker="s", transform=beside, **style | {"linestyle": "none"},
                               label=None if points else f"{name} ({row['pattern']})")  # fmt: skip
                     patterns.setdefault(x, []).append(row["pattern"])
-    for x, found in patterns.items():  # once below the axis: beside every point the names would overlap
+    for x, found in patterns.items():  # once above the picture: beside every point the names would overlap
         axes.annotate(
-            f"■ {', '.join(dict.fromkeys(found))}", (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
-            textcoords="offset points", ha="center", fontsize="small",
+            f"■ {', '.join(dict.fromkeys(found))}", (x, 1), xycoords=("data", "axes fraction"), fontsize="small",
+            xytext=(STEP * (len(labels) + 1) / 2, 4), textcoords="offset points", ha="center",
         )  # fmt: skip
+    axes.dataLim.update_from_data_y(levels, ignore=True)  # what is drawn beside its place does not count otherwise
+    axes.autoscale_view(scalex=False)
+    pruned = [_point(row, metric)[0] for row in rows if row["method"]]
+    if pruned:
+        axes.set_xlim(min(pruned) - 5, max(pruned) + 5)
+    axes.xaxis.set_major_locator(MultipleLocator(10))
     axes.set_xlabel("sparsity of the pruned linears (%)")
     axes.set_ylabel(metric.removeprefix("val/"))
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     _write(figure, path)
 

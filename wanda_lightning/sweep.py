@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from wanda_lightning import plotting
-from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.methods import PruningMethod
@@ -38,7 +38,7 @@ def sweep(
         raise ValueError("a sweep keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
     callbacks = _callbacks(trainer, methods, sparsities, patterns, folder)
     plotting.check(folder / "comparison.png")
-    settings = {"model": _plain(model), "data": _plain(datamodule)}
+    settings = _settings(trainer, model, datamodule)
     dense = _recorded(folder / "sweep.json", settings)
     if dense is None:
         trainer.validate(model, datamodule=datamodule, verbose=False)
@@ -117,11 +117,12 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
     if not file.exists():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
+    before = found["settings"]
     differences = [
-        f"{part}.{key}: {found['settings'][part].get(key)!r} there, {settings[part].get(key)!r} now"
-        for part in settings
-        for key in {**found["settings"][part], **settings[part]}
-        if found["settings"][part].get(key) != settings[part].get(key)
+        f"{part}.{key}: {before.get(part, {}).get(key)!r} there, {settings.get(part, {}).get(key)!r} now"
+        for part in {**before, **settings}
+        for key in {**before.get(part, {}), **settings.get(part, {})}
+        if before.get(part, {}).get(key) != settings.get(part, {}).get(key)
     ]
     if differences:
         raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(differences)}")
@@ -137,10 +138,22 @@ def _is_done(callback: PruningCallback) -> bool:
     return same and "pruned" in found["evaluations"]  # which comes last
 
 
-def _plain(part: Any) -> dict[str, Any]:
-    """Return the settings that a Lightning module or datamodule saved as its hyperparameters, as JSON types."""
-    plain = json.loads(json.dumps(dict(getattr(part, "hparams", {})), default=str))
-    return {"class": type(part).__name__, **plain}
+def _settings(trainer: Any, model: Any, datamodule: Any) -> dict[str, dict[str, Any]]:
+    """Collect what the figures of a sweep depend on, besides methods and sparsities, as JSON types."""
+    settings = {
+        "model": {**_hyperparameters(model), **getattr(model, "model_kwargs", {})},
+        "data": _hyperparameters(datamodule),
+        "trainer": {"precision": trainer.precision},
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, ZeroShotEvaluation):
+            asked = {"tasks": callback.tasks, "include_path": callback.include_path}
+            settings["zero_shot"] = {**asked, **callback.settings}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _hyperparameters(part: Any) -> dict[str, Any]:
+    return {"class": type(part).__name__, **getattr(part, "hparams", {})}
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -224,6 +225,19 @@ def test_sparsity_reaches_the_logger(tmp_path):
     rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
     assert rows[1].split(",")[rows[0].split(",").index("sparsity")] == "0.75"
     assert (tmp_path / "lightning_logs/version_0/pruning.json").exists()
+
+
+def test_the_stages_stand_side_by_side_in_the_logger(tmp_path):
+    module, logger, callback = SomebodysModule(), CSVLogger(tmp_path), WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback, logger=logger, cls=PruningTrainer)
+    run.prune(module, SomebodysData(), save=False)
+    run.fit(module, datamodule=SomebodysData())
+    run.validate(module, datamodule=SomebodysData(), verbose=False)
+    with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
+        logged = {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
+    for stage in ("dense", "pruned", "fine-tuned"):
+        assert logged[f"pruning/{stage}/val_loss"] == callback.evaluations[stage]["val_loss"]
+    assert logged["pruned/sparsity"] == 0.5
 
 
 def test_output_dir(tmp_path):

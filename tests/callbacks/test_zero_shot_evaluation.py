@@ -144,7 +144,6 @@ def test_repeated_validation_keeps_no_memory(tiny_model_folder, tmp_path):
     assert tensors() <= before
 
 
-@pytest.mark.timeout(60)
 def test_two_processes_give_the_numbers_of_one(tiny_model_folder, tmp_path):
     """An odd number of questions, and one that leaves a process without any."""
     for limit in (11, 1):

@@ -80,6 +80,10 @@ def test_several_sets_are_logged_by_name(tiny_model_folder, tmp_path, texts):
     for name, path in texts.items():
         expected = losses(language_model, path)
         assert found[f"val/perplexity/{name}"] == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
+    with torch.no_grad():  # the reference's perplexity of the calibration samples
+        samples = torch.cat([batch["input_ids"] for batch in sets.calibration_dataloader()])
+        loss = language_model.model(samples, labels=samples).loss
+    assert found["val/perplexity/calibration"] == pytest.approx(loss.exp().item(), rel=1e-5)
     only = data(str(texts["two"]))  # the same module on one set, and on several again
     (metrics,) = run(tmp_path).test(language_model, only, verbose=False)
     assert metrics == {"test/perplexity": pytest.approx(found["val/perplexity/two"])}
@@ -105,6 +109,26 @@ def test_the_last_window_counts_by_its_tokens(tiny_model_folder, tmp_path, texts
     (metrics,) = run(tmp_path).validate(language_model, data(str(texts["two"]), **settings), verbose=False)
     nll = losses(language_model, texts["two"], whole=True)
     assert metrics["val/perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_two_processes_equal_float64_in_every_dtype(tiny_model_folder, tmp_path, texts, dtype, batch_size):
+    one = data(str(texts["one"]), source=str(texts["two"]), batch_size=batch_size)
+    both = run(tmp_path, devices=2, strategy="ddp_spawn")
+    (metrics,) = both.validate(module(tiny_model_folder, dtype=dtype), one, verbose=False)
+    alone = module(tiny_model_folder, dtype=dtype)
+    alone.configure_model()
+    alone.model.eval()
+    tokens = torch.tensor(alone.tokenizer(texts["one"].read_text())["input_ids"])
+    windows, total = torch.stack(tokens.split(LENGTH)[:7]), 0.0
+    for share in (windows[::2], windows[1::2]):  # as the processes take them: a batch's shape decides how it is rounded
+        for ids in share.split(batch_size):
+            with torch.no_grad():
+                logits = alone.model(ids, use_cache=False).logits.double().log_softmax(-1)
+            total -= logits[:, :-1].gather(2, ids[:, 1:, None]).mean((1, 2)).sum().item()
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(total / 7), rel=1e-5)
 
 
 @pytest.mark.timeout(90)

@@ -1,5 +1,6 @@
 """Zero-shot equals lm-eval's own HFLM, item by item; on tiny models, with local and generated tasks."""
 
+import copy
 import json
 import random
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
+from tokenizers.processors import TemplateProcessing
 
 from wanda_lightning.evaluation import evaluate_zero_shot, load_tasks
 from wanda_lightning.evaluation.continuation import questions
@@ -65,13 +67,13 @@ def model(tokenizer):
     return tiny_llama(vocab_size=len(tokenizer))
 
 
-def by_lm_eval(model, tokenizer, folder, tasks, **settings):
+def by_lm_eval(model, tokenizer, folder, tasks, add_bos_token=False, **settings):
     """What lm-eval's own function and model class give."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, add_bos_token=False)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, add_bos_token=add_bos_token)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     return simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=1000, **settings)
 
@@ -102,6 +104,25 @@ def test_equals_lm_eval_item_by_item(model, tokenizer, folder, num_fewshot):
         for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
             assert result.metrics[f"local_choice/{metric}"] == expected["results"]["local_choice"][f"{metric},none"]
     assert result.metrics["mean/acc"] == result.metrics["local_choice/acc"]
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_special_tokens_are_added_only_if_asked_for(model, tokenizer, folder, added):
+    beginning = copy.deepcopy(tokenizer)  # one that begins every text with a special token, as LLaMA's does
+    beginning.bos_token = "<eos>"
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", beginning.bos_token_id)]
+    )
+    found = [
+        evaluate_zero_shot(
+            model, each, ["local_choice"], add_special_tokens=added, include_path=str(folder), log_samples=True
+        ).details["samples"]["local_choice"]
+        for each in (beginning, tokenizer)
+    ]
+    theirs = by_lm_eval(model, beginning, folder, ["local_choice"], added)["samples"]["local_choice"]
+    ours, plain, theirs = ([a[0] for row in rows for a in row["filtered_resps"]] for rows in (*found, theirs))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert (ours == pytest.approx(plain, rel=1e-5)) is not added
 
 
 def test_a_wildcard_finds_tasks_of_every_kind(model, tokenizer, folder):

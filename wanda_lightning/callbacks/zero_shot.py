@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,9 +21,10 @@ class ZeroShotEvaluation(Callback):
     """Evaluates the model in memory on tasks of lm-eval at the end of every validation; needs the extra ``[eval]``.
 
     Logs ``val/zero_shot/<task>/<metric>``, their standard errors as ``..._stderr``, and the mean over the tasks,
-    ``val/zero_shot/mean/acc``. lm-eval's own results, with versions and seeds, go to ``zero_shot/`` in the Trainer's
-    ``log_dir``. The questions are split over the processes. Tasks are loaded when the run starts, so that one that
-    cannot be had ends the run before anything is lost. Random state and training mode are left as they were.
+    ``val/zero_shot/mean/acc``. lm-eval's own results, with versions and seeds, go to ``zero_shot/`` beside the report
+    of the pruning callback, else in the Trainer's ``log_dir``. The questions are split over the processes. Tasks are
+    loaded when the run starts, so that one that cannot be had ends the run before anything is lost. Random state and
+    training mode are left as they were.
 
     Args:
         tasks: Names of lm-eval's tasks, groups or tags, with wildcards; ``builtin_continuation`` needs no download.
@@ -111,16 +112,18 @@ class ZeroShotEvaluation(Callback):
             )
         for name, value in self.result.metrics.items():
             pl_module.log(f"{prefix}/zero_shot/{name}", value, sync_dist=True)  # the same on all processes
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "zero_shot"  # every process must ask for log_dir
+        pruning = next((c for c in cast(Any, trainer).callbacks if isinstance(c, PruningCallback)), None)
+        beside = pruning.output_dir if pruning else None  # the report
+        folder = Path(beside or trainer.log_dir or trainer.default_root_dir)  # every process must ask for log_dir
         if trainer.is_global_zero:
-            write_text(folder / f"{_stage(trainer, pl_module)}.json", json.dumps(self.result.details, indent=2) + "\n")
+            file = folder / "zero_shot" / f"{_stage(trainer, pl_module, pruning)}.json"
+            write_text(file, json.dumps(self.result.details, indent=2) + "\n")
 
 
-def _stage(trainer: Trainer, pl_module: LightningModule) -> str:
+def _stage(trainer: Trainer, pl_module: LightningModule, pruning: PruningCallback | None) -> str:
     """Name the state that the weights are in, as the report does."""
     if trainer.state.fn == "fit":
         return f"step-{trainer.global_step}"
-    pruning = next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)  # type: ignore[attr-defined]
     if pruning is None:
         return "test" if trainer.testing else "validate"
     if getattr(pl_module, "merged", False):

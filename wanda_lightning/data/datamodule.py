@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
+from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
 from wanda_lightning.data.sources import Source, Split, open_source
 from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
 from wanda_lightning.loading import load_tokenizer
@@ -137,8 +138,16 @@ class TextDataModule(LightningDataModule):
         return self._dataloader(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the consecutive windows of the training part, shuffled."""
-        return self._dataloader(_rows(self._windows_of("train")[0]), self.batch_size, shuffle=True)
+        """Return the consecutive windows of the training part, shuffled anew in each epoch of a Trainer."""
+        rows = _rows(self._windows_of("train")[0])
+        sampler = ShuffledByEpoch(rows, self.seed)
+        return ResumableLoader(
+            rows,  # type: ignore[arg-type]
+            self.batch_size,
+            sampler=sampler,
+            generator=sampler.generator,
+            num_workers=self.num_workers,
+        )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
@@ -163,11 +172,10 @@ class TextDataModule(LightningDataModule):
             "seed": self.seed,
         }
 
-    def _dataloader(self, rows: list[dict[str, Tensor]], batch_size: int, shuffle: bool = False) -> DataLoader:
+    def _dataloader(self, rows: list[dict[str, Tensor]], batch_size: int) -> DataLoader:
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_size=batch_size,
-            shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.seed),  # else every iteration draws from the global one
             num_workers=self.num_workers,
         )

@@ -1,0 +1,58 @@
+"""A shuffled dataloader that goes on where a checkpoint left it, in the middle of an epoch too."""
+
+from collections.abc import Iterator, Sized
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+
+class ShuffledByEpoch(RandomSampler):
+    """An order of the rows for each epoch, by the seed and the epoch's number, whatever was iterated before.
+
+    Args:
+        rows: What to sample from.
+        seed: Of the order.
+    """
+
+    def __init__(self, rows: Sized, seed: int) -> None:
+        super().__init__(rows, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch; Lightning calls this before each."""
+        self.epoch = epoch
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class ResumableLoader(DataLoader):
+    """Tells checkpoints how far into an epoch it is, by the two methods that Lightning looks for.
+
+    Its sampler must have an ``epoch``, as :class:`ShuffledByEpoch` and torch's ``DistributedSampler`` do.
+    """
+
+    # Not set in __init__: to shard a dataloader, Lightning makes it anew from DataLoader's arguments.
+    _taken: int = 0
+    _resume: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches of an epoch, or those of them that a checkpoint left."""
+        resume, self._resume = self._resume, {}
+        self._taken = resume["batches"] if resume.get("epoch") == self._epoch else 0
+        for batch in islice(super().__iter__(), self._taken, None):
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch, and how many batches of it were taken."""
+        return {"epoch": self._epoch, "batches": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip in the next iteration, if it is of that epoch, what was taken before."""
+        self._resume = state
+
+    @property
+    def _epoch(self) -> int:
+        return cast(Any, self.sampler).epoch
