@@ -76,13 +76,17 @@ class PrunableLinear:
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a shell-style pattern fits a linear's name, or its end; what adapters add to it may be left out."""
-    plain = name.replace(".base_layer", "")
-    return any(fnmatchcase(n, p) for n in (name, plain) for p in (pattern, f"*.{pattern}"))
+    return any(fnmatchcase(n, p) for n in (name, without_adapters(name)) for p in (pattern, f"*.{pattern}"))
 
 
 def kind_of(name: str, layer: str) -> str:
     """Name a matrix within its layer, with ``*`` for the numbers in it."""
     return ".".join("*" if part.isdigit() else part for part in name.removeprefix(f"{layer}.").split("."))
+
+
+def without_adapters(name: str) -> str:
+    """Return the name that a linear has without adapters around it."""
+    return name.replace(".base_layer", "")
 
 
 def own_modules(

@@ -237,7 +237,7 @@ def test_the_stages_stand_side_by_side_in_the_logger(tmp_path):
         logged = {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
     for stage in ("dense", "pruned", "fine-tuned"):
         assert logged[f"pruning/{stage}/val_loss"] == callback.evaluations[stage]["val_loss"]
-    assert logged["pruned/sparsity"] == 0.5
+    assert logged["pruning/pruned/sparsity"] == 0.5
 
 
 def test_output_dir(tmp_path):

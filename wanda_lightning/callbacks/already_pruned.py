@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.allocation import Allocation, allocate
 from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.linears import without_adapters
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
@@ -55,6 +56,21 @@ def report_as_found(
             met = met and _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape))
     report.whole_model_sparsity = whole_model_sparsity(model)
     return report, met and bool(report.linears)
+
+
+def sparsity_now(model: nn.Module, report: PruningReport | None, layers: str | None = None) -> float:
+    """Measure the fraction of zeros in the linears that a report says were pruned; 0 without a report."""
+    if report is None:
+        return 0.0
+    pruned = {row.name for row in report.linears}
+    decoder = decoder_layers(model, targets=["*"], layers=layers)
+    weights = [
+        linear.weight_OI for layer in decoder for linear in layer.linears if without_adapters(linear.name) in pruned
+    ]
+    if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
+        return report.sparsity
+    zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
+    return zeros / sum(weight.numel() for weight in weights)
 
 
 def refuse_sharded(model: nn.Module) -> None:

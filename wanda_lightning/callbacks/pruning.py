@@ -10,20 +10,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.activations import Place
-from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found
+from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found, sparsity_now
 from wanda_lightning.callbacks.calibration_source import calibration_batches
 from wanda_lightning.callbacks.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
-from wanda_lightning.decoder import causal_lm, decoder_layers
+from wanda_lightning.decoder import causal_lm
 from wanda_lightning.journal import Journal
+from wanda_lightning.linears import without_adapters
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.offload import is_on_disk
 from wanda_lightning.processes import Processes
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.report import PruningReport
 from wanda_lightning.schedule import Gradual
-from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern, sparsity_of
+from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
 
 log = logging.getLogger(__name__)
 
@@ -221,9 +222,9 @@ class PruningCallback(SparseFinetuning):
     def _publish(self, trainer: Trainer) -> None:
         """Bring a new report to the loggers and to its folder."""
         assert self.report is not None
-        self.report.linears = [replace(row, name=_plain(row.name)) for row in self.report.linears]
+        self.report.linears = [replace(row, name=without_adapters(row.name)) for row in self.report.linears]
         self.report.evaluations = self.evaluations
-        self.report.magnitudes = {_plain(kind): counts for kind, counts in self.report.magnitudes.items()}
+        self.report.magnitudes = {without_adapters(kind): counts for kind, counts in self.report.magnitudes.items()}
         through = self.schedule is None or self._pruned_at >= self.schedule.end
         (log_report if through else log_totals)(self.report, trainer)
         self._write_report(trainer)
@@ -241,13 +242,13 @@ class PruningCallback(SparseFinetuning):
                 "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
                 trainer.global_step,
                 self.schedule.end,
-                100 * self._measured_sparsity(pl_module),
+                100 * sparsity_now(causal_lm(pl_module), self.report, self.layers),
                 100 * self.pattern.sparsity,
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity of the linears that were pruned, 0 before that."""
-        pl_module.log("sparsity", self._measured_sparsity(pl_module), sync_dist=True)
+        pl_module.log("sparsity", sparsity_now(causal_lm(pl_module), self.report, self.layers), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the metrics of ``trainer.validate`` into the report, under the stage that the weights are in."""
@@ -278,17 +279,6 @@ class PruningCallback(SparseFinetuning):
             self.report = PruningReport.from_dict(state_dict["report"])
             self.report.evaluations = self.evaluations
 
-    def _measured_sparsity(self, pl_module: LightningModule) -> float:
-        if self.report is None:
-            return 0.0
-        pruned = {row.name for row in self.report.linears}
-        layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
-        weights = [linear.weight_OI for layer in layers for linear in layer.linears if _plain(linear.name) in pruned]
-        if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
-            return self.report.sparsity
-        zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
-        return zeros / sum(weight.numel() for weight in weights)
-
     def _write_report(self, trainer: Trainer) -> None:
         folder = self._folder(trainer)  # every process must ask for it
         if self.report is not None and trainer.is_global_zero:
@@ -296,8 +286,3 @@ class PruningCallback(SparseFinetuning):
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-
-
-def _plain(name: str) -> str:
-    """Return the name that a linear has without adapters around it."""
-    return name.removesuffix(".base_layer")
