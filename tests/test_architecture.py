@@ -11,7 +11,7 @@ ENGINE = [
     "sparsity", "statistics", "methods", "solvers", "linears", "patches", "experts", "decoder", "collector", "dry_run",
     "calibration", "allocation", "masks", "schedule", "semi_structured", "tables", "html_report", "report", "pruner",
     "magnitudes", "by_layer", "charts",
-    "activations", "offload", "processes", "fingerprint", "journal", "layer_pruning",
+    "activations", "offload", "phases", "processes", "fingerprint", "journal", "layer_pruning",
 ]  # fmt: skip
 
 

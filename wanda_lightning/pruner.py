@@ -18,6 +18,7 @@ from wanda_lightning.fingerprint import Watched, fingerprint
 from wanda_lightning.layer_pruning import check_finite, prune_layer
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.offload import in_memory, is_offloaded, is_on_disk, names_without_values, write_back
+from wanda_lightning.phases import PhaseClock
 from wanda_lightning.processes import Processes
 from wanda_lightning.report import PruningReport, count_kept, peak_memory, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern
@@ -119,26 +120,21 @@ def prune_model(
     kept_elsewhere = 0
     with torch.inference_mode(False), torch.no_grad(), _left_as_found(model):
         visited = _visit(model, decoder, calibration if wanted else None, activations, start, processes)
-        seconds = dict.fromkeys(("forward", "statistics", "solve") if wanted else ("solve",), 0.0)
-        left = time.perf_counter()
+        clock = PhaseClock(calibrated=wanted is not None)
         for number, (layer, calibrated) in enumerate(progress(visited, len(decoder)) if progress else visited):
-            entered = time.perf_counter()
+            clock.reached()
             rows = journal.restore(number, layer, processes) if journal else None
             if rows is None:
                 memory = _size(layer.module) if offloaded else None
                 rows = prune_layer(layer, calibrated, method, patterns, wanted, processes, memory)
-                solving = sum(row.seconds for row in rows)
-                seconds["solve"] += solving
-                if wanted:
-                    seconds["forward"] += entered - left
-                    seconds["statistics"] += max(0.0, time.perf_counter() - entered - solving)
+                clock.pruned(row.seconds for row in rows)
                 if journal is not None:
                     journal.record(number, layer, rows, processes)
             report.linears += rows
             if offloaded:
                 write_back(layer.module, layer.weights, journal.file(number) if journal else None)
                 kept_elsewhere += count_kept(layer.module)
-            left = time.perf_counter()
+            clock.left()
     if method.statistic is not None and (unseen := sum(row.tokens == 0 for row in report.linears)):
         log.warning(
             "no calibration token reached %d of %d expert matrices: they were pruned by magnitude within each row. "
@@ -148,7 +144,7 @@ def prune_model(
         )
     report.whole_model_sparsity = whole_model_sparsity(model, kept_elsewhere)
     report.sum_magnitudes()
-    report.seconds_by_phase = seconds
+    report.seconds_by_phase = clock.seconds
     report.memory = peak_memory()
     report.seconds = time.perf_counter() - started
     return report
