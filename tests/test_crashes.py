@@ -201,7 +201,7 @@ def test_a_run_that_is_asked_to_end(number, start, uninterrupted, tmp_path):
     assert not (tmp_path / "results/model").exists()
     again = start(tmp_path, seconds=0)
     assert again.end() == 0, again.said
-    assert f"{len(kept)} layers are finished in {tmp_path / 'results/unfinished'}" in again.said
+    assert f"layers finished before: {len(kept)}, in {tmp_path / 'results/unfinished'}" in again.said
     assert len(again.solved) == LAYERS - len(kept)
     assert digests(tmp_path / "results/model") == uninterrupted
 
