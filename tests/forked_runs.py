@@ -1,9 +1,9 @@
 """Runs the command line in processes of their own, as often as asked; importing everything, which takes long, once.
 
-Each line of the input is JSON: ``arguments`` and ``folder`` of a run, how many ``seconds`` a layer takes longer than it
-would, so that a signal can hit one, and which ``step`` is to crash. The answers are the process id, and the exit code
-once it has ended. What a run says goes to ``output`` in its folder, the layers that it solves to ``solved``. Used by
-test_crashes.py.
+Each line of the input is JSON. It asks for a run: its ``arguments`` and ``folder``, how many ``seconds`` a layer takes
+longer than it would, so that a signal can hit one, and which ``step`` is to crash; the answer is the process id. Or it
+asks to ``wait`` for a process; the answer is the exit code. What a run says goes to ``output`` in its folder, the
+layers that it solves to ``solved``. Used by test_crashes.py.
 """
 
 import json
@@ -50,12 +50,14 @@ def run(arguments: list[str], folder: str, seconds: float, step: str | None) -> 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             sys.stdin.close()
-            run(**json.loads(line))
+            run(**request)
             sys.exit(0)
-        print(json.dumps({"pid": pid}), flush=True)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+        print(pid, flush=True)

@@ -16,6 +16,9 @@ import pytest
 from conftest import tiny_llama
 from test_offload import digests
 
+from wanda_lightning.__main__ import main
+from wanda_lightning.module import CausalLM
+
 LAYERS = 12
 SMALL = [
     "--data.num_samples=4",
@@ -27,7 +30,7 @@ SMALL = [
 
 
 class Server:
-    """A process that runs the command line, once at a time."""
+    """A process that runs the command line."""
 
     def __init__(self) -> None:
         paths = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
@@ -38,13 +41,10 @@ class Server:
             text=True,
             env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"},
         )
-        assert self.answer("ready")
 
-    def ask(self, **request) -> None:
+    def ask(self, **request) -> int:
         print(json.dumps(request), file=self.process.stdin, flush=True)
-
-    def answer(self, name: str) -> int:
-        return json.loads(self.process.stdout.readline())[name]
+        return int(self.process.stdout.readline())
 
 
 class Run:
@@ -53,14 +53,13 @@ class Run:
     def __init__(self, server: Server, folder: Path, arguments: list[str], seconds: float, step: str | None) -> None:
         self.server, self.folder = server, folder
         self._before, self._solved_before = len(self._output()), len(self._solved())
-        server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step)
-        self.pid = server.answer("pid")
+        self.pid = server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step)
         self._code: int | None = None
 
     def end(self) -> int:
         """Wait for its end; return the exit code, of a killed process the negative signal."""
         if self._code is None:
-            self._code = self.server.answer("code")
+            self._code = self.server.ask(wait=self.pid)
         return self._code
 
     def kill(self, number: int = signal.SIGKILL) -> int:
@@ -114,13 +113,11 @@ def finished(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def servers():
-    """As many as run at once."""
-    started: list[Server] = []
-    yield started
-    for server in started:
-        server.process.stdin.close()
-        server.process.wait()
+def server():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +129,15 @@ def dense(tmp_path_factory, tokenizer) -> Path:
 
 
 @pytest.fixture
-def start(servers, dense):
+def start(server, dense):
     """Start a run; it ends with the test."""
     before = digests(dense)
     started: list[Run] = []
 
-    def start(folder, *more, command="prune", recipe="sparsegpt", seconds=0.03, step=None, server=0) -> Run:
-        while len(servers) <= server:
-            servers.append(Server())
+    def start(folder, *more, command="prune", recipe="sparsegpt", seconds=0.03, step=None) -> Run:
         folder.mkdir(exist_ok=True)
         arguments = [command, "-c", recipe, f"--model.pretrained={dense}", *SMALL, *more]
-        started.append(Run(servers[server], folder, arguments, seconds, step))
+        started.append(Run(server, folder, arguments, seconds, step))
         return started[-1]
 
     yield start
@@ -201,9 +196,28 @@ def test_a_run_that_is_asked_to_end(number, start, uninterrupted, tmp_path):
     assert not (tmp_path / "results/model").exists()
     again = start(tmp_path, seconds=0)
     assert again.end() == 0, again.said
-    assert f"{len(kept)} layers are finished in {tmp_path / 'results/unfinished'}" in again.said
+    assert f"layers finished before: {len(kept)}, in {tmp_path / 'results/unfinished'}" in again.said
     assert len(again.solved) == LAYERS - len(kept)
     assert digests(tmp_path / "results/model") == uninterrupted
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_run_that_is_asked_to_end_while_it_evaluates(batch, dense, tmp_path, monkeypatch):
+    def asked(module, data, index, original=CausalLM.validation_step):
+        if index == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(module, data, index)
+
+    monkeypatch.setattr(CausalLM, "validation_step", asked)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prune", "-c", "sparsegpt", f"--model.pretrained={dense}", *SMALL, "--data.batch_size=1"]
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", *arguments])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    assert not finished(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_two_runs_at_once(start, uninterrupted, tmp_path):
@@ -212,7 +226,7 @@ def test_two_runs_at_once(start, uninterrupted, tmp_path):
     first.signal(signal.SIGSTOP)  # it would be over too soon
     config = (tmp_path / "results/config.yaml").read_text()
     for more in ([], ["--trainer.callbacks.resume=false", "--trainer.callbacks.sparsity=0.6"]):
-        second = start(tmp_path, *more, server=1)
+        second = start(tmp_path, *more)
         assert second.end() == 1
         said = second.said.partition("wanda-lightning: error: ")[2]
         assert said.startswith(f"another run is writing to {tmp_path / 'results'}: wait for it, or choose another")

@@ -153,10 +153,10 @@ def test_it_says_what_it_goes_on_from(tmp_path, solved, caplog):
     solved.limit = 10
     with pytest.raises(CrashError):
         run(tmp_path)
-    assert "finished" not in caplog.text
+    assert "finished before" not in caplog.text
     with pytest.raises(CrashError):
         run(tmp_path)
-    assert f"1 layers are finished in {tmp_path}" in caplog.text
+    assert f"layers finished before: 1, in {tmp_path}" in caplog.text
 
 
 # A folder of another run.

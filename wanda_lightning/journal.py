@@ -76,7 +76,7 @@ class Journal:
             self._drop(0)  # a folder whose deletion was cut short, and nobody knows whose layers those are
             write_text(file, json.dumps(fingerprint, indent=2) + "\n")
         if finished := len(self._files()):
-            log.warning("%d layers are finished in %s: the run goes on behind them", finished, self.folder)
+            log.warning("layers finished before: %d, in %s; the run goes on behind them", finished, self.folder)
 
     def file(self, layer: int) -> Path:
         """Name the file of a layer."""
