@@ -11,7 +11,8 @@ from torch.nn.functional import linear as apply_linear
 
 from wanda_lightning.calibration import walk
 from wanda_lightning.callbacks import WandaPruning
-from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.callbacks.already_pruned import sparsity_now
+from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.experts import expert_inputs
 from wanda_lightning.masks import WeightMasks
 from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
@@ -223,7 +224,7 @@ def test_fine_tuning_keeps_the_zeros_of_experts(tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(torch.cat(token_batches(vocab=64)), batch_size=2))
     experts = module.model.model.layers[0].mlp.experts
     assert (experts.gate_up_proj == 0).float().mean() == (experts.down_proj == 0).float().mean() == 0.5
-    assert pruning._measured_sparsity(module) == 0.5
+    assert sparsity_now(causal_lm(module), pruning.report) == 0.5
 
 
 class ListedExperts(nn.Module):

@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.dry_run import Batch, model_inputs
-from wanda_lightning.offload import stored_parameters
+from wanda_lightning.offload import device_of, stored_parameters
 
 SAMPLED = 256
 """Values of each parameter that are looked at: enough to tell models apart, and little to read from a disk."""
@@ -38,6 +38,7 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequ
         "weights": weights.hexdigest()[:16],
         "calibration": [*calibration],
         **settings,
+        **_numerics(model),
         **_versions(),
     }
 
@@ -63,6 +64,16 @@ class Watched:
     def digest(self) -> str:
         """Of the batches that have passed."""
         return self._digest.hexdigest()[:16]
+
+
+def _numerics(model: nn.Module) -> dict[str, Any]:
+    """Name what else decides the last bits of the activations."""
+    device = device_of(cast(Any, model).get_input_embeddings()).type
+    return {
+        "device": device,
+        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
 
 
 def _versions() -> dict[str, str]:

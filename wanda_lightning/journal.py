@@ -36,6 +36,7 @@ class Journal:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).resolve()
         self._lock = FileLock(self.folder / "lock", is_singleton=True)
+        self._made = False  # the folder that it stands in
 
     def lock(self) -> None:
         """Keep other processes out, until :meth:`release` or the end of this one, however that comes.
@@ -43,9 +44,10 @@ class Journal:
         Raises:
             ValueError: If another process is writing there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock.is_locked:
             return
+        self._made = self._made or not self.folder.parent.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -54,7 +56,11 @@ class Journal:
             ) from None
 
     def release(self) -> None:
-        """Let other processes in."""
+        """Let other processes in; leave nothing behind where nothing was begun."""
+        if self._lock.is_locked and not (self.folder / "run.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._made and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
         self._lock.release(force=True)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:

@@ -125,7 +125,7 @@ def _folder(pretrained: str) -> str:
         if not path.is_file():
             raise ValueError(f"no such GGUF file: {pretrained}")
         return str(_converted(path))
-    if pretrained.startswith((".", "/", "~")) and not path.exists():  # no name that a hub could know
+    if str(pretrained).startswith((".", "/", "~")) and not path.exists():  # no name that a hub could know
         raise ValueError(f"there is no folder {pretrained!r}")
     if path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{pretrained} is no model folder: it holds no config.json (a file must end in .gguf)")

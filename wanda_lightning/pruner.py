@@ -107,7 +107,6 @@ def prune_model(
         "layers": layers,
         "allocation": allocation,
         "exact_error": exact_error,
-        **_numerics(model),
         "processes": processes.size,
     }
 
@@ -172,16 +171,6 @@ def _visit(
     start(batches.digest)
     for step in chain([first], steps):
         yield step.layer, step
-
-
-def _numerics(model: nn.Module) -> dict[str, Any]:
-    """Name what else decides the last bits of the activations."""
-    device = next(model.parameters()).device.type
-    return {
-        "device": device,
-        "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
-        "attention": getattr(model.config, "_attn_implementation", None),
-    }
 
 
 def _size(module: nn.Module) -> int:
