@@ -453,7 +453,9 @@ def test_what_was_removed_is_begun_anew(tmp_path, solved):
 def test_a_folder_that_is_no_journal_is_not_deleted(tmp_path):
     (tmp_path / "thesis.txt").write_text("not finished")
     Journal(tmp_path).remove()
-    assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(ValueError, match=r"holds files of another kind, such as thesis.txt"):
+        run(tmp_path)
+    assert [*contents(tmp_path)] == ["thesis.txt"]
 
 
 def test_the_description_is_for_people(recorded):

@@ -42,10 +42,14 @@ class Journal:
         """Keep other processes out, until :meth:`release` or the end of this one, however that comes.
 
         Raises:
-            ValueError: If another process is writing there.
+            ValueError: If another process is writing there, or there are files that are not a journal's: the folder is
+                deleted in the end.
         """
         if self._lock.is_locked:
             return
+        ours = ("layer-", "run.json", "lock", ".")
+        if self.folder.exists() and (others := [f.name for f in self.folder.iterdir() if not f.name.startswith(ours)]):
+            raise ValueError(f"{self.folder} holds files of another kind, such as {others[0]}: choose another folder")
         self._made = self._made or not self.folder.parent.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
