@@ -349,3 +349,27 @@ def test_a_wrong_list_of_layers_is_refused(tmp_path):
 def test_the_progress_bar_is_lightnings_to_show_or_hide(tmp_path, capsys, shown):
     trainer(tmp_path, WandaPruning(), enable_progress_bar=shown).fit(SomebodysModule(), SomebodysData())
     assert ("Pruning" in capsys.readouterr().out) == shown
+
+
+class TrainingDataOnly(LightningDataModule):
+    """What most people have: no calibration set of its own."""
+
+    def train_dataloader(self):
+        return batches()
+
+    def val_dataloader(self):
+        return batches(seed=2)
+
+
+def test_one_shot_pruning_takes_the_train_dataloader(tmp_path):
+    module, callback = SomebodysModule(), WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback, cls=PruningTrainer)
+    report = run.prune(module, TrainingDataOnly(), evaluate=False, save=False)
+    assert sparsities(module) == {0.5}
+    assert {row.tokens for row in report.linears} == {4 * 2 * 16}
+    assert run.global_step == 0
+    pruned = module.net.lm_head.weight.clone()
+    run.fit(module, datamodule=TrainingDataOnly())
+    assert run.global_step == 3
+    assert not torch.equal(module.net.lm_head.weight, pruned)
+    assert sparsities(module) == {0.5}

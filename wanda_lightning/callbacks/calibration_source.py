@@ -29,7 +29,11 @@ def calibration_batches(trainer: Trainer, num_samples: int) -> Iterator[Any]:
                     "samples, a smaller calibration_batch_size, or fewer devices"
                 )
             return islice(iter(batches), trainer.global_rank, None, trainer.world_size)
-    trainer.fit_loop.setup_data()  # the train dataloader is otherwise made later; distributed ones are sharded here
+    limit, trainer.limit_train_batches = trainer.limit_train_batches, trainer.limit_train_batches or 1.0
+    try:  # the train dataloader is otherwise made later, or never; distributed ones are sharded here
+        trainer.fit_loop.setup_data()
+    finally:
+        trainer.limit_train_batches = limit
     return _first_sequences(cast(Any, trainer.train_dataloader), -(-num_samples // trainer.world_size))
 
 
