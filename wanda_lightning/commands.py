@@ -62,12 +62,12 @@ COMMANDS = {
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",
         "wanda-lightning compress results/wanda/model to-ship",
-        "compression:compress_command",
+        "stored.compression:compress_command",
     ),
     "decompress": Command(
         "Undo that: restore the model as it was, bit by bit.",
         "wanda-lightning decompress to-ship model",
-        "compression:decompress_command",
+        "stored.compression:decompress_command",
     ),
     "recipes": Command(
         "List the recipes of the package; show one, or copy it to change it.",

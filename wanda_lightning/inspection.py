@@ -16,7 +16,7 @@ import torch
 
 from wanda_lightning.commands import run_function
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear, coverage, decoder_layers
-from wanda_lightning.stored_weights import StoredWeights, stored_weights
+from wanda_lightning.stored.weights import StoredWeights, stored_weights
 
 GIB = 2**30
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_lightning.bitmask import compress_file, decompress_file, read_compressed
-from wanda_lightning.checkpoint import PLAIN, weight_files
 from wanda_lightning.commands import run_function
+from wanda_lightning.stored.bitmask import compress_file, decompress_file, read_compressed
+from wanda_lightning.stored.files import PLAIN, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def compress(folder: str, output: str) -> Sizes:
     note = (
         "The weights are stored without their zeros; transformers does not read them as they are. "
         "`wanda-lightning decompress FOLDER OUTPUT` restores the files, and "
-        "`wanda_lightning.compression.load_compressed(FOLDER)` loads the model.\n"
+        "`wanda_lightning.stored.compression.load_compressed(FOLDER)` loads the model.\n"
     )
     return _convert(Path(folder), files, Path(output), COMPRESSED, compress_file, note)
 

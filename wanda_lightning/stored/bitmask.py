@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanda_lightning.checkpoint import Entry, opened, write_tensors
+from wanda_lightning.stored.files import Entry, opened, write_tensors
 
 SHAPES = "wanda_lightning.compressed"
 """Key of a file's metadata: the shapes of the tensors that are stored without zeros, by name, as JSON."""

@@ -12,9 +12,9 @@ from test_experts import mixtral
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
-from wanda_lightning.compression import compress
 from wanda_lightning.inspection import inspect_model, main
 from wanda_lightning.report import whole_model_sparsity
+from wanda_lightning.stored.compression import compress
 
 
 @pytest.fixture(autouse=True)
@@ -237,9 +237,9 @@ def test_only_one_tensor_is_in_memory(tmp_path, monkeypatch):
         alive.append(weakref.ref(weight.untyped_storage()))
         return real(name, place, weight, patterns)
 
-    from wanda_lightning import stored_weights
+    from wanda_lightning.stored import weights
 
-    real = stored_weights.measure
-    monkeypatch.setattr(stored_weights, "measure", measure)
+    real = weights.measure
+    monkeypatch.setattr(weights, "measure", measure)
     inspect_model(str(tmp_path))
     assert len(alive) == 21

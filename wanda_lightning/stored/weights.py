@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.checkpoint import opened, weight_files
-from wanda_lightning.compression import COMPRESSED
 from wanda_lightning.decoder import DecoderLayer
-from wanda_lightning.load_check import LoadCheck, load_check
 from wanda_lightning.report import PruningReport
 from wanda_lightning.sparsity import Pattern, SemiStructured, parse_pattern
-from wanda_lightning.stored_linears import MatrixFinder, StoredLinear, measure
+from wanda_lightning.stored.compression import COMPRESSED
+from wanda_lightning.stored.files import opened, weight_files
+from wanda_lightning.stored.linears import MatrixFinder, StoredLinear, measure
+from wanda_lightning.stored.load_check import LoadCheck, load_check
 from wanda_lightning.tables import terminal_table
 
 COMMON = [SemiStructured(n, m) for n, m in ((1, 4), (2, 8), (1, 2), (2, 4), (4, 8), (3, 4), (6, 8))]

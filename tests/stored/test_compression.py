@@ -12,8 +12,14 @@ from test_experts import mixtral
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
-from wanda_lightning.checkpoint import opened, weight_files
-from wanda_lightning.compression import compress, compress_command, decompress, decompress_command, load_compressed
+from wanda_lightning.stored.compression import (
+    compress,
+    compress_command,
+    decompress,
+    decompress_command,
+    load_compressed,
+)
+from wanda_lightning.stored.files import opened, weight_files
 
 
 def pruned(folder: Path, dtype=torch.float32, pattern=Unstructured(0.5), **save) -> Path:  # noqa: B008 (frozen)
