@@ -41,13 +41,13 @@ def main() -> None:
         models = {layers: write_model(Path(folder) / f"{layers}", layers, options.hidden) for layers in options.layers}
         first, last = models[options.layers[0]], models[options.layers[-1]]
         shape = {"windows": options.windows, "length": options.length}
-        print("| layers | method | activations | peak MiB | MiB to start with | seconds |")
-        print("| ---: | --- | --- | ---: | ---: | ---: |")
+        print("| layers | method | activations | MiB to start with | peak, pruned | peak, saved | seconds |")
+        print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
         for layers, model in models.items():
             for method in options.methods:
                 for place in options.places:
                     found = in_a_process(model=str(model), method=method, place=place, **shape)
-                    numbers = " | ".join(f"{found[each]:.0f}" for each in ("peak", "start", "seconds"))
+                    numbers = " | ".join(f"{found[each]:.0f}" for each in ("start", "pruned", "saved", "seconds"))
                     where = place if place == "in memory" else f"streamed, {place}"
                     print(f"| {layers} | {method} | {where} | {numbers} |", flush=True)
         if options.cap:
@@ -89,8 +89,9 @@ def run(model: str, method: str, place: str, windows: int, length: int) -> dict[
             activations=place if streamed else "device",
             journal=Journal(Path(folder) / "unfinished") if streamed else None,
         )
+        pruned = peak()
         save_pretrained(loaded, None, Path(folder) / "model")
-    return {"start": start, "peak": peak(), "seconds": time.perf_counter() - started}
+    return {"start": start, "pruned": pruned, "saved": peak(), "seconds": time.perf_counter() - started}
 
 
 def peak() -> float:
