@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--length", type=int, default=128, help="of a window, in tokens")
-    parser.add_argument("--cap", type=int, help="MiB of private memory, for a run that loads the model and one that streams it")
+    parser.add_argument("--cap", type=int, help="MiB of private memory, for two more runs")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # what a process of its own is to do, as JSON
     options = parser.parse_args()
     if options.run:
@@ -39,7 +39,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         models = {layers: write_model(Path(folder) / f"{layers}", layers, options.hidden) for layers in options.layers}
-        first, last = models[options.layers[0]], models[options.layers[-1]]
+        last = models[options.layers[-1]]
         shape = {"windows": options.windows, "length": options.length}
         print("| layers | method | activations | MiB to start with | peak, pruned | peak, saved | seconds |")
         print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
@@ -68,13 +68,12 @@ def in_a_process(cap: int | None = None, **what: object) -> dict:
 
 def run(model: str, method: str, place: str, windows: int, length: int) -> dict[str, float]:
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 (so that its code is there to start with)
 
     import wanda_lightning
     from wanda_lightning.journal import Journal
     from wanda_lightning.loading import load_model, load_streamed
     from wanda_lightning.saving import save_pretrained
-
-    import transformers.models.llama.modeling_llama  # noqa: F401 (so that its code is there to start with)
 
     ids = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
     start, started = peak(), time.perf_counter()

@@ -15,7 +15,7 @@ from wanda_lightning.processes import Processes
 from wanda_lightning.sparsity import Unstructured
 from wanda_lightning.statistics import InputHessian, InputNorm
 
-QKV, O, GATE_UP, DOWN = 4 * 32**2, 4 * 32**2, 4 * 32**2, 4 * 64**2  # bytes of the Hessians of tiny_llama's layer
+QKV, ATTENDED, GATE_UP, DOWN = 4 * 32**2, 4 * 32**2, 4 * 32**2, 4 * 64**2  # bytes of the Hessians of tiny_llama's layer
 
 
 class Counted(InputHessian):
@@ -57,8 +57,8 @@ def pruned(model, memory):
     ("memory", "names"),
     [
         (None, ["qkv o gate up down"]),
-        (QKV + O + GATE_UP + DOWN, ["qkv o gate up down"]),
-        (QKV + O + DOWN, ["qkv o gate up", "down"]),
+        (QKV + ATTENDED + GATE_UP + DOWN, ["qkv o gate up down"]),
+        (QKV + ATTENDED + DOWN, ["qkv o gate up", "down"]),
         (1, ["qkv o gate up", "down"]),  # the largest Hessian has to fit in any case, and then others do too
     ],
 )
