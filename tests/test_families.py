@@ -16,7 +16,10 @@ from conftest import token_batches
 
 from wanda_lightning.calibration import walk
 from wanda_lightning.decoder import coverage, decoder_layers
+from wanda_lightning.journal import Journal
+from wanda_lightning.loading import load_streamed
 from wanda_lightning.methods import SparseGPT, Wanda
+from wanda_lightning.offload import stored_parameters
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 from wanda_lightning.statistics import InputNorm
@@ -132,6 +135,20 @@ REFUSED = {
     ),
 }
 
+# What is peculiar about streaming them: Conv1D, projected embeddings, two layer types, keys and values that layers
+# share, embeddings a layer, fused experts, transposed ones.
+STREAMED = [
+    "OPT (post-norm, projected embeddings)",
+    "GPT-2",
+    "Gemma 3",
+    "Gemma 3n",
+    "Gemma 4",
+    "Gemma 4 (MoE)",
+    "Qwen3-MoE",
+    "DeepSeek-V3",
+    "GPT-OSS",
+]
+
 PRUNINGS = [
     (method, pattern) for method in (Wanda(), SparseGPT()) for pattern in (Unstructured(0.5), SemiStructured(2, 4))
 ]
@@ -245,6 +262,22 @@ def test_a_saved_model_gives_the_same_logits(model, batches, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(reloaded(batches[0]).logits, model(batches[0]).logits)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streaming_from_disk_gives_the_same_weights(name, batches, tmp_path):
+    whole = build(name)
+    whole.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    streamed = load_streamed(str(tmp_path / "dense"))
+    assert all(parameter.is_meta for layer in decoder_layers(streamed) for parameter in layer.module.parameters())
+    before = {name: values.clone() for name, values in stored_parameters(streamed)}
+    for model in (whole, streamed):
+        prune_model(model, batches, Wanda(), Unstructured(0.5), journal=Journal(tmp_path / f"{model is whole}"))
+    assert not all(torch.equal(before[name], parameter) for name, parameter in whole.named_parameters())
+    after = dict(stored_parameters(streamed))
+    assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(streamed(batches[0]).logits, whole(batches[0]).logits)
 
 
 @pytest.mark.parametrize("name", REFUSED)

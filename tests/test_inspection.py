@@ -50,6 +50,16 @@ def test_memory(config_only):
     assert memory["second-order methods, besides"] == 4 * (3 * 32**2 + 64**2 + 2 * 64**2)
 
 
+def test_streaming_spares_all_layers_but_one(config_only):
+    memory = inspect_model(config_only, dtype="bfloat16").memory
+    layer = 2 * sum(p.numel() for p in tiny_llama().model.layers[0].parameters())
+    assert memory["Wanda in all, in memory"] - memory["Wanda in all, streamed"] == 3 * layer
+    # The widest Hessian alone is as large as the layer that it belongs to; then the others wait for another pass.
+    assert layer < 4 * (3 * 32**2 + 64**2)
+    others = 4 * (3 * 32**2 + 64**2) - max(layer, 4 * 64**2)
+    assert memory["SparseGPT in all, in memory"] - memory["SparseGPT in all, streamed"] == 3 * layer + others
+
+
 def test_experts_see_a_share_of_the_tokens(tmp_path):
     from transformers import MixtralConfig
 

@@ -132,7 +132,7 @@ def inspect_model(
         left_dense=dict(left_dense),
         coverage=coverage(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        memory=_memory(model, layers, kinds, num_samples * sequence_length * hidden),
+        memory=_memory(model, layers, kinds, num_samples * sequence_length * hidden, sequence_length),
         seconds=_seconds(kinds, num_samples * sequence_length, model.dtype, device),
         weights=stored_weights(folder, model, layers) if (folder := Path(pretrained).expanduser()).is_dir() else None,
     )
@@ -190,16 +190,32 @@ def _one_a_group(kinds: list[LinearKind]) -> list[LinearKind]:
     return list({kind.name if kind.input_group is None else kind.input_group: kind for kind in kinds}.values())
 
 
-def _memory(model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], activations: int) -> dict[str, int]:
+def _memory(
+    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], activations: int, tokens: int
+) -> dict[str, int]:
+    """Count bytes; what is "in all" needs the device while it prunes, the calibration activations besides."""
     size = model.dtype.itemsize
-    hessians = sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
+    weights = size * sum(parameter.numel() for parameter in model.parameters())
+    by_layer = [size * sum(p.numel() for p in layer.module.parameters()) for layer in layers]
+    hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
+    largest = max(kind.shape[0] * kind.shape[1] for kind in kinds)
+    factor = 4 * 2 * widest**2  # with scratch
+    batch = size * 4 * tokens * widest
+    # A layer's pruned weights are put in place together, so there are two of it. Scores in float32 are sorted, with
+    # places in int64; solving holds two copies of a matrix in float32. Streaming has Hessians of a layer's size at a
+    # time, or the largest: see CalibratedLayer.passes.
+    wanda, solve = max(by_layer) + 20 * largest + batch, max(by_layer) + factor + 8 * largest + batch
+    streamed = weights - sum(by_layer) + max(by_layer)
     return {
-        "weights of the model": size * sum(parameter.numel() for parameter in model.parameters()),
-        "weights of its largest layer": size
-        * max(sum(p.numel() for p in layer.module.parameters()) for layer in layers),
+        "weights of the model": weights,
+        "weights of its largest layer": max(by_layer),
         "calibration activations": size * activations,
-        "second-order methods, besides": 4 * (hessians // len(layers) + 2 * widest**2),
+        "second-order methods, besides": hessians + factor,
+        "Wanda in all, in memory": weights + wanda,
+        "Wanda in all, streamed": streamed + wanda,
+        "SparseGPT in all, in memory": weights + solve + hessians,
+        "SparseGPT in all, streamed": streamed + solve + min(hessians, max(*by_layer, 4 * widest**2)),
     }
 
 

@@ -72,13 +72,19 @@ def load_streamed(
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
     layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
-    model = load_model(
-        pretrained,
-        dtype,
-        device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
-        offload_folder=converted.name,
-        **kwargs,
-    )
+    offloading = logging.getLogger("accelerate.big_modeling")
+    level = offloading.level
+    offloading.setLevel(logging.ERROR)  # it warns that weights are offloaded
+    try:
+        model = load_model(
+            pretrained,
+            dtype,
+            device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
+            offload_folder=converted.name,
+            **kwargs,
+        )
+    finally:
+        offloading.setLevel(level)
     model._converted = converted  # deleted with the model
     return model
 

@@ -12,6 +12,7 @@ from wanda_lightning.distillation import Distillation, Teacher
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.lora import LoraSettings, add_adapters, merge_masked
+from wanda_lightning.saving import without_progress_bars
 
 
 class CausalLM(LightningModule):
@@ -147,7 +148,8 @@ class CausalLM(LightningModule):
     def reopen(self, folder: str | Path) -> None:
         """Stream from the folder of a saved model from now on."""
         if self.stream:
-            self._open_streamed(str(folder))
+            with without_progress_bars():
+                self._open_streamed(str(folder))
 
     def _open_streamed(self, pretrained: str) -> None:
         self.model = load_streamed(pretrained, device=self.trainer.strategy.root_device, **self.model_kwargs)

@@ -3,19 +3,19 @@
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.decoder import decoder_layers
 from wanda_lightning.lora import has_adapters
 from wanda_lightning.offload import is_offloaded, stored_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-SHARD = "2GB"
-"""Largest file of a model that is not in memory: so much of it is, while it is written."""
 
 
 def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> Path:
@@ -49,7 +49,8 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        _check_reloads(model, unfinished)
+        with without_progress_bars():
+            _check_reloads(model, unfinished)
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,7 +63,13 @@ def _write(model: "PreTrainedModel", folder: Path) -> None:
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-        model.save_pretrained(folder, max_shard_size=SHARD)  # read and written a shard at a time
+        model.save_pretrained(folder, max_shard_size=_largest_layer(model))  # read and written a file at a time
+
+
+def _largest_layer(model: "PreTrainedModel") -> int:
+    """Return the bytes of the largest decoder layer: so much of the model is in memory while it is pruned, too."""
+    layers = decoder_layers(model, targets=["*"])
+    return max(sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers)
 
 
 def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
@@ -78,6 +85,20 @@ def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
     for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
         if not torch.equal(saved.cpu(), loaded.cpu()):
             raise RuntimeError(f"the saved model does not load as it was: {name} differs")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from showing a bar for a model that nobody asked it to load."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _replace(new: Path, folder: Path) -> None:
