@@ -4,7 +4,8 @@
 
 Random LLaMA-shaped models of one width and several depths are written in shards, layer by layer, so that making them
 takes no memory; each run is a process of its own, and its peak is the largest resident set that the kernel saw
-(``ru_maxrss``). A run under ``--cap`` MiB (``RLIMIT_DATA``, as ``prlimit --data`` sets it) shows what fits. Prints
+(``ru_maxrss``). A run under ``--cap`` MiB (``RLIMIT_DATA``, as ``prlimit --data`` sets it) shows what fits; it counts
+mapped files too, so a model that is stored in bfloat16 and pruned in float32 (``--stored bfloat16``) tells more. Prints
 Markdown tables.
 """
 
@@ -32,13 +33,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--length", type=int, default=128, help="of a window, in tokens")
     parser.add_argument("--cap", type=int, help="MiB of private memory, for two more runs")
+    parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="as; all runs are float32")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # what a process of its own is to do, as JSON
     options = parser.parse_args()
     if options.run:
         print(json.dumps(run(**json.loads(options.run))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        models = {layers: write_model(Path(folder) / f"{layers}", layers, options.hidden) for layers in options.layers}
+        models = {
+            layers: write_model(Path(folder) / f"{layers}", layers, options.hidden, options.stored)
+            for layers in options.layers
+        }
         last = models[options.layers[-1]]
         shape = {"windows": options.windows, "length": options.length}
         print("| layers | method | activations | MiB to start with | peak, pruned | peak, saved | seconds |")
@@ -79,7 +84,7 @@ def run(model: str, method: str, place: str, windows: int, length: int) -> dict[
     start, started = peak(), time.perf_counter()
     streamed = place != "in memory"
     with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder:
-        loaded = load_streamed(model) if streamed else load_model(model)
+        loaded = load_streamed(model, "float32") if streamed else load_model(model, "float32")
         wanda_lightning.prune_model(
             loaded,
             ids.split(1),
@@ -97,8 +102,8 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def write_model(folder: Path, layers: int, hidden: int) -> Path:
-    """Write a random model of LLaMA's proportions in float32, one file a layer."""
+def write_model(folder: Path, layers: int, hidden: int, stored: str) -> Path:
+    """Write a random model of LLaMA's proportions, one file a layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,7 +115,7 @@ def write_model(folder: Path, layers: int, hidden: int) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         max_position_embeddings=2048,
-        dtype="float32",
+        dtype=stored,
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
@@ -126,6 +131,7 @@ def write_model(folder: Path, layers: int, hidden: int) -> Path:
             name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 if len(shape) > 1 else torch.ones(shape)
             for name, shape in names.items()
         }
+        tensors = {name: tensor.to(getattr(torch, stored)) for name, tensor in tensors.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

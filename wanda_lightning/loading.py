@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.quiet import quiet
 from wanda_lightning.saving import save_pretrained
 
 if TYPE_CHECKING:
@@ -72,10 +73,7 @@ def load_streamed(
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
     layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
-    offloading = logging.getLogger("accelerate.big_modeling")
-    level = offloading.level
-    offloading.setLevel(logging.ERROR)  # it warns that weights are offloaded
-    try:
+    with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
         model = load_model(
             pretrained,
             dtype,
@@ -83,8 +81,6 @@ def load_streamed(
             offload_folder=converted.name,
             **kwargs,
         )
-    finally:
-        offloading.setLevel(level)
     model._converted = converted  # deleted with the model
     return model
 

@@ -12,7 +12,7 @@ from wanda_lightning.distillation import Distillation, Teacher
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.lora import LoraSettings, add_adapters, merge_masked
-from wanda_lightning.saving import without_progress_bars
+from wanda_lightning.quiet import without_progress_bars
 
 
 class CausalLM(LightningModule):

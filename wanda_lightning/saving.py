@@ -3,16 +3,15 @@
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from wanda_lightning.decoder import decoder_layers
 from wanda_lightning.lora import has_adapters
 from wanda_lightning.offload import is_offloaded, stored_parameters
+from wanda_lightning.quiet import quiet, without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +48,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        with without_progress_bars():
-            _check_reloads(model, unfinished)
+        _check_reloads(model, unfinished)
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -73,32 +71,20 @@ def _largest_layer(model: "PreTrainedModel") -> int:
 
 
 def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
-    if is_offloaded(model):
-        from wanda_lightning.loading import load_streamed
-
-        reloaded: Any = load_streamed(str(folder), local_files_only=True)
-    else:
-        reloaded = type(model).from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-    names = [name for name, _ in model.named_parameters()]
-    if names != [name for name, _ in reloaded.named_parameters()]:
-        raise RuntimeError("the saved model does not load as it was: it has other weights")
-    for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
-        if not torch.equal(saved.cpu(), loaded.cpu()):
-            raise RuntimeError(f"the saved model does not load as it was: {name} differs")
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from showing a bar for a model that nobody asked it to load."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    """Compare with what transformers makes of the files, a weight at a time: no second model is in memory."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as converted,
+        quiet("accelerate.big_modeling"),  # it warns that weights are offloaded
+        without_progress_bars(),
+    ):
+        reloaded = type(model).from_pretrained(
+            folder, dtype=model.dtype, device_map={"": "disk"}, offload_folder=converted, local_files_only=True
+        )
+        if [name for name, _ in model.named_parameters()] != [name for name, _ in reloaded.named_parameters()]:
+            raise RuntimeError("the saved model does not load as it was: it has other weights")
+        for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
+            if not torch.equal(saved.cpu(), loaded.cpu()):
+                raise RuntimeError(f"the saved model does not load as it was: {name} differs")
 
 
 def _replace(new: Path, folder: Path) -> None:

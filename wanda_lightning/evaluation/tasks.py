@@ -1,16 +1,15 @@
 """Finding and loading lm-eval's tasks, at the start of a run: a task that cannot be had must not cost one."""
 
-import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.evaluation import continuation
+from wanda_lightning.quiet import quiet
 
 DEFAULT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 WITHOUT_HUB = f'without a hub: tasks: ["{continuation.NAME}"], or task YAMLs with local data files by include_path'
@@ -135,15 +134,3 @@ def _similar(name: str, known: list[str]) -> str:
 
     near = get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(near)}? " if near else ""
-
-
-@contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """Drop the warnings of one of lm-eval's loggers: hints on its own command line, which is not in use here."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
