@@ -61,7 +61,7 @@ def refused(processes: Processes) -> str:
     model.model.embed_tokens.weight.data[7] = float("nan")
     batches = [batch.masked_fill(batch == 7, 8) for batch in BATCHES]
     if processes.rank == processes.size - 1:
-        batches[0][0, 0] = 7
+        batches[0][1, 0] = 7
     try:
         prune_model(model, batches, Wanda(), Unstructured(0.5), processes=processes)
     except ValueError as error:

@@ -94,8 +94,8 @@ def test_the_statistics_pass_stops_at_the_last_linear(llama, batches):
     hook = llama.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: outputs.append(1))
     next(iter(walk(llama, decoder_layers(llama), batches))).collect(InputNorm)
     hook.remove()
-    # Once in the dry run and once to learn which linear is the last.
-    assert len(outputs) == 2
+    # Once to see whether the model overflows, once in the dry run and once to learn which linear is the last.
+    assert len(outputs) == 3
 
 
 class Chunked(nn.Module):
@@ -240,13 +240,21 @@ def test_empty_calibration_sets_are_refused(llama):
 
 
 @torch.no_grad()
-def test_infinite_activations_name_the_linear(batches):
+def test_infinite_activations_name_the_layer_before_the_first_visit(batches):
     model = tiny_llama()
     model.model.layers[1].input_layernorm.weight.fill_(torch.inf)
-    steps = walk(model, decoder_layers(model), batches)
-    next(steps).collect(InputNorm)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj are NaN or infinite"):
-        next(steps).collect(InputNorm)
+    with pytest.raises(ValueError, match=r"the activations of model\.layers\.1 are NaN or infinite"):
+        next(walk(model, decoder_layers(model), batches))
+
+
+@torch.no_grad()
+def test_infinite_activations_of_a_later_batch_name_the_linear(batches):
+    model = tiny_llama()
+    model.model.embed_tokens.weight[299] = torch.inf
+    batches[-1][0, 3] = 299
+    step = next(walk(model, decoder_layers(model), batches))
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj are NaN or infinite"):
+        step.collect(InputNorm)
 
 
 @torch.no_grad()

@@ -6,7 +6,9 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import ExitStack, suppress
+from itertools import chain, islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,18 @@ from wanda_lightning.activations import Activations, Place
 from wanda_lightning.collector import Collector
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear, uncompiled
 from wanda_lightning.dry_run import Arguments, Batch, dry_run, model_inputs
-from wanda_lightning.offload import in_memory
+from wanda_lightning.offload import device_of, in_memory, is_offloaded
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
+OVERFLOW = (
+    "the model overflows on this calibration set; load it in bfloat16 or float32, or check its weights and the batches"
+)
+
 __all__ = ["Batch", "CalibratedLayer", "model_inputs", "walk"]
+
+
+class _AllLayersSeenError(Exception):
+    """What follows the decoder layers need not run."""
 
 
 class CalibratedLayer:
@@ -108,10 +118,7 @@ class CalibratedLayer:
         statistics = collector.statistics()
         for name, gathered in statistics.items():
             if not torch.isfinite(gathered.total).all():
-                raise ValueError(
-                    f"the inputs of {name} are NaN or infinite: the layers before it overflow on this calibration set; "
-                    "load the model in bfloat16 or float32, or check its weights"
-                )
+                raise ValueError(f"the inputs of {name} are NaN or infinite: {OVERFLOW}")
         return statistics
 
 
@@ -134,10 +141,15 @@ def walk(
         The layer and what enters it.
 
     Raises:
-        ValueError: If there are no batches, or one cannot be fed to the model.
+        ValueError: If there are no batches, one cannot be fed to the model, or its activations overflow.
     """
+    batches = iter(batches)
+    if (first := next(batches, None)) is not None:
+        batches = chain([first], batches)
     modules = [layer.module for layer in layers]
     hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), modules, batches, activations)
+    if first is not None:
+        _check_activations(model, layers, first)
     for index, layer in enumerate(layers):
         step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT)
         with in_memory(layer.module):
@@ -146,3 +158,24 @@ def walk(
                 for batch, out_BTD in enumerate(step.outputs()):
                     hidden_BTD[batch] = out_BTD
         arguments[index] = []
+
+
+def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: Batch) -> None:
+    """Run one sequence through the model as it is: what overflows is better known before anything is pruned."""
+    if is_offloaded(model):  # all of it would be read for that
+        return
+
+    def look(layer: DecoderLayer, out: Any) -> None:
+        hidden_BTD = out[0] if isinstance(out, tuple | list) else out
+        if not torch.isfinite(hidden_BTD).all():
+            raise ValueError(f"the activations of {layer.name} are NaN or infinite: {OVERFLOW}")
+        if layer is layers[-1]:
+            raise _AllLayersSeenError
+
+    inputs = {name: tensor[:1] for name, tensor in model_inputs(batch, model).items()}
+    device = device_of(cast(Any, model).get_input_embeddings())
+    with ExitStack() as hooks, suppress(_AllLayersSeenError):
+        for layer in layers:
+            handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: look(layer, out))
+            hooks.callback(handle.remove)
+        model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)

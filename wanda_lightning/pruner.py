@@ -79,7 +79,7 @@ def prune_model(
 
     Raises:
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
-            if activations overflow in a later layer.
+            if activations overflow in a later layer and not already in the first sequence, with which that is tried.
 
     Example:
         >>> report = prune_model(model, batches, Wanda(), Unstructured(0.5))  # doctest: +SKIP
