@@ -48,6 +48,8 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        for file in unfinished.iterdir():  # safetensors makes files that nobody else may read
+            file.chmod(0o644)
         _check_reloads(model, unfinished)
         _replace(unfinished, folder)
     finally:
