@@ -5,6 +5,7 @@
 
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -289,12 +290,12 @@ def test_what_cannot_work_is_refused(name, batches):
     assert all(map(torch.equal, model.parameters(), before))
 
 
-PAGE = Path(__file__).parent.parent / "docs/models.md"
+ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(?<=<!-- families -->\n).*?(?=<!-- /families -->)", re.DOTALL)
 
 
-def families_as_markdown() -> str:
-    """The part of the page between its marks."""
+def as_a_table() -> str:
+    """The part of docs/models.md between its marks."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     classes = {name: MODEL_FOR_CAUSAL_LM_MAPPING[type(config_of(name))].__name__ for name in FAMILIES | REFUSED}
@@ -305,11 +306,24 @@ def families_as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_page_lists_the_families():
-    (listed,) = MARKED.findall(PAGE.read_text(encoding="utf-8"))
-    assert listed == families_as_markdown(), "run python tests/test_families.py"
+def as_sentences() -> str:
+    """The part of the README between its marks."""
+    refused = "; ".join(f"{name} ({reason})" for name, (_, _, reason, _) in REFUSED.items())
+    sentences = f"Tested: {', '.join(FAMILIES)}. Refused with an error, before anything changes: {refused}."
+    return textwrap.fill(sentences, 120, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+PAGES = {ROOT / "docs/models.md": as_a_table, ROOT / "README.md": as_sentences}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_list_the_families(page):
+    (listed,) = MARKED.findall(page.read_text(encoding="utf-8"))
+    assert listed == PAGES[page](), "run python tests/test_families.py"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(MARKED.sub(lambda _: families_as_markdown(), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(families_as_markdown())
+    for page, listed in PAGES.items():
+        text = listed()
+        page.write_text(MARKED.sub(lambda _, text=text: text, page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(text)
