@@ -1,6 +1,6 @@
 """Peak memory and time of pruning from disk, layer by layer, against pruning in memory.
 
-    python benchmarks/streaming.py [--layers 4 32] [--hidden 1024] [--cap 1500]
+    python benchmarks/streaming.py [--layers 4 32] [--hidden 1024] [--processes 1 2] [--cap 2600]
 
 Random LLaMA-shaped models of one width and several depths are written in shards, layer by layer, so that making them
 takes no memory; each run is a process of its own, and its peak is the largest resident set that the kernel saw
@@ -10,8 +10,11 @@ Markdown tables.
 """
 
 import argparse
+import itertools
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,12 +35,15 @@ def main() -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, default=list(PLACES))
     parser.add_argument("--windows", type=int, default=16, help="of calibration")
     parser.add_argument("--length", type=int, default=128, help="of a window, in tokens")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="that share the calibration windows")
     parser.add_argument("--cap", type=int, help="MiB of private memory, for two more runs")
     parser.add_argument("--stored", choices=("float32", "bfloat16"), default="float32", help="as; all runs are float32")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # what a process of its own is to do, as JSON
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # what a process of its own is to do, as JSON
     options = parser.parse_args()
-    if options.run:
-        print(json.dumps(run(**json.loads(options.run))))
+    if options.job:
+        found = run(**json.loads(options.job))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         models = {
@@ -46,15 +52,16 @@ def main() -> None:
         }
         last = models[options.layers[-1]]
         shape = {"windows": options.windows, "length": options.length}
-        print("| layers | method | activations | MiB to start with | peak, pruned | peak, saved | seconds |")
-        print("| ---: | --- | --- | ---: | ---: | ---: | ---: |")
-        for layers, model in models.items():
-            for method in options.methods:
-                for place in options.places:
-                    found = in_a_process(model=str(model), method=method, place=place, **shape)
-                    numbers = " | ".join(f"{found[each]:.0f}" for each in ("start", "pruned", "saved", "seconds"))
-                    where = place if place == "in memory" else f"streamed, {place}"
-                    print(f"| {layers} | {method} | {where} | {numbers} |", flush=True)
+        print(
+            "| layers | processes | method | activations | MiB to start with | peak, pruned | peak, saved | seconds |"
+        )
+        print("| ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |")
+        runs = itertools.product(models.items(), options.processes, options.methods, options.places)
+        for (layers, model), processes, method, place in runs:
+            found = in_a_process(processes=processes, model=str(model), method=method, place=place, **shape)
+            numbers = " | ".join(f"{found[each]:.0f}" for each in ("start", "pruned", "saved", "seconds"))
+            where = place if place == "in memory" else f"streamed, {place}"
+            print(f"| {layers} | {processes} | {method} | {where} | {numbers} |", flush=True)
         if options.cap:
             print(f"\nUnder a cap of {options.cap} MiB, {options.layers[-1]} layers:")
             for place in ("in memory", "cpu"):
@@ -62,9 +69,10 @@ def main() -> None:
                 print(f"- {place}: {found.get('error') or 'passes'}", flush=True)
 
 
-def in_a_process(cap: int | None = None, **what: object) -> dict:
+def in_a_process(cap: int | None = None, processes: int = 1, **what: object) -> dict:
     limit = ["prlimit", f"--data={cap * MIB}"] if cap else []
-    command = [*limit, sys.executable, __file__, "--run", json.dumps(what)]
+    many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [*limit, sys.executable, *many, __file__, "--job", json.dumps(what)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
@@ -78,24 +86,35 @@ def run(model: str, method: str, place: str, windows: int, length: int) -> dict[
     import wanda_lightning
     from wanda_lightning.journal import Journal
     from wanda_lightning.loading import load_model, load_streamed
+    from wanda_lightning.processes import Processes
     from wanda_lightning.saving import save_pretrained
 
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    processes = Processes()
     ids = torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(0))
     start, started = peak(), time.perf_counter()
     streamed = place != "in memory"
-    with tempfile.TemporaryDirectory(dir=Path(model).parent) as folder:
+    folder = f"{model}-{method}-{place}-{processes.size}"  # the same in all processes
+    try:
         loaded = load_streamed(model, "float32") if streamed else load_model(model, "float32")
         wanda_lightning.prune_model(
             loaded,
-            ids.split(1),
+            ids.split(1)[processes.rank :: processes.size],
             getattr(wanda_lightning, method)(),
             wanda_lightning.Unstructured(0.5),
             activations=place if streamed else "device",
             journal=Journal(Path(folder) / "unfinished") if streamed else None,
+            processes=processes,
         )
         pruned = peak()
-        save_pretrained(loaded, None, Path(folder) / "model")
-    return {"start": start, "pruned": pruned, "saved": peak(), "seconds": time.perf_counter() - started}
+        if processes.rank == 0:
+            save_pretrained(loaded, None, Path(folder) / "model")
+        found = {"start": start, "pruned": pruned, "saved": peak(), "seconds": time.perf_counter() - started}
+        return {name: max(each[name] for each in processes.gather(found)) for name in found}  # of any process
+    finally:
+        if processes.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def peak() -> float:
