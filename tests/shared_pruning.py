@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import tiny_llama, token_batches
+from conftest import tiny_llama, tiny_mixtral, token_batches
 from torch import distributed, multiprocessing
 
 from wanda_lightning.journal import Journal
@@ -25,17 +25,6 @@ RUNS = {
     **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
 }
 BATCHES = token_batches(batches=4, batch_size=2, length=32)
-
-
-def tiny_mixtral():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, initializer_range=0.2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
 
 
 MODELS = {"llama": tiny_llama, "mixtral": tiny_mixtral}

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
+from conftest import tiny_llama, tiny_mixtral, token_batches
 from safetensors import SafetensorError
-from test_offload import digests, tiny_mixtral
+from test_offload import digests
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import journal as journal_module

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from conftest import tiny_llama, tiny_mixtral, token_batches
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning.journal import Journal
 from wanda_lightning.loading import load_streamed
@@ -14,16 +14,6 @@ from wanda_lightning.offload import in_memory, is_offloaded, is_on_disk, stored_
 from wanda_lightning.pruner import prune_model
 from wanda_lightning.saving import save_pretrained
 from wanda_lightning.sparsity import SemiStructured, Unstructured
-
-
-def tiny_mixtral():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, initializer_range=0.2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
-
 
 MODELS = {
     "llama": lambda: tiny_llama(),

@@ -4,8 +4,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
-from transformers import MixtralConfig, MixtralForCausalLM
+from conftest import tiny_llama, tiny_mixtral, token_batches
 
 from wanda_lightning.calibration import walk
 from wanda_lightning.decoder import decoder_layers
@@ -28,15 +27,6 @@ class Counted(InputHessian):
         super().__init__(in_features, *args, **kwargs)
         Counted.alive.add(self)
         Counted.peak = max(Counted.peak, sum(each.total.nbytes for each in Counted.alive))
-
-
-def tiny_mixtral():
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, initializer_range=0.2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
 
 
 def pruned(model, memory):
