@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.dry_run import Batch, model_inputs
 from wanda_lightning.offload import device_of, stored_parameters
+from wanda_lightning.report import installed_versions
 
 SAMPLED = 256
 """Values of each parameter that are looked at: enough to tell models apart, and little to read from a disk."""
@@ -39,7 +39,7 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequ
         "calibration": [*calibration],
         **settings,
         **_numerics(model),
-        **_versions(),
+        **installed_versions("torch", "transformers", "wanda-lightning"),
     }
 
 
@@ -74,16 +74,6 @@ def _numerics(model: nn.Module) -> dict[str, Any]:
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
         "attention": getattr(model.config, "_attn_implementation", None),
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in ("torch", "transformers", "wanda-lightning"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # used from a folder, without being installed
-            continue
-    return versions
 
 
 def hashed(tensors: Mapping[str, Tensor], text: str = "") -> str:

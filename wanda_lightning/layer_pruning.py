@@ -37,7 +37,8 @@ def prune_layer(
         patterns: By linear name.
         wanted: The statistic to gather.
         processes: Those that have the other parts of the calibration set.
-        memory: Bytes that Hessians may take at a time; see :meth:`CalibratedLayer.passes`.
+        memory: Of layers that are not always in memory, bytes that Hessians may take at a time; see
+            :meth:`CalibratedLayer.passes`.
 
     Returns:
         A row for each linear.
@@ -47,8 +48,8 @@ def prune_layer(
             then.
     """
     with processes.together():
-        check_finite(layer.linears)
-    with processes.together():
+        if memory is not None:  # weights that were in memory all the time were looked at before the first layer
+            check_finite(layer.linears)
         passes = calibrated.passes(wanted, memory) if calibrated and wanted else [layer.linears]
     rows: dict[str, LinearReport] = {}
     pruned: dict[str, Tensor] = {}  # put in place at the end: every pass sees the layer as it was

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """Drop the warnings of a logger, such as hints on a command line that is not in use."""
+def quiet(logger: str, least: int = logging.ERROR) -> Iterator[None]:
+    """Drop what a logger says below a level, such as hints on a command line that is not in use."""
     log = logging.getLogger(logger)
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(least)
     try:
         yield
     finally:

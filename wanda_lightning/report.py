@@ -274,17 +274,22 @@ def _show_error(rows: list[LinearReport]) -> str:
     return "" if error is None else ("~" if estimated else "") + f"{error:.4f}"
 
 
-def _environment() -> dict[str, str]:
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
     versions = {}
-    for package in ("wanda-lightning", "torch", "lightning", "transformers"):
+    for package in packages:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # the engine needs torch only
+        except PackageNotFoundError:  # the engine needs torch only, and may be used from a folder
             continue
+    return versions
+
+
+def _environment() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "device": device,
-        **versions,
+        **installed_versions("wanda-lightning", "torch", "lightning", "transformers"),
     }

@@ -16,6 +16,7 @@ from wanda_lightning import plotting
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm, decoder_layers
+from wanda_lightning.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report import write_text
 from wanda_lightning.sparsity import Pattern, parse_pattern
@@ -72,7 +73,7 @@ class _DenseWeights(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy or bring back; this callback stands before the one that prunes."""
         layers = decoder_layers(causal_lm(pl_module), targets=["*"])
-        weights = {linear.parameter_name: linear.weight for layer in layers for linear in layer.linears}
+        weights = {name: weight for layer in layers for name, weight in layer.weights.items()}
         for name, weight in weights.items():
             if name in self._dense:
                 weight.copy_(self._dense[name])
@@ -118,14 +119,13 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
     before = found["settings"]
-    differences = [
-        f"{part}.{key}: {before.get(part, {}).get(key)!r} there, {settings.get(part, {}).get(key)!r} now"
+    other = [
+        f"{part}.{difference}"
         for part in {**before, **settings}
-        for key in {**before.get(part, {}), **settings.get(part, {})}
-        if before.get(part, {}).get(key) != settings.get(part, {}).get(key)
+        for difference in differences(before.get(part, {}), settings.get(part, {})).values()
     ]
-    if differences:
-        raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(differences)}")
+    if other:
+        raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(other)}")
     return found["dense"]
 
 

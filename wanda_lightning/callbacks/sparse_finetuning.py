@@ -52,9 +52,7 @@ class SparseFinetuning(Callback):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
         layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
-        self._masks = WeightMasks(
-            {linear.parameter_name: linear.weight for layer in layers for linear in layer.linears}
-        )
+        self._masks = WeightMasks({name: weight for layer in layers for name, weight in layer.weights.items()})
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):

@@ -1,13 +1,14 @@
 """Whether transformers would load a checkpoint, told from the names and shapes of its tensors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from wanda_lightning.quiet import quiet, without_progress_bars
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,9 @@ def load_check(model: nn.Module, shapes: dict[str, list[int]]) -> LoadCheck:
     settings = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     family: Any = type(model)
     try:
-        with _quiet_transformers():
+        with quiet("transformers", logging.CRITICAL), without_progress_bars():
             _, found = family.from_pretrained(None, config=deepcopy(model.config), state_dict=weights, **settings)
     except RuntimeError:  # says no names
         return LoadCheck([], [], [], fits_together=False)
     other = [f"{name} {tuple(stored)} for {tuple(wanted)}" for name, stored, wanted in sorted(found["mismatched_keys"])]
     return LoadCheck(sorted(found["missing_keys"]), other, sorted(found["unexpected_keys"]))
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
