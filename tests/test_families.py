@@ -46,6 +46,14 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
 LAYER_TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "head_dim": 8}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 GEMMA3N = {
     **LAYER_TYPES,
     "num_hidden_layers": 4,
@@ -112,6 +120,53 @@ FAMILIES = {
     "GPT-OSS": ("GptOssConfig", {**LAYER_TYPES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "Granite": ("GraniteConfig", {}),
     "SmolLM3": ("SmolLM3Config", {}),
+    "MPT": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "StarCoder": ("GPTBigCodeConfig", GPT2),
+    "StarCoder 2": ("Starcoder2Config", {}),
+    "OLMo 3": ("Olmo3Config", {"layer_types": LAYER_TYPES["layer_types"], "sliding_window": 4}),
+    "OLMoE": ("OlmoeConfig", EXPERTS),
+    "Phi-3.5-MoE": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "GLM-4": ("Glm4Config", {"head_dim": 8}),
+    "GLM-4-MoE": (
+        "Glm4MoeConfig",
+        {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    ),
+    "ERNIE 4.5": ("Ernie4_5Config", {"head_dim": 8}),
+    "ERNIE 4.5 (MoE)": ("Ernie4_5_MoeConfig", {"moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2}),
+    "Seed-OSS": ("SeedOssConfig", {"head_dim": 8}),
+    "Hunyuan": ("HunYuanDenseV1Config", {"head_dim": 8}),
+    "Nemotron": ("NemotronConfig", {"head_dim": 8}),
+    "MiniMax-M2": ("MiniMaxM2Config", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Granite MoE": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "Granite 4 (hybrid)": (
+        "GraniteMoeHybridConfig",
+        {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32, "num_local_experts": 4}
+        | {"num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    ),
+    "Qwen3-Next": ("Qwen3NextConfig", {**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 16}),
+    "Qwen3.5": ("Qwen3_5TextConfig", LINEAR_ATTENTION),
+    "Qwen3.5 (MoE)": ("Qwen3_5MoeTextConfig", {**LINEAR_ATTENTION, **EXPERTS, "shared_expert_intermediate_size": 16}),
+    "LFM2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "Mamba": ("MambaConfig", {"state_size": 8}),
+    "Mamba 2": ("Mamba2Config", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "Jamba": (
+        "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "use_mamba_kernels": False},
+    ),
+    "Falcon-H1": (
+        "FalconH1Config",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "head_dim": 8},
+    ),
+    "Nemotron-H": (
+        "NemotronHConfig",
+        {"head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
+        | {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
+    ),
+    "RecurrentGemma": (
+        "RecurrentGemmaConfig",
+        {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8, "head_dim": 8},
+    ),
 }
 
 # Models that cannot be pruned yet: what they need, the reason for docs/models.md, and what the error says.
@@ -128,6 +183,14 @@ REFUSED = {
         "its fused experts are outside transformers' experts interface",
         r"of the decoder's matrix weights are not in linears.*mlp\.input_linear\.weight",
     ),
+    "DBRX": (
+        "DbrxConfig",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
+        | {"ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}
+        | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+        "all its experts are one matrix",
+        r"of the decoder's matrix weights are not in linears.*ffn\.experts\.mlp\.w1 \(256, 32\)",
+    ),
     "HRM-Text": (
         "HrmTextConfig",
         {},
@@ -137,7 +200,7 @@ REFUSED = {
 }
 
 # What is peculiar about streaming them: Conv1D, projected embeddings, two layer types, keys and values that layers
-# share, embeddings a layer, fused experts, transposed ones.
+# share, embeddings a layer, fused experts, transposed ones, layers of other kinds than attention.
 STREAMED = [
     "OPT (post-norm, projected embeddings)",
     "GPT-2",
@@ -148,7 +211,14 @@ STREAMED = [
     "Qwen3-MoE",
     "DeepSeek-V3",
     "GPT-OSS",
+    "Qwen3-Next",
+    "Jamba",
+    "Mamba",
+    "Falcon-H1",
 ]
+
+# Not matrices of linears: what state-space models and their like multiply with channel by channel, or head by head.
+NO_LINEARS = ("conv1d.weight", "conv_1d.weight", "conv.conv.weight", "A_log", "_gate_weight")
 
 PRUNINGS = [
     (method, pattern) for method in (Wanda(), SparseGPT()) for pattern in (Unstructured(0.5), SemiStructured(2, 4))
@@ -253,8 +323,9 @@ def test_every_prunable_weight_reaches_the_target(model, batches, method, patter
         assert (linear.weight_OI == 0).sum() * 2 == linear.weight_OI.numel()
         if isinstance(pattern, SemiStructured):
             assert ((linear.weight_OI != 0).reshape(-1, 4).sum(1) == 2).all()
-    assert coverage(layers) > 0.95
-    assert set(report.not_pruned.values()) <= {"router", "thin"}
+    assert coverage(layers) > 0.88
+    left = {name for name, reason in report.not_pruned.items() if reason not in ("router", "thin")}
+    assert all(name.endswith(NO_LINEARS) for name in left), left
 
 
 @torch.no_grad()
