@@ -113,14 +113,11 @@ def inspect_model(
     Raises:
         ValueError: If there is no such model, no decoder layers in it, or a weight file is missing or cut off.
     """
-    from transformers import AutoModelForCausalLM
-
-    from wanda_lightning.loading import load_config
+    from wanda_lightning.loading import build_skeleton, load_config
 
     config = load_config(pretrained)
     weights_dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=weights_dtype or torch.float32).eval()
+    model = build_skeleton(config, dtype=weights_dtype or torch.float32)
     layers = decoder_layers(model)
     kinds = _kinds(model, layers)
     hidden = model.get_input_embeddings().weight.shape[1]

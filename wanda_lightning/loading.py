@@ -31,14 +31,12 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
         The model, in eval mode.
 
     Raises:
-        ValueError: If there is no such model.
+        ValueError: If there is no such model, or it is no causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
-    folder = _folder(pretrained)
+    family = _auto_class(load_config(pretrained, **kwargs))
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
+        return family.from_pretrained(
+            _folder(pretrained), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
         )
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
@@ -66,11 +64,9 @@ def load_streamed(
         ValueError: If there is no such model, or no decoder layers in it.
     """
     from huggingface_hub import cached_assets_path
-    from transformers import AutoModelForCausalLM
 
-    config = load_config(pretrained, trust_remote_code=kwargs.get("trust_remote_code", False))
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    config = load_config(pretrained, **kwargs)
+    skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
     layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
     with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
@@ -98,6 +94,23 @@ def _beside(module: "torch.nn.Module", inner: str, name: str = "") -> Iterator[s
         yield from _beside(child, inner, f"{name}.{child_name}".removeprefix("."))
 
 
+def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
+    """Build the model that a config describes on the meta device, where weights take no memory.
+
+    Args:
+        config: Of a causal language model, or of one that sees images too.
+        kwargs: Passed on to ``from_config``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If it describes another kind of model.
+    """
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, **kwargs).eval()
+
+
 def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
     """Load the config of a model and nothing else; see :func:`load_model`."""
     from transformers import AutoConfig
@@ -118,6 +131,23 @@ def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(folder, **kwargs)
     except OSError as error:
         raise _not_found("tokenizer", pretrained, error) from error
+
+
+def _auto_class(config: "PreTrainedConfig") -> Any:
+    """Choose the class of transformers that loads all of a model, also what sees images, where there is such."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    models = {
+        AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    families = {auto: mapping[type(config)] for auto, mapping in models.items() if type(config) in mapping}
+    saved_as = [auto for auto, model in families.items() if model.__name__ in (config.architectures or [])]
+    remote = [AutoModelForCausalLM] if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) else []
+    if choice := [*remote, *saved_as, *families]:
+        return choice[0]
+    raise ValueError(f"a model of type {config.model_type!r} is no causal language model that transformers could load")
 
 
 def _folder(pretrained: str) -> str:

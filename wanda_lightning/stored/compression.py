@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.commands import run_function
@@ -89,16 +88,15 @@ def load_compressed(folder: str, **kwargs: Any) -> "PreTrainedModel":
     Raises:
         ValueError: If the folder holds no compressed model.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    from wanda_lightning.loading import load_config
+    from wanda_lightning.loading import build_skeleton, load_config
 
     weights: dict[str, Tensor] = {}
     for file in _compressed_files(folder):
         weights |= read_compressed(file)
     config = load_config(folder)
-    with torch.device("meta"):
-        family = type(AutoModelForCausalLM.from_config(config))
+    family: Any = type(build_skeleton(config))
     model = family.from_pretrained(None, config=config, state_dict=weights, **{"dtype": config.dtype, **kwargs})
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

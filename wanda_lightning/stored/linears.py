@@ -64,7 +64,9 @@ class MatrixFinder:
         if match is None:
             return None
         stored, own = f".{match[1]}", f".{self._list}"  # files may have a prefix more than the model, or less
-        return (int(match[2]), match[3]) if stored.endswith(own) or own.endswith(stored) else None
+        same = stored.endswith(own) or own.endswith(stored)
+        turned = sorted(stored.split(".")) == sorted(own.split("."))  # language_model.model, model.language_model
+        return (int(match[2]), match[3]) if same or turned else None
 
     def matrices(self, name: str, place: tuple[int, str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the prunable matrices of a tensor by name, each seen as (out_features, in_features)."""
