@@ -126,7 +126,7 @@ def _costs(report: "PruningReport") -> Iterable[str]:
 
 def _not_pruned(report: "PruningReport") -> Iterable[str]:
     yield _heading("What was not pruned")
-    yield _note("Embeddings, norms and the output head are never pruned unless targets name them. Within the decoder:")
+    yield _note("Embeddings, norms and the output head are never pruned. Of the decoder layers:")
     if report.not_pruned:
         stem = stem_of(report)
         kinds = Counter((reason, kind_of(name, stem)) for name, reason in report.not_pruned.items())
