@@ -76,6 +76,23 @@ def sparsities(module: SomebodysModule) -> set[float]:
     return {(m.weight == 0).float().mean().item() for m in linears}
 
 
+def test_the_package_under_its_older_name_will_do(tmp_path):
+    """pytorch_lightning has a Trainer, modules and callbacks that are not lightning's classes."""
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        training_step, configure_optimizers = SomebodysModule.training_step, SomebodysModule.configure_optimizers
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.optimizer = tiny_llama(layers=2), torch.optim.AdamW
+
+    module, dense = Module(), tiny_llama(layers=2).state_dict()
+    trainer(tmp_path, WandaPruning(sparsity=0.5), cls=pytorch_lightning.Trainer).fit(module, batches())
+    assert sparsities(module) == {0.5}
+    assert not torch.equal(module.net.state_dict()["model.norm.weight"], dense["model.norm.weight"])
+
+
 @pytest.mark.parametrize("callback", [WandaPruning, MagnitudePruning])
 @pytest.mark.parametrize("lazy", [False, True])
 def test_prunes_before_training_and_keeps_the_zeros(tmp_path, callback, lazy):
