@@ -9,8 +9,9 @@ import pytest
 
 from wanda_lightning import __main__
 from wanda_lightning.compare import Comparison, main
+from wanda_lightning.linear_report import LinearReport
 from wanda_lightning.plotting import plot
-from wanda_lightning.report import LinearReport, PruningReport
+from wanda_lightning.report import PruningReport
 
 
 def run(folder, method="Wanda(variant=False)", sparsity=0.5, pattern="unstructured", dense=10.0, **stages):

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 import pytest
 
 from wanda_lightning.html_report import to_html
+from wanda_lightning.linear_report import LinearReport
 from wanda_lightning.magnitudes import Magnitudes
-from wanda_lightning.report import LinearReport, PruningReport
+from wanda_lightning.report import PruningReport
 
 VOID = {"meta", "wbr"}
 

@@ -6,8 +6,9 @@ from rich.console import Console
 
 from wanda_lightning.methods import Wanda
 from wanda_lightning.pruner import prune_model
-from wanda_lightning.report import PruningReport, whole_model_sparsity, write_text
+from wanda_lightning.report import PruningReport, whole_model_sparsity
 from wanda_lightning.sparsity import Unstructured
+from wanda_lightning.writing import write_text
 
 
 @pytest.fixture

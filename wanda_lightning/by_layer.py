@@ -3,18 +3,20 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from wanda_lightning.linear_report import LinearReport
+
 if TYPE_CHECKING:
-    from wanda_lightning.report import LinearReport, PruningReport
+    from wanda_lightning.report import PruningReport
 
 Values = list[float | None]
 
 
-def by_kind(report: "PruningReport", value: Callable[[list["LinearReport"]], float | None]) -> dict[str, Values]:
+def by_kind(report: "PruningReport", value: Callable[[list[LinearReport]], float | None]) -> dict[str, Values]:
     """Compute a value for every kind of linear in every layer.
 
     Args:
         report: What a pruning did.
-        value: Computes it from the rows of one kind and layer, such as :func:`mean_error`.
+        value: Computes it from the rows of one kind and layer, as ``mean_error`` does.
 
     Returns:
         Values by kind, one a layer of :func:`layers`; None where nothing was pruned.
@@ -25,18 +27,6 @@ def by_kind(report: "PruningReport", value: Callable[[list["LinearReport"]], flo
     kinds = dict.fromkeys(row.kind for row in report.linears)
     names = layers(report)
     return {kind: [value(cells[kind, layer]) if (kind, layer) in cells else None for layer in names] for kind in kinds}
-
-
-def mean_error(rows: list["LinearReport"]) -> float | None:
-    """Average the errors of rows; None where none was measured."""
-    errors = [row.error for row in rows if row.error is not None]
-    return sum(errors) / len(errors) if errors else None
-
-
-def mean_sparsity(rows: list["LinearReport"]) -> float:
-    """Return the fraction of zeros over all weights of the rows."""
-    weights = [row.shape[0] * row.shape[1] for row in rows]
-    return sum(w * row.sparsity for w, row in zip(weights, rows, strict=True)) / max(1, sum(weights))
 
 
 def layers(report: "PruningReport") -> list[str]:

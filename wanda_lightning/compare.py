@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.commands import parser_settings
-from wanda_lightning.report import with_errors, write_text
+from wanda_lightning.report import with_errors
 from wanda_lightning.tables import markdown_table, terminal_table
+from wanda_lightning.writing import write_text
 
 TEXT = (0, 1, 3)
 """The columns of the table that hold words."""

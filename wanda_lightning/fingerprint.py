@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.dry_run import Batch, model_inputs
+from wanda_lightning.machine import installed_versions
 from wanda_lightning.offload import device_of, stored_parameters
-from wanda_lightning.report import installed_versions
 
 SAMPLED = 256
 """Values of each parameter that are looked at: enough to tell models apart, and little to read from a disk."""

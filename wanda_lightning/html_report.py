@@ -6,8 +6,9 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from wanda_lightning.by_layer import by_kind, layers, mean_error, mean_sparsity, number, stem_of
+from wanda_lightning.by_layer import by_kind, layers, number, stem_of
 from wanda_lightning.charts import bars, breakable, heat_map, histograms, lines
+from wanda_lightning.linear_report import mean_error, mean_sparsity
 from wanda_lightning.linears import kind_of
 from wanda_lightning.magnitudes import ZERO
 from wanda_lightning.tables import in_bytes

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from wanda_lightning.decoder import DecoderLayer
 from wanda_lightning.fingerprint import differences, hashed
+from wanda_lightning.linear_report import LinearReport
 from wanda_lightning.processes import Processes
-from wanda_lightning.report import LinearReport, write_text
+from wanda_lightning.writing import write_text
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from wanda_lightning.calibration import CalibratedLayer
 from wanda_lightning.decoder import DecoderLayer, PrunableLinear
+from wanda_lightning.linear_report import LinearReport
 from wanda_lightning.magnitudes import Magnitudes
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.processes import Processes, combine
-from wanda_lightning.report import LinearReport
 from wanda_lightning.sparsity import Pattern, sparsity_of
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 

@@ -16,11 +16,12 @@ from wanda_lightning.calibration import Batch, CalibratedLayer, walk
 from wanda_lightning.decoder import DecoderLayer, count_matches, decoder_layers, uncompiled
 from wanda_lightning.fingerprint import Watched, fingerprint
 from wanda_lightning.layer_pruning import check_finite, prune_layer
+from wanda_lightning.machine import peak_memory
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.offload import in_memory, is_offloaded, is_on_disk, names_without_values, write_back
 from wanda_lightning.phases import PhaseClock
 from wanda_lightning.processes import Processes
-from wanda_lightning.report import PruningReport, count_kept, peak_memory, whole_model_sparsity
+from wanda_lightning.report import PruningReport, count_kept, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian
 

@@ -1,70 +1,24 @@
 """What a pruning did, linear by linear, as JSON, Markdown and a table on the terminal."""
 
 import json
-import os
-import platform
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from wanda_lightning.by_layer import mean_error, mean_sparsity
 from wanda_lightning.html_report import to_html
-from wanda_lightning.linears import kind_of
+from wanda_lightning.linear_report import LinearReport, mean_error, mean_sparsity
+from wanda_lightning.machine import environment
 from wanda_lightning.magnitudes import Magnitudes
 from wanda_lightning.tables import in_bytes, markdown_table, terminal_table
+from wanda_lightning.writing import write_text
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """One pruned linear.
-
-    Attributes:
-        name: Its name in the model.
-        layer: The decoder layer's name.
-        shape: (out_features, in_features).
-        sparsity: Fraction of its weights that are zero.
-        seconds: Time to choose the mask and update the weight.
-        tokens: Calibration tokens that reached it; None for methods without calibration.
-        error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
-        error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
-        damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
-        magnitudes: How large its kept and pruned weights were; the finished report has them by kind.
-    """
-
-    name: str
-    layer: str
-    shape: tuple[int, int]
-    sparsity: float
-    seconds: float
-    tokens: int | None = None
-    error: float | None = None
-    error_is_exact: bool = False
-    damping: float | None = None
-    magnitudes: Magnitudes | None = None
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":
-        """Read back what ``asdict`` and JSON made of a row."""
-        counts = plain.get("magnitudes")
-        magnitudes = Magnitudes.from_dict(counts) if counts else None
-        return cls(**{**plain, "shape": tuple(plain["shape"]), "magnitudes": magnitudes})
-
-    @property
-    def kind(self) -> str:
-        """Its name within the layer; the experts of a mixture are one kind: ``"mlp.experts.*.up_proj"``."""
-        return kind_of(self.name, self.layer)
 
 
 @dataclass
@@ -81,7 +35,7 @@ class PruningReport:
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
         seconds: Time of the whole pruning.
         seconds_by_phase: What of it went where, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
-        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`peak_memory`.
+        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`wanda_lightning.machine.peak_memory`.
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
@@ -101,7 +55,7 @@ class PruningReport:
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=lambda: _environment())
+    environment: dict[str, str] = field(default_factory=environment)
 
     @property
     def sparsity(self) -> float:
@@ -237,59 +191,7 @@ def count_kept(module: nn.Module) -> int:
     return sum(int(torch.count_nonzero(p)) for p in module.parameters() if not p.is_meta)
 
 
-def peak_memory() -> dict[str, int]:
-    """Measure the most memory that this process has held since it started, and its tensors on the fullest GPU."""
-    peaks = {}
-    try:
-        import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peaks["peak process memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_initialized():
-        devices = range(torch.cuda.device_count())
-        peaks["peak device memory"] = max(torch.cuda.max_memory_allocated(device) for device in devices)
-    return peaks
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
 def _show_error(rows: list[LinearReport]) -> str:
     error = mean_error(rows)
     estimated = any(row.error is not None and not row.error_is_exact for row in rows)
     return "" if error is None else ("~" if estimated else "") + f"{error:.4f}"
-
-
-def installed_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # the engine needs torch only, and may be used from a folder
-            continue
-    return versions
-
-
-def _environment() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "device": device,
-        **installed_versions("wanda-lightning", "torch", "lightning", "transformers"),
-    }

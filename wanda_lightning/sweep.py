@@ -18,8 +18,8 @@ from wanda_lightning.compare import Comparison
 from wanda_lightning.decoder import causal_lm, decoder_layers
 from wanda_lightning.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.report import write_text
 from wanda_lightning.sparsity import Pattern, parse_pattern
+from wanda_lightning.writing import write_text
 
 if TYPE_CHECKING:
     from wanda_lightning.trainer import PruningTrainer

@@ -15,8 +15,9 @@ from wanda_lightning.lora import has_adapters, save_adapter, without_adapters
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model_card import Training, model_card
 from wanda_lightning.offload import is_on_disk
-from wanda_lightning.report import PruningReport, write_text
+from wanda_lightning.report import PruningReport
 from wanda_lightning.saving import save_pretrained
+from wanda_lightning.writing import write_text
 
 
 class PruningTrainer(Trainer):

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from wanda_lightning.allocation import Allocation, allocate
 from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.linear_report import LinearReport
 from wanda_lightning.linears import without_adapters
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.report import LinearReport, PruningReport, whole_model_sparsity
+from wanda_lightning.report import PruningReport, whole_model_sparsity
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
 
 NOTABLE = 0.05

@@ -7,8 +7,9 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from wanda_lightning.by_layer import by_kind, layers, mean_error, mean_sparsity
+from wanda_lightning.by_layer import by_kind, layers
 from wanda_lightning.html_report import to_html
+from wanda_lightning.linear_report import mean_error, mean_sparsity
 from wanda_lightning.report import PruningReport
 
 

@@ -12,7 +12,7 @@ from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.decoder import causal_lm
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
-from wanda_lightning.report import write_text
+from wanda_lightning.writing import write_text
 
 log = logging.getLogger(__name__)
 
