@@ -8,6 +8,7 @@ layers that it solves to ``solved``. Used by test_crashes.py.
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def slowed_down(seconds: float, solved: Path) -> None:
 
 
 def run(arguments: list[str], folder: str, seconds: float, step: str | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.chdir(folder)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
