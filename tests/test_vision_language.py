@@ -13,11 +13,17 @@ from wanda_lightning.pruner import prune_model
 from wanda_lightning.saving import save_pretrained
 from wanda_lightning.sparsity import SemiStructured
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-TOWER = {**VISION, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
-# What transformers calls them, and their two parts. The second is also a causal language model, the third one only so
-# under a class that leaves out what sees images.
+# What transformers calls them, and the configs of their two parts. To AutoModelForCausalLM the first is unknown, the
+# second is what it is here, and of the third it would load the language model alone.
 MODELS = {
     "Mistral3": ({"model_type": "mistral", **SIZE}, {"model_type": "pixtral", **TOWER}),
     "Gemma3": ({**SIZE, **LAYER_TYPES}, TOWER),
