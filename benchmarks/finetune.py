@@ -13,8 +13,8 @@ import time
 import torch
 
 from wanda_lightning import CausalLM, Magnitude, Unstructured, prune_model
-from wanda_lightning.decoder import decoder_layers
-from wanda_lightning.masks import WeightMasks
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.training.masks import WeightMasks
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from wanda_lightning import (
     Wanda,
     prune_model,
 )
-from wanda_lightning.calibration import walk
-from wanda_lightning.decoder import decoder_layers
+from wanda_lightning.calibration.walk import walk
+from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.statistics import InputHessian
 
 PATTERN = Unstructured(0.5)

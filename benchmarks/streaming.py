@@ -84,10 +84,10 @@ def run(model: str, method: str, place: str, windows: int, length: int) -> dict[
     import transformers.models.llama.modeling_llama  # noqa: F401 (so that its code is there to start with)
 
     import wanda_lightning
-    from wanda_lightning.journal import Journal
-    from wanda_lightning.loading import load_model, load_streamed
-    from wanda_lightning.processes import Processes
-    from wanda_lightning.saving import save_pretrained
+    from wanda_lightning.checkpoints.loading import load_model, load_streamed
+    from wanda_lightning.checkpoints.saving import save_pretrained
+    from wanda_lightning.engine.journal import Journal
+    from wanda_lightning.engine.processes import Processes
 
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")

@@ -13,44 +13,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the GPU kernel is interpreted on the CPU
 
+from helpers import tiny_llama, token_batches
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # the models are tiny: threads would cost more than they bring
 
-GOLDEN = Path(__file__).parent / "data" / "reference_layers.safetensors"
-
-
-def tiny_llama(layers: int = 3, seed: int = 0, **config) -> LlamaForCausalLM:
-    """A LLaMA of width 32 with grouped-query attention, random weights, float32, in eval mode."""
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    """A mixture of four fused experts a layer, like :func:`tiny_llama` otherwise."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, num_local_experts=4, initializer_range=0.2,
-    )  # fmt: skip
-    return MixtralForCausalLM(config).eval()
-
-
-def token_batches(batches: int = 4, batch_size: int = 2, length: int = 16, seed: int = 1, vocab: int = 256):
-    """Random token ids, a list of (B, T) batches."""
-    generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(0, vocab, (batches, batch_size, length), generator=generator))
+GOLDEN = Path(__file__).parent / "golden" / "reference_layers.safetensors"
 
 
 @pytest.fixture

@@ -1,18 +1,87 @@
-"""The shape of the house: what may import what, and how much it costs."""
+"""The shape of the house: what may import what, read from the disk, and how much it costs."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import wanda_lightning
 
 PACKAGE = Path(wanda_lightning.__file__).parent
-ENGINE = [
-    "sparsity", "statistics", "methods", "solvers", "linears", "patches", "experts", "decoder", "collector", "dry_run",
-    "calibration", "allocation", "masks", "schedule", "semi_structured", "tables", "html_report", "report", "pruner",
-    "magnitudes", "by_layer", "charts",
-    "activations", "offload", "phases", "processes", "fingerprint", "journal", "layer_pruning",
+
+# What each room may import, from the ground up: a room stands on rooms above it in this list only, so there is no
+# circle. The doors, ``__init__`` and ``__main__``, lead everywhere.
+ROOMS = {
+    "sparsity": set(),
+    "atomic_files": set(),
+    "solvers": {"sparsity"},
+    "statistics": {"solvers"},
+    "methods": {"sparsity", "statistics", "solvers"},
+    "model": {"sparsity"},
+    "calibration": {"model", "statistics"},
+    "allocation": {"model", "methods", "sparsity", "statistics"},
+    "report": {"model", "atomic_files"},
+    "training": {"model"},
+    "engine": {"allocation", "atomic_files", "calibration", "methods", "model", "report", "sparsity", "statistics"},
+    "checkpoints": {"model", "training", "atomic_files"},
+    "export": {"checkpoints", "model", "sparsity", "atomic_files"},
+    "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
+    "data": {"checkpoints"},
+    "evaluation": {"checkpoints", "data"},
+    "callbacks": {
+        "allocation", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods", "model",
+        "report", "sparsity", "training",
+    },
+    "runs": {
+        "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
+        "training",
+    },
+    "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},
+    "recipes": set(),
+}  # fmt: skip
+TORCH_ONLY = [
+    "sparsity", "atomic_files", "solvers", "statistics", "methods", "model", "calibration", "allocation", "report",
+    "training", "engine", "export",
 ]  # fmt: skip
+HEAVY = {"lightning", "pytorch_lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"}
+
+
+def room_of(file: Path, package: Path = PACKAGE) -> str:
+    return file.relative_to(package).with_suffix("").parts[0]
+
+
+def imports(file: Path) -> Iterator[tuple[str, bool]]:
+    """Every module that a file imports, also within functions and for type checkers; and whether at once."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "wanda_lightning":
+                names = [f"wanda_lightning.{alias.name}" for alias in node.names]
+        yield from ((name, node in tree.body) for name in names)
+
+
+def forbidden_imports(package: Path) -> list[str]:
+    """Imports that lead up or aside, and those of large packages where torch has to do."""
+    found = []
+    for file in package.rglob("*.py"):
+        room = room_of(file, package)
+        if room in ("__init__", "__main__"):
+            continue
+        for name, at_once in imports(file):
+            top, _, inner = name.partition(".")
+            target = inner.partition(".")[0]
+            if top == "wanda_lightning" and target != room and target in ROOMS and target not in ROOMS[room]:
+                found.append(f"{file.relative_to(package)} imports {name}")
+            if top in HEAVY and at_once and room in TORCH_ONLY:
+                found.append(f"{file.relative_to(package)} imports {name}")
+    return found
 
 
 def loaded_modules(code: str) -> set[str]:
@@ -23,26 +92,43 @@ def loaded_modules(code: str) -> set[str]:
     )
 
 
+def test_every_room_is_in_the_table():
+    on_disk = {room_of(file) for file in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    assert on_disk | {"recipes"} == set(ROOMS)
+
+
+def test_imports_lead_downstairs_only():
+    rooms = list(ROOMS)
+    for room, stands_on in ROOMS.items():
+        assert stands_on <= set(rooms[: rooms.index(room)]), room
+    assert forbidden_imports(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("methods", "from wanda_lightning.model.decoder import decoder_layers"),
+        ("model", "import wanda_lightning.engine.pruner"),
+        ("engine", "from lightning.pytorch import Trainer"),
+        ("report", "from wanda_lightning import engine"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path, room, line):
+    (tmp_path / room).mkdir()
+    (tmp_path / room / "new.py").write_text(f"{line}\n")
+    assert len(forbidden_imports(tmp_path)) == 1
+
+
 def test_importing_the_package_costs_nothing():
     assert loaded_modules("import wanda_lightning").isdisjoint({"lightning", "transformers", "torch"})
 
 
-def test_the_engine_imports_torch_only():
-    modules = loaded_modules("; ".join(f"import wanda_lightning.{name}" for name in ENGINE))
+def test_the_engine_loads_torch_only():
+    files = [file for file in PACKAGE.rglob("*.py") if room_of(file) in TORCH_ONLY]
+    names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
+    modules = loaded_modules("; ".join(f"import {name.removesuffix('.__init__')}" for name in sorted(names)))
     assert "torch" in modules
-    assert modules.isdisjoint({"lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"})
-
-
-def test_the_engine_does_not_name_lightning_or_transformers_in_an_import():
-    for name in ENGINE:
-        path = PACKAGE / name
-        for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
-            for line in file.read_text().splitlines():
-                words = line.split()
-                if words[:1] in (["import"], ["from"]):
-                    assert words[1].partition(".")[0] not in {"lightning", "transformers", "datasets"}, (
-                        f"{file}: {line}"
-                    )
+    assert modules.isdisjoint(HEAVY)
 
 
 def test_public_names_resolve():

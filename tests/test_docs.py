@@ -8,15 +8,15 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
+from helpers import tiny_llama, token_batches
 from jsonargparse import ArgumentParser, capture_parser
 
 import wanda_lightning
 from wanda_lightning import __main__
 from wanda_lightning.callbacks import PruningCallback
-from wanda_lightning.cli import run
-from wanda_lightning.commands import COMMANDS
-from wanda_lightning.packaged import FOLDER, with_recipes_found
+from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.lightning_cli import run
+from wanda_lightning.cli.recipes import FOLDER, with_recipes_found
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ROOT = PACKAGE.parent

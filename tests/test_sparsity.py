@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from wanda_lightning.sparsity import SemiStructured, Unstructured, most_kept, parse_pattern, sparsity_of
+from wanda_lightning.sparsity import SemiStructured, Unstructured, max_kept_per_group, parse_pattern, sparsity_of
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.99])
@@ -99,4 +99,4 @@ def test_an_unquoted_pattern_in_yaml_is_explained(number, meant):
 
 def test_most_kept_in_a_group():
     mask = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 0, 0, 0]]).bool()
-    assert [most_kept(mask, m) for m in (1, 2, 4, 8)] == [1, 2, 2, 3]
+    assert [max_kept_per_group(mask, m) for m in (1, 2, 4, 8)] == [1, 2, 2, 3]

@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         contents.extractall(tmp_path / "installed")
     # As installed, in a folder of its own: the package in the wheel runs, not the clone.
     code = "import wanda_lightning as w; print(w.__file__); [getattr(w, name) for name in w.__all__]"
-    recipes = "from wanda_lightning.packaged import main; main([])"
+    recipes = "from wanda_lightning.cli.recipes import main; main([])"
     elsewhere = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin"}}
     for each, seen in ((code, str(tmp_path / "installed")), (recipes, "wanda_finetune ")):
         done = subprocess.run([sys.executable, "-c", each], capture_output=True, text=True, **elsewhere)

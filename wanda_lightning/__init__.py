@@ -11,49 +11,92 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
-    "sparsity": ("SemiStructured", "Unstructured"),
-    "statistics": ("InputHessian", "InputNorm"),
-    "methods": ("Ablate", "Magnitude", "SparseGPT", "Wanda"),
-    "pruner": ("prune_model",),
-    "report": ("PruningReport",),
-    "saving": ("save_pretrained",),
-    "semi_structured": ("to_semi_structured",),
+    "sparsity": (
+        "SemiStructured",
+        "Unstructured",
+    ),
+    "statistics": (
+        "InputHessian",
+        "InputNorm",
+    ),
+    "methods": (
+        "Ablate",
+        "Magnitude",
+        "PruningMethod",
+        "ScoreMethod",
+        "SparseGPT",
+        "Wanda",
+    ),
+    "allocation.schedule": ("Gradual",),
+    "engine.journal": ("Journal",),
+    "engine.processes": ("Processes",),
+    "engine.pruner": ("prune_model",),
+    "report.pruning_report": ("PruningReport",),
+    "training.distillation": ("Distillation",),
+    "training.lora": (
+        "LoraSettings",
+        "merge_masked",
+    ),
+    "checkpoints.loading": (
+        "load_model",
+        "load_tokenizer",
+    ),
+    "checkpoints.saving": ("save_pretrained",),
+    "export.compression": (
+        "compress",
+        "decompress",
+        "load_compressed",
+    ),
+    "export.semi_structured": ("to_semi_structured",),
+    "inspection.inspect_model": ("inspect_model",),
+    "data": ("TextDataModule",),
+    "evaluation": ("evaluate_zero_shot",),
     "callbacks": (
         "AblatePruning",
         "MagnitudePruning",
+        "PruningCallback",
         "SparseFinetuning",
         "SparseGPTPruning",
         "WandaPruning",
         "ZeroShotEvaluation",
     ),
-    "evaluation": ("evaluate_zero_shot",),
-    "module": ("CausalLM",),
-    "data": ("TextDataModule",),
-    "trainer": ("PruningTrainer",),
+    "runs.causal_lm": ("CausalLM",),
+    "runs.comparison": ("Comparison",),
+    "runs.trainer": ("PruningTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
+    from wanda_lightning.allocation.schedule import Gradual
     from wanda_lightning.callbacks import (
         AblatePruning,
         MagnitudePruning,
+        PruningCallback,
         SparseFinetuning,
         SparseGPTPruning,
         WandaPruning,
         ZeroShotEvaluation,
     )
+    from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
+    from wanda_lightning.checkpoints.saving import save_pretrained
     from wanda_lightning.data import TextDataModule
+    from wanda_lightning.engine.journal import Journal
+    from wanda_lightning.engine.processes import Processes
+    from wanda_lightning.engine.pruner import prune_model
     from wanda_lightning.evaluation import evaluate_zero_shot
-    from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
-    from wanda_lightning.module import CausalLM
-    from wanda_lightning.pruner import prune_model
-    from wanda_lightning.report import PruningReport
-    from wanda_lightning.saving import save_pretrained
-    from wanda_lightning.semi_structured import to_semi_structured
+    from wanda_lightning.export.compression import compress, decompress, load_compressed
+    from wanda_lightning.export.semi_structured import to_semi_structured
+    from wanda_lightning.inspection.inspect_model import inspect_model
+    from wanda_lightning.methods import Ablate, Magnitude, PruningMethod, ScoreMethod, SparseGPT, Wanda
+    from wanda_lightning.report.pruning_report import PruningReport
+    from wanda_lightning.runs.causal_lm import CausalLM
+    from wanda_lightning.runs.comparison import Comparison
+    from wanda_lightning.runs.trainer import PruningTrainer
     from wanda_lightning.sparsity import SemiStructured, Unstructured
     from wanda_lightning.statistics import InputHessian, InputNorm
-    from wanda_lightning.trainer import PruningTrainer
+    from wanda_lightning.training.distillation import Distillation
+    from wanda_lightning.training.lora import LoraSettings, merge_masked
 
 
 def __getattr__(name: str) -> Any:

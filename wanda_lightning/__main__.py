@@ -7,7 +7,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 
 from wanda_lightning import __version__
-from wanda_lightning.commands import COMMANDS
+from wanda_lightning.cli.commands import COMMANDS
 
 _PURPOSES = "\n".join(f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items())
 
@@ -42,7 +42,7 @@ def main() -> None:
 def _run() -> None:
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    from wanda_lightning.packaged import with_recipes_found
+    from wanda_lightning.cli.recipes import with_recipes_found
 
     try:
         name = sys.argv[1]
@@ -52,11 +52,11 @@ def _run() -> None:
             resolve_name(f"wanda_lightning.{function}")(sys.argv[2:])
         else:
             sys.argv[1:] = with_recipes_found(sys.argv[1:])
-            import_module("wanda_lightning.cli").run()
+            import_module("wanda_lightning.cli.lightning_cli").run()
     except KeyboardInterrupt:  # while Lightning runs it ends the process by itself
         sys.exit(130)
     except Exception as error:
-        from wanda_lightning.messages import explained
+        from wanda_lightning.cli.messages import explained
 
         message = explained(error)
         if message is None or os.environ.get("WANDA_LIGHTNING_DEBUG"):

@@ -149,7 +149,7 @@ def sparsity_of(tensor: Tensor) -> float:
     return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
 
 
-def most_kept(mask_OI: Tensor, m: int) -> int:
+def max_kept_per_group(mask_OI: Tensor, m: int) -> int:
     """Count what is kept in that group of m consecutive inputs which keeps most: n:m holds for n as large as this."""
     return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
 

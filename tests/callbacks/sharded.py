@@ -10,11 +10,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import tiny_llama, token_batches
+from helpers import tiny_llama, token_batches
 
 from wanda_lightning.callbacks import SparseFinetuning
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude
-from wanda_lightning.pruner import prune_model
 from wanda_lightning.sparsity import Unstructured
 
 

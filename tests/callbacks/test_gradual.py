@@ -5,12 +5,12 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
+from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from test_pruning import SomebodysData, SomebodysModule, batches, sparsities, trainer
 
+from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import (
     MagnitudePruning,
     PruningCallback,
@@ -18,11 +18,10 @@ from wanda_lightning.callbacks import (
     SparseGPTPruning,
     WandaPruning,
 )
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Ablate, Magnitude
-from wanda_lightning.pruner import prune_model
-from wanda_lightning.schedule import Gradual
+from wanda_lightning.runs.trainer import PruningTrainer
 from wanda_lightning.sparsity import Unstructured
-from wanda_lightning.trainer import PruningTrainer
 
 LONG = {"max_steps": 10, "max_epochs": -1}
 

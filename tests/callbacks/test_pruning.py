@@ -3,77 +3,16 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
 
 from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
-from wanda_lightning.pruner import prune_model
+from wanda_lightning.runs.trainer import PruningTrainer
 from wanda_lightning.sparsity import Unstructured
-from wanda_lightning.trainer import PruningTrainer
-
-
-class SomebodysModule(LightningModule):
-    """A LightningModule that knows nothing of pruning; it happens to hold a Hugging Face model."""
-
-    def __init__(self, lazy: bool = False, optimizer=torch.optim.AdamW, automatic: bool = True):
-        super().__init__()
-        self.net = None if lazy else tiny_llama(layers=2)
-        self.optimizer = optimizer
-        self.automatic_optimization = automatic
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = tiny_llama(layers=2)
-
-    def training_step(self, batch, batch_idx):
-        loss = self.net(input_ids=batch, labels=batch).loss
-        if not self.automatic_optimization:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.net(input_ids=batch, labels=batch).loss)
-
-    def test_step(self, batch, batch_idx):
-        self.log("test_loss", self.net(input_ids=batch, labels=batch).loss)
-
-    def configure_optimizers(self):
-        return self.optimizer(self.net.parameters(), lr=0.01)
-
-
-def batches(seed: int = 1):
-    """Four batches of two sequences."""
-    return DataLoader(token_batches(seed=seed), batch_size=None)
-
-
-class SomebodysData(LightningDataModule):
-    def calibration_dataloader(self):
-        return batches(seed=3)
-
-    def train_dataloader(self):
-        return batches()
-
-    def val_dataloader(self):
-        return batches(seed=2)
-
-
-def trainer(tmp_path, *callbacks, cls=Trainer, **settings):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    defaults = {"accelerator": "cpu", "max_steps": 3, "enable_checkpointing": False, **quiet}
-    return cls(default_root_dir=tmp_path, callbacks=list(callbacks), **defaults | settings)
-
-
-def sparsities(module: SomebodysModule) -> set[float]:
-    """The sparsity of every linear of the decoder."""
-    linears = [m for n, m in module.net.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    return {(m.weight == 0).float().mean().item() for m in linears}
 
 
 def test_the_package_under_its_older_name_will_do(tmp_path):

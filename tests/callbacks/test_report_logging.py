@@ -6,13 +6,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import SomebodysData, SomebodysModule, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from test_pruning import SomebodysData, SomebodysModule, trainer
 
 from wanda_lightning.callbacks import WandaPruning
-from wanda_lightning.html_report import to_html
-from wanda_lightning.trainer import PruningTrainer
+from wanda_lightning.report.html.page import to_html
+from wanda_lightning.runs.trainer import PruningTrainer
 
 
 def prune(tmp_path, logger, **settings):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import SomebodysModule, batches, sparsities, tiny_llama, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -14,13 +14,12 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
-from test_pruning import SomebodysModule, batches, sparsities, trainer
 
 from wanda_lightning.callbacks import SparseFinetuning, WandaPruning
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude
-from wanda_lightning.pruner import prune_model
+from wanda_lightning.runs.trainer import PruningTrainer
 from wanda_lightning.sparsity import SemiStructured, Unstructured
-from wanda_lightning.trainer import PruningTrainer
 
 
 def pruned_module(**settings):
@@ -55,7 +54,7 @@ def test_a_linear_left_dense_trains_freely(tmp_path):
 def test_clipping_sees_the_norm_of_live_gradients_only(tmp_path):
     norms = []
 
-    class Watched(SomebodysModule):
+    class HashedBatches(SomebodysModule):
         def configure_gradient_clipping(self, optimizer, **_):
             live = [p.grad[p != 0] if (p == 0).any() else p.grad for p in self.net.parameters()]
             norms.append(
@@ -65,7 +64,7 @@ def test_clipping_sees_the_norm_of_live_gradients_only(tmp_path):
                 )
             )
 
-    module = Watched()
+    module = HashedBatches()
     prune_model(module.net, None, Magnitude(), Unstructured(0.5))
     trainer(tmp_path, SparseFinetuning(), gradient_clip_val=1.0).fit(module, batches())
     assert len(norms) == 3
@@ -113,14 +112,14 @@ def late_average(step: int):
 def test_averaged_weights_keep_the_zeros(tmp_path, average, first):
     module, validated = SomebodysModule(), []
 
-    class Watched(Callback):
+    class HashedBatches(Callback):
         def on_validation_end(self, trainer, pl_module):
             validated.append(sparsities(pl_module))
 
     callbacks = [average(), WandaPruning(sparsity=0.5)]
     checkpoints = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
     settings = {"max_steps": -1, "max_epochs": 3, "enable_checkpointing": True, "num_sanity_val_steps": 0}
-    run = trainer(tmp_path, *(callbacks if first else callbacks[::-1]), checkpoints, Watched(), **settings)
+    run = trainer(tmp_path, *(callbacks if first else callbacks[::-1]), checkpoints, HashedBatches(), **settings)
     run.fit(module, batches(), batches(2))
     assert sparsities(module) == {0.5}
     assert validated == [{0.5}] * 3
@@ -167,11 +166,11 @@ def test_a_compiled_model(tmp_path, part):
 def test_float16_with_a_gradient_scaler(tmp_path):
     """Lightning turns 16-mixed into bf16-mixed on a CPU unless the plugin is given."""
 
-    class Watched(SomebodysModule):
+    class HashedBatches(SomebodysModule):
         def on_before_optimizer_step(self, optimizer):
             scales.append(scaler.get_scale())
 
-    scales, module = [], Watched()
+    scales, module = [], HashedBatches()
     before = [p.clone() for p in module.parameters()]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows: the first steps are skipped
     precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)

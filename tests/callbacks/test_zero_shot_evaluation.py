@@ -2,34 +2,28 @@ import gc
 import json
 from functools import partial
 
+import helpers
 import pytest
 import torch
-from conftest import token_batches
-from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader
+from helpers import loader
+from lightning.pytorch import Callback
 
 from wanda_lightning.callbacks import WandaPruning, ZeroShotEvaluation
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.evaluation import evaluate_zero_shot
-from wanda_lightning.module import CausalLM
-from wanda_lightning.trainer import PruningTrainer
+from wanda_lightning.runs.causal_lm import CausalLM
+from wanda_lightning.runs.trainer import PruningTrainer
 
 TASK = "builtin_continuation"
 ACC = f"val/zero_shot/{TASK}/acc"
 
 
-def trainer(tmp_path, *callbacks, cls=Trainer, **settings):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    defaults = {"max_steps": 4, "enable_checkpointing": False, "accelerator": "cpu"}
-    return cls(default_root_dir=tmp_path, callbacks=list(callbacks), **quiet | defaults | settings)
+def trainer(tmp_path, *callbacks, **settings):
+    return helpers.trainer(tmp_path, *callbacks, **{"max_steps": 4} | settings)
 
 
 def zero_shot(**settings) -> ZeroShotEvaluation:
     return ZeroShotEvaluation([TASK], **{"limit": 12, **settings})
-
-
-def loader() -> DataLoader:
-    return DataLoader([{"input_ids": ids} for ids in token_batches(vocab=257)], batch_size=None)
 
 
 class Losses(Callback):

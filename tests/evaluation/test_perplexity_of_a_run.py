@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.module import CausalLM
+from wanda_lightning.runs.causal_lm import CausalLM
 
 LENGTH = 24
 

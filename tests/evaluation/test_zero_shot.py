@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
+from helpers import tiny_llama
 from tokenizers.processors import TemplateProcessing
 
 from wanda_lightning.evaluation import evaluate_zero_shot, load_tasks

@@ -9,21 +9,22 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from wanda_lightning.activations import Place
-from wanda_lightning.callbacks.already_pruned import NOTABLE, refuse_sharded, report_as_found, sparsity_now
-from wanda_lightning.callbacks.calibration_source import calibration_batches
-from wanda_lightning.callbacks.progress import noticing_sigterm, progress
-from wanda_lightning.callbacks.report_logging import log_evaluation, log_report, log_totals
+from wanda_lightning.allocation.schedule import Gradual
+from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.callbacks.plumbing.calibration_batches import calibration_batches
+from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
+from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
-from wanda_lightning.decoder import causal_lm
-from wanda_lightning.journal import Journal
-from wanda_lightning.linears import without_adapters
+from wanda_lightning.engine.checks import refuse_sharded
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.measured_sparsity import NOTABLE, report_as_found, sparsity_now
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.offload import is_on_disk
-from wanda_lightning.processes import Processes
-from wanda_lightning.pruner import prune_model
-from wanda_lightning.report import PruningReport
-from wanda_lightning.schedule import Gradual
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.model.offload import is_on_disk
+from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class PruningCallback(SparseFinetuning):
         """Prune the module's model, once; a second call does nothing, and a schedule prunes later."""
         if self.report is not None:
             return
-        model = causal_lm(pl_module)
+        model = find_language_model(pl_module)
         refuse_sharded(model)
         if self.schedule is not None:
             return
@@ -168,7 +169,7 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def _prune_to(self, pattern: Pattern, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = causal_lm(pl_module)
+        model = find_language_model(pl_module)
         processes = Processes()
         with processes.together():
             self.open_journal(trainer, streamed=is_on_disk(model))
@@ -210,7 +211,7 @@ class PruningCallback(SparseFinetuning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the zeros again; forget the finished layers, unless they are wanted until the model is saved."""
         super().on_fit_end(trainer, pl_module)
-        if self.resume is None and not is_on_disk(causal_lm(pl_module)):
+        if self.resume is None and not is_on_disk(find_language_model(pl_module)):
             self.forget_layers(trainer)
 
     def forget_layers(self, trainer: Trainer) -> None:
@@ -222,9 +223,11 @@ class PruningCallback(SparseFinetuning):
     def _publish(self, trainer: Trainer) -> None:
         """Bring a new report to the loggers and to its folder."""
         assert self.report is not None
-        self.report.linears = [replace(row, name=without_adapters(row.name)) for row in self.report.linears]
+        self.report.linears = [replace(row, name=name_without_adapters(row.name)) for row in self.report.linears]
         self.report.evaluations = self.evaluations
-        self.report.magnitudes = {without_adapters(kind): counts for kind, counts in self.report.magnitudes.items()}
+        self.report.magnitudes = {
+            name_without_adapters(kind): counts for kind, counts in self.report.magnitudes.items()
+        }
         through = self.schedule is None or self._pruned_at >= self.schedule.end
         (log_report if through else log_totals)(self.report, trainer)
         self._write_report(trainer)
@@ -242,13 +245,15 @@ class PruningCallback(SparseFinetuning):
                 "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
                 trainer.global_step,
                 self.schedule.end,
-                100 * sparsity_now(causal_lm(pl_module), self.report, self.layers),
+                100 * sparsity_now(find_language_model(pl_module), self.report, self.layers),
                 100 * self.pattern.sparsity,
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the sparsity of the linears that were pruned, 0 before that."""
-        pl_module.log("sparsity", sparsity_now(causal_lm(pl_module), self.report, self.layers), sync_dist=True)
+        pl_module.log(
+            "sparsity", sparsity_now(find_language_model(pl_module), self.report, self.layers), sync_dist=True
+        )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the metrics of ``trainer.validate`` into the report, under the stage that the weights are in."""

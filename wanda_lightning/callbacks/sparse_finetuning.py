@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
-from wanda_lightning.decoder import causal_lm, decoder_layers
-from wanda_lightning.masks import WeightMasks
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.training.masks import WeightMasks
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class SparseFinetuning(Callback):
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
-        layers = decoder_layers(causal_lm(pl_module), targets=["*"], layers=self.layers)
+        layers = decoder_layers(find_language_model(pl_module), targets=["*"], layers=self.layers)
         self._masks = WeightMasks({name: weight for layer in layers for name, weight in layer.weights.items()})
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):

@@ -8,11 +8,11 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks.pruning import PruningCallback
-from wanda_lightning.decoder import causal_lm
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
-from wanda_lightning.writing import write_text
+from wanda_lightning.model.language_model import find_language_model
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class ZeroShotEvaluation(Callback):
         assert self._loaded is not None
         with trainer.precision_plugin.forward_context():
             self.result = evaluate_zero_shot(
-                causal_lm(pl_module),
+                find_language_model(pl_module),
                 _tokenizer(trainer, pl_module),
                 self._loaded,
                 progress=trainer.progress_bar_callback is not None,
@@ -134,7 +134,7 @@ def _stage(trainer: Trainer, pl_module: LightningModule, pruning: PruningCallbac
 def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
     tokenizer = getattr(pl_module, "tokenizer", None) or getattr(_datamodule(trainer), "tokenizer", None)
     if isinstance(tokenizer, str):
-        from wanda_lightning.loading import load_tokenizer
+        from wanda_lightning.checkpoints.loading import load_tokenizer
 
         return load_tokenizer(tokenizer)
     if tokenizer is None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
 from wanda_lightning.data.sources import Source, Split, open_source
 from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
-from wanda_lightning.loading import load_tokenizer
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 

@@ -6,7 +6,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, distributed
 
-from wanda_lightning.quiet import quiet
+from wanda_lightning.checkpoints.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.evaluation import continuation
-from wanda_lightning.quiet import quiet
 
 DEFAULT_TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 WITHOUT_HUB = f'without a hub: tasks: ["{continuation.NAME}"], or task YAMLs with local data files by include_path'

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+from helpers import tiny_llama
+
+from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
+from wanda_lightning.checkpoints.saving import save_pretrained
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import Wanda
+from wanda_lightning.sparsity import Unstructured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_saved_model_gives_the_same_logits(batches, tokenizer, tmp_path, dtype, tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    for parameter in model.parameters():  # not model.to(): rotary frequencies stay float32, as from_pretrained has them
+        parameter.data = parameter.data.to(dtype)
+    prune_model(model, batches, Wanda(), Unstructured(0.5))
+    folder = save_pretrained(model, tokenizer, tmp_path / "results" / "model")
+    loaded = load_model(str(folder))
+    assert loaded.dtype == dtype
+    with torch.no_grad():
+        assert torch.equal(loaded(batches[0]).logits, model(batches[0]).logits)
+    assert load_tokenizer(str(folder))("some text").input_ids == tokenizer("some text").input_ids
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert "sparsity_config" not in config
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
+    assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_an_older_model_is_replaced_whole(tmp_path, llama):
+    save_pretrained(tiny_llama(layers=1), None, tmp_path / "model")
+    save_pretrained(llama, None, tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).config.num_hidden_layers == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_older_model(tmp_path, llama, monkeypatch):
+    save_pretrained(tiny_llama(layers=1), None, tmp_path / "model")
+
+    def full(folder, **_):
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(llama, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(llama, None, tmp_path / "model")
+    assert load_model(str(tmp_path / "model")).config.num_hidden_layers == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_does_not_read_back_is_an_error(tmp_path, llama, monkeypatch):
+    other = tiny_llama(seed=7)
+    monkeypatch.setattr(llama, "save_pretrained", other.save_pretrained)
+    with pytest.raises(RuntimeError, match="does not load as it was"):
+        save_pretrained(llama, None, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_models_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="no such GGUF file"):
+        load_model(str(tmp_path / "model.gguf"))
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'nobody/nothing'.*could not be had from the hub"):
+        load_tokenizer("nobody/nothing")

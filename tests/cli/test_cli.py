@@ -1,0 +1,331 @@
+"""The command line as users run it."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import wanda_lightning
+from wanda_lightning.__main__ import main
+from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.messages import explained, shortened
+
+RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
+
+
+@pytest.fixture
+def wanda_lightning_command(monkeypatch, tmp_path):
+    """Run the command in this process (importing Lightning takes seconds), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["wanda-lightning", *map(str, arguments)])
+        stdout, stderr = io.StringIO(), io.StringIO()
+        code = 0
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+                if isinstance(code, str):  # sys.exit(message) prints it and exits with 1
+                    print(code, file=stderr)
+                    code = 1
+        return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+    return command
+
+
+def test_the_module_runs_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "-c", "wanda", "--data.nothing", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Option 'nothing' is not accepted" in done.stderr
+    assert "run: wanda-lightning prune --help" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_prune_and_finetune(small, tmp_path):
+    """Started by Lightning's own launcher, each with the command line of the first."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    command = [sys.executable, "-m", "wanda_lightning", "fit", "-c", "wanda_finetune", *small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Results are in") == 1
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    assert [stage["sparsity"] for stage in report["evaluations"].values()] == [0.0, 0.5, 0.5]
+    assert (tmp_path / "results/model/model.safetensors").exists()
+
+
+@pytest.fixture
+def small(tiny_model_folder, tmp_path) -> list[str]:
+    """Options that make the recipe run on the tiny model."""
+    return [
+        f"--model.pretrained={tiny_model_folder}",
+        "--data.num_samples=4",
+        "--data.sequence_length=16",
+        "--data.max_evaluation_windows=2",
+        f"--trainer.default_root_dir={tmp_path / 'results'}",
+    ]
+
+
+def test_prune_twice_into_the_same_folder(wanda_lightning_command, small, tmp_path):
+    for _ in range(2):
+        done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+        assert done.returncode == 0, done.stderr
+    assert "val/perplexity" in done.stdout
+    assert f"Results are in {tmp_path / 'results'}" in done.stdout
+    written = sorted(p.name for p in (tmp_path / "results").iterdir())
+    assert written == ["config.yaml", "model", "pruning.json", "pruning.md", "report.html"]
+    # The configuration beside the results gives the same results.
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    config = tmp_path / "config.yaml"
+    (tmp_path / "results/config.yaml").rename(config)
+    again = wanda_lightning_command("prune", "-c", config, f"--trainer.default_root_dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    repeated = json.loads((tmp_path / "again/pruning.json").read_text())
+    assert repeated["evaluations"] == report["evaluations"]
+
+
+def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "results/pruning.json").read_text())
+    model = f"--model.pretrained={tmp_path / 'results/model'}"
+    done = wanda_lightning_command("validate", model, "--trainer.logger=false", *small[2:4])
+    assert done.returncode == 0, done.stderr
+    shown = next(line for line in done.stdout.splitlines() if "val/perplexity" in line)
+    assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
+
+
+@pytest.mark.parametrize("recipe", ["distill", "wanda_lora"])
+def test_a_resumed_run_keeps_its_settings_and_ends_the_same(wanda_lightning_command, small, tmp_path, recipe):
+    """The checkpoint holds few of them: neither the teacher nor the adapters, and no learning rate."""
+
+    def fit(folder, *more):
+        saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+        saving += ["--trainer.callbacks.every_n_train_steps=3", "--trainer.callbacks.save_top_k=-1"]
+        options = [*small[:4], f"--trainer.default_root_dir={folder}", *saving, "--trainer.max_steps=4", *more]
+        dropout = ["--model.lora.dropout=0"] if recipe == "wanda_lora" else []  # no checkpoint holds the random state
+        done = wanda_lightning_command("fit", "-c", RECIPE.with_name(f"{recipe}.yaml"), *options, *dropout)
+        assert done.returncode == 0, done.stderr
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        return config["model"], (folder / "model/model.safetensors").read_bytes()
+
+    whole = fit(tmp_path / "whole")
+    (checkpoint,) = (tmp_path / "whole").rglob("*step=3.ckpt")
+    assert fit(tmp_path / "resumed", f"--ckpt_path={checkpoint}") == whole
+
+
+def test_print_config(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--print_config")
+    assert done.returncode == 0
+    config = yaml.safe_load(done.stdout)
+    assert config["trainer"]["callbacks"][0]["class_path"] == "wanda_lightning.WandaPruning"
+    assert config["data"]["init_args"]["num_samples"] == 4
+
+
+def test_short_names_on_the_command_line(wanda_lightning_command, small, tmp_path):
+    added = ["--trainer.callbacks+=WandaPruning", "--trainer.callbacks.pattern=1:4"]
+    dense = tmp_path / "dense.yaml"
+    dense.write_text("trainer: {logger: false}\nmodel: {class_path: CausalLM}\ndata: {class_path: TextDataModule}\n")
+    done = wanda_lightning_command("prune", "-c", dense, *small, *added)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results/pruning.json").read_text())["sparsity"] == 0.75
+
+
+def edited(tmp_path, old: str, new: str) -> Path:
+    text = RECIPE.read_text()
+    assert old in text
+    (tmp_path / "edited.yaml").write_text(text.replace(old, new))
+    return tmp_path / "edited.yaml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("sparsity: 0.5", "pattern: 2:4", 'write pattern: "2:4"'),
+        ("sparsity: 0.5", "sparsty: 0.5", "Option 'sparsty' is not accepted"),
+        ("sparsity: 0.5", "sparsity: half", "Given value: half"),
+        ("sparsity: 0.5", "sparsity: 1.5", "sparsity must be a number in [0, 1), got 1.5"),
+        ("source: builtin", "source: missing.txt", "the file 'missing.txt' does not exist"),
+        ("num_samples: 128", "num_samples: 0", "num_samples must be"),
+        ("class_path: WandaPruning", "class_path: WandaPrunin", "WandaPrunin"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, small, tmp_path, old, new, message):
+    arguments = [option for option in small if "num_samples" not in option]
+    done = wanda_lightning_command("prune", "-c", edited(tmp_path, old, new), *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 8
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune"], "no model was given: add --model.pretrained MODEL"),
+        (["prune", "-c", RECIPE], "no model was given: add --model.pretrained MODEL"),
+        (["prune", "-c", RECIPE, "--data.num_sample=3"], "what is accepted: --data.help TextDataModule"),
+        (["prune", "-c", RECIPE, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
+    ],
+)
+def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, message):
+    done = wanda_lightning_command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 8
+
+
+def test_a_missing_model_says_what_was_tried(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=nobody/nothing")
+    assert done.returncode == 1
+    assert "cannot load the tokenizer of 'nobody/nothing'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_windows_longer_than_the_model_are_refused_before_pruning(wanda_lightning_command, small, tmp_path):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--data.sequence_length=129")
+    assert done.returncode == 1
+    assert "sequence_length must be at most 128" in done.stderr
+    assert not (tmp_path / "results/pruning.json").exists()
+
+
+def test_help_and_version(wanda_lightning_command):
+    assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
+    done = wanda_lightning_command("prune", "--help")
+    assert done.returncode == 0
+    assert "--data.source" in wanda_lightning_command("prune", "--data.help=TextDataModule").stdout
+    assert "sparsity" in wanda_lightning_command("prune", "--trainer.callbacks.help=WandaPruning").stdout
+
+
+def test_other_messages_are_not_shortened():
+    assert shortened("sparsity must be\n  Given value: 3") == "sparsity must be\n  Given value: 3"
+
+
+def test_a_saved_model_is_inspected_shipped_and_restored(wanda_lightning_command, tiny_model_folder, tmp_path):
+    assert wanda_lightning_command("compress", tiny_model_folder, "small").returncode == 0
+    assert wanda_lightning_command("decompress", "small", "again").returncode == 0
+    done = wanda_lightning_command("inspect", "again")
+    assert done.returncode == 0
+    assert "Loads with transformers" in done.stdout
+    done = wanda_lightning_command("compress", "nowhere", "small")
+    assert done.returncode == 1
+    assert "error: no such folder: nowhere" in done.stderr
+    (tmp_path / "again/model.safetensors").write_bytes(b"not this")
+    done = wanda_lightning_command("inspect", "again")
+    assert done.returncode == 1
+    assert "model.safetensors is cut off, or no safetensors file" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_starts_with_a_sentence_and_an_example(wanda_lightning_command, name):
+    done = wanda_lightning_command(name, "--help")
+    assert done.returncode == 0
+    usage, purpose, example, *_ = done.stdout.split("\n\n")
+    assert usage.startswith(f"usage: wanda-lightning {name} ")
+    assert purpose == COMMANDS[name].purpose
+    assert example.startswith(f"  wanda-lightning {name} ")
+    assert COMMANDS[name].purpose in wanda_lightning_command("--help").stdout
+
+
+def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_option(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--trainer.callbacks.sparsity=half")
+    assert "Expected a float" in done.stderr
+    assert "Given value: half" in done.stderr
+    assert "not accepted" not in done.stderr
+
+
+def test_a_command_that_is_not_there(wanda_lightning_command):
+    done = wanda_lightning_command("prun")
+    assert done.returncode == 1
+    assert "there is no command 'prun', it is one of prune, fit," in done.stderr
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=./no/such")
+    assert "error: there is no folder './no/such'" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--trainer.accelerator=gpu")
+    assert done.returncode == 1
+    assert "error: no GPU was found" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_without_a_pruning_callback(wanda_lightning_command, small):
+    done = wanda_lightning_command("prune", *small, "--trainer.logger=false")
+    assert done.returncode == 1
+    assert "-c wanda" in done.stderr
+
+
+def raised_by(function) -> Exception:
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def on_a_full_disk():
+    with open("/dev/full", "w") as file:
+        file.write("a")
+
+
+def test_too_little_memory_says_what_takes_less():
+    on_a_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    for error in (on_a_gpu, raised_by(lambda: torch.empty(10**15))):
+        message = explained(error)
+        assert message.startswith("out of memory: ")
+        assert "--data.calibration_batch_size 1" in message
+        assert "GPU 0" not in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_says_so():
+    from_safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (from_safetensors, raised_by(on_a_full_disk)):
+        assert explained(error).startswith("no space is left on the disk")
+
+
+def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", lambda: None)
+    with pytest.raises(TypeError):
+        wanda_lightning_command("prune", "-c", RECIPE, *small)
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """A pruning in which somebody presses Ctrl-C."""
+
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", pressed)
+    monkeypatch.setattr("wanda_lightning.cli.recipes.main", pressed)
+    yield
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
+
+
+def test_ctrl_c_before_a_layer_is_finished_leaves_nothing(wanda_lightning_command, small, tmp_path, ctrl_c):
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small)
+    assert done.returncode == 1  # Lightning's
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"config.yaml"}
+
+
+def test_ctrl_c_outside_of_lightning(wanda_lightning_command, ctrl_c):
+    done = wanda_lightning_command("recipes")
+    assert done.returncode == 130
+    assert done.stderr == ""

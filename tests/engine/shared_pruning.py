@@ -1,0 +1,76 @@
+"""Prune with every method, with the calibration batches shared by several processes. Run by test_processes.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+from helpers import tiny_llama, tiny_mixtral, token_batches
+from torch import distributed, multiprocessing
+
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
+from wanda_lightning.sparsity import SemiStructured, Unstructured
+
+METHODS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "variant": Wanda(variant=True),
+    "sparsegpt": SparseGPT(block_size=16),
+    **{f"{a}-{b}": Ablate(a, b, block_size=16) for a in ("wanda", "magnitude") for b in ("sequential", "iterative")},
+}
+RUNS = {
+    **{name: (method, Unstructured(0.5)) for name, method in METHODS.items()},
+    **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
+}
+BATCHES = token_batches(batches=4, batch_size=2, length=32)
+
+
+MODELS = {"llama": tiny_llama, "mixtral": tiny_mixtral}
+
+
+def prune(processes: Processes, model: str, name: str, folder: Path | None = None):
+    net = MODELS[model]()
+    method, pattern = RUNS[name]
+    journal = Journal(folder / f"{model} {name}") if folder else None
+    batches = BATCHES[processes.rank :: processes.size]
+    report = prune_model(net, batches, method, pattern, processes=processes, journal=journal)
+    return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
+
+
+def refused(processes: Processes) -> str:
+    """One process has no batch, or one with NaN in its hidden states: what do all say?"""
+    said = []
+    try:
+        prune_model(tiny_llama(), [] if processes.rank else BATCHES, Wanda(), Unstructured(0.5), processes=processes)
+    except ValueError as error:
+        said.append(str(error))
+    model = tiny_llama()
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    batches = [batch.masked_fill(batch == 7, 8) for batch in BATCHES]
+    if processes.rank == processes.size - 1:
+        batches[0][1, 0] = 7
+    try:
+        prune_model(model, batches, Wanda(), Unstructured(0.5), processes=processes)
+    except ValueError as error:
+        said.append(str(error))
+    return " | ".join(said)
+
+
+def run(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    processes = Processes()
+    found = {(model, name): prune(processes, model, name) for model in MODELS for name in RUNS}
+    # The second time every layer comes out of the journal, which only the first process reads.
+    first = prune(processes, "mixtral", "sparsegpt", Path(folder))
+    found["recorded"] = first
+    found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
+    found["refused"] = refused(processes)
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    multiprocessing.spawn(run, (int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))

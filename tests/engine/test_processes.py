@@ -1,0 +1,82 @@
+"""Several processes with a part of the calibration set each end with the model that one process makes of all of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import shared_pruning
+import torch
+
+from wanda_lightning.engine.processes import Processes, _balanced
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def of_many(request, tmp_path_factory):
+    """What every rank found."""
+    folder = tmp_path_factory.mktemp("processes")
+    subprocess.run(
+        [sys.executable, shared_pruning.__file__, str(request.param), str(folder)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parents[2]}"},
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def of_one():
+    """What one process makes of all batches."""
+    runs = [(model, name) for model in shared_pruning.MODELS for name in shared_pruning.RUNS]
+    return {run: shared_pruning.prune(Processes.alone(), *run) for run in runs}
+
+
+def test_all_processes_end_with_the_same_bytes(of_many):
+    first, *others = of_many
+    for other in others:
+        for run in first.keys() - {"refused"}:
+            weights, rows = first[run]
+            assert all(torch.equal(other[run][0][name], weight) for name, weight in weights.items()), run
+            assert other[run][1] == rows
+
+
+def test_many_processes_give_what_one_gives(of_many, of_one):
+    for run, (weights, rows) in of_one.items():
+        found_weights, found_rows = of_many[0][run]
+        assert [row[:3] for row in found_rows] == [row[:3] for row in rows], run
+        for name, weight in weights.items():
+            # A sum in another order may break a tie the other way.
+            assert ((found_weights[name] != 0) == (weight != 0)).float().mean() > 0.999, (run, name)
+            kept = (found_weights[name] != 0) & (weight != 0)
+            torch.testing.assert_close(found_weights[name][kept], weight[kept], rtol=1e-5, atol=1e-5, msg=str(run))
+
+
+def test_a_recorded_layer_is_restored_in_all_processes(of_many):
+    for found in of_many:
+        (recorded, rows), (restored, again) = found["recorded"], found["restored"]
+        assert all(torch.equal(restored[name], weight) for name, weight in recorded.items())
+        assert again == rows
+
+
+def test_what_one_process_refuses_all_refuse(of_many):
+    for found in of_many:
+        assert "the calibration set is empty" in found["refused"]
+        assert "model.layers.0.self_attn.q_proj are NaN or infinite" in found["refused"]
+
+
+def test_work_is_balanced():
+    assert _balanced([1, 8, 2, 2, 3], 2) == [1, 0, 1, 1, 1]
+    assert _balanced([5.0], 4) == [0]
+
+
+def test_the_process_group_is_left_in_the_end(tmp_path):
+    """Else the process that holds gloo's store now and then aborts, after everything is done."""
+    code = f"""if True:
+        import atexit
+        from torch import distributed
+        atexit.register(lambda: print("still in it:", distributed.is_initialized()))
+        import wanda_lightning
+        distributed.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
+    """
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout == "still in it: False\n"

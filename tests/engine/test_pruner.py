@@ -1,0 +1,261 @@
+import math
+
+import pytest
+import torch
+from helpers import tiny_llama, token_batches
+
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.solvers import factor
+from wanda_lightning.sparsity import SemiStructured, Unstructured
+from wanda_lightning.statistics import InputHessian
+
+UNSTRUCTURED = [Unstructured(0.5), Unstructured(0.3)]
+PATTERNS = [*UNSTRUCTURED, SemiStructured(2, 4), SemiStructured(1, 4), SemiStructured(4, 8)]
+RUNS = [(method, pattern) for method in (Magnitude(), Wanda()) for pattern in PATTERNS]
+RUNS += [(Wanda(variant=True), pattern) for pattern in UNSTRUCTURED]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def prune_the_plain_way(model, batches, sparsity):
+    """Wanda without any of our machinery: full forwards of the whole model, one hook, one linear after another."""
+    for layer in decoder_layers(model):
+        norms = {}
+        for linear in layer.linears:
+            inputs = []
+            hook = linear.module.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0].double()))
+            with torch.no_grad():
+                for batch in batches:
+                    model(batch)
+            hook.remove()
+            norms[linear.name] = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).norm(dim=0)
+        for linear in layer.linears:
+            score = linear.weight_OI.double().abs() * norms[linear.name]
+            for row, scores in enumerate(score):
+                lowest = scores.argsort()[: math.floor(sparsity * len(scores))]
+                linear.weight_OI[row, lowest] = 0
+
+
+def test_equals_wanda_done_the_plain_way(batches):
+    ours, plain = tiny_llama(), tiny_llama()
+    prune_model(ours, batches, Wanda(), Unstructured(0.5))
+    prune_the_plain_way(plain, batches, 0.5)
+    for (name, a), (_, b) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("method", "pattern"), RUNS, ids=str)
+def test_every_linear_reaches_the_target(llama, batches, method, pattern):
+    before = weights(llama)
+    report = prune_model(llama, batches, method, pattern)
+    assert len(report.linears) == 21
+    for row in report.linears:
+        weight = llama.get_parameter(f"{row.name}.weight")
+        zeros = (weight == 0).sum().item()
+        assert row.sparsity == zeros / weight.numel()
+        assert abs(row.sparsity - pattern.sparsity) <= 1 / weight.shape[1]
+        kept = weight != 0
+        assert torch.equal(weight[kept], before[f"{row.name}.weight"][kept])
+        if isinstance(pattern, SemiStructured):
+            assert (kept.view(-1, pattern.m).sum(1) == pattern.n).all()
+    untouched = before.keys() - {f"{row.name}.weight" for row in report.linears}
+    assert all(torch.equal(llama.get_parameter(name), before[name]) for name in untouched)
+
+
+def test_sparsity_zero_changes_nothing(llama, batches):
+    before = weights(llama)
+    report = prune_model(llama, batches, Wanda(), Unstructured(0))
+    assert report.sparsity == 0
+    assert all(torch.equal(llama.get_parameter(name), weight) for name, weight in before.items())
+
+
+def test_same_inputs_give_the_same_bytes(batches):
+    first, second = tiny_llama(), tiny_llama()
+    for model in (first, second):
+        prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+
+
+def test_batch_size_does_not_matter():
+    (batch,) = token_batches(1, batch_size=8)
+    one, many = tiny_llama(), tiny_llama()
+    prune_model(one, batch.split(1), Wanda(), Unstructured(0.5))
+    prune_model(many, [batch], Wanda(), Unstructured(0.5))
+    differ = sum((a != b).sum().item() for a, b in zip(one.parameters(), many.parameters(), strict=True))
+    assert differ <= 4  # rounding may swap a pair of near-equal scores
+
+
+def test_only_targets_are_pruned(llama, batches):
+    before = weights(llama)
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5), targets=["*.mlp.*"], ignore=["layers.1.*"])
+    expected = {f"model.layers.{i}.mlp.{n}_proj" for i in (0, 2) for n in ("gate", "up", "down")}
+    assert {row.name for row in report.linears} == expected
+    assert (
+        report.not_pruned.keys()
+        == {linear.name for layer in decoder_layers(llama) for linear in layer.linears} - expected
+    )
+    for name, weight in before.items():
+        assert torch.equal(llama.get_parameter(name), weight) == (name.removesuffix(".weight") not in expected)
+
+
+def test_the_model_is_left_as_found(llama, batches):
+    llama.train()
+    llama.model.layers[1].eval()
+    modes = [module.training for module in llama.modules()]
+    hooks = [len(module._forward_pre_hooks) for module in llama.modules()]
+    storage = [parameter.data_ptr() for parameter in llama.parameters()]
+    random = torch.get_rng_state()
+    cache = llama.config.use_cache
+    prune_model(llama, batches, Wanda(), Unstructured(0.5))
+    assert [module.training for module in llama.modules()] == modes
+    assert [len(module._forward_pre_hooks) for module in llama.modules()] == hooks
+    assert [parameter.data_ptr() for parameter in llama.parameters()] == storage
+    assert all(parameter.requires_grad for parameter in llama.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert llama.config.use_cache == cache
+
+
+def test_pruning_under_inference_mode_leaves_a_model_that_trains(llama, batches):
+    with torch.inference_mode():
+        prune_model(llama, batches, Wanda(), Unstructured(0.5))
+    llama(batches[0], labels=batches[0]).loss.backward()
+
+
+def test_half_precision(batches):
+    model = tiny_llama().bfloat16()
+    report = prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert {row.sparsity for row in report.linears} == {0.5}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration": None}, "needs calibration batches, got None"),
+        ({"calibration": []}, "the calibration set is empty"),
+        ({"calibration": token_batches(length=129)}, "129 tokens, the model takes at most 128"),
+        ({"targets": ["nothing"]}, "'nothing' matches no linear"),
+        ({"targets": ["q_proj"], "ignore": ["*_proj"]}, "nothing is left to prune"),
+        ({"pattern": SemiStructured(3, 7)}, "32 input features.*groups of 7"),
+        ({"pattern": SemiStructured(2, 4), "method": Wanda(variant=True)}, "variant prunes unstructured"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_weight_changes(llama, batches, arguments, message):
+    before = weights(llama)
+    arguments = {"calibration": batches, "method": Wanda(), "pattern": Unstructured(0.5)} | arguments
+    with pytest.raises(ValueError, match=message):
+        prune_model(llama, **arguments)
+    assert all(torch.equal(llama.get_parameter(name), weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_numbers_are_refused(llama, batches, value):
+    with torch.no_grad():
+        llama.model.layers[2].mlp.up_proj.weight[3, 4] = value
+    before = weights(llama)
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.mlp\.up_proj has NaN or infinite weights"):
+        prune_model(llama, batches, Wanda(), Unstructured(0.5))
+    assert all(torch.equal(a.nan_to_num(), before[n].nan_to_num()) for n, a in llama.named_parameters())
+
+
+@torch.no_grad()
+def output_errors(dense, pruned, batches):
+    """||(W - W') X||^2 / ||W X||^2 of the linears of layer 0 in float64, from the dense model's own forward."""
+    inputs = {linear.name: [] for linear in decoder_layers(dense)[0].linears}
+    for name, seen in inputs.items():
+        dense.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].double()))
+    for batch in batches:
+        dense(batch)
+    errors, estimates = {}, {}
+    for name, seen in inputs.items():
+        x_TI = torch.cat([x.flatten(0, 1) for x in seen])
+        weight_OI, left_OI = (model.get_submodule(name).weight.double() for model in (dense, pruned))
+        errors[name] = (
+            (x_TI @ (weight_OI - left_OI).t()).square().sum() / (x_TI @ weight_OI.t()).square().sum()
+        ).item()
+        scale_I = x_TI.square().sum(0)
+        estimates[name] = (
+            ((weight_OI - left_OI).square() @ scale_I).sum() / (weight_OI.square() @ scale_I).sum()
+        ).item()
+    return errors, estimates
+
+
+@pytest.mark.parametrize(
+    "method", [Magnitude(), Wanda(), SparseGPT(), Ablate()], ids=lambda method: type(method).__name__
+)
+@pytest.mark.parametrize("exact_error", [False, True])
+def test_the_reports_reconstruction_errors(llama, batches, method, exact_error):
+    report = prune_model(llama, batches, method, Unstructured(0.5), targets=["layers.0.*"], exact_error=exact_error)
+    errors, estimates = output_errors(tiny_llama(), llama, batches)
+    exact = exact_error or method.statistic is InputHessian
+    assert [row.name for row in report.linears] == list(errors)
+    for row in report.linears:
+        if isinstance(method, Magnitude) and not exact_error:
+            assert row.error is None
+        else:
+            assert row.error == pytest.approx((errors if exact else estimates)[row.name], rel=1e-4)
+            assert row.error_is_exact == exact
+    if not isinstance(method, Magnitude) or exact_error:
+        assert any(abs(errors[name] - estimates[name]) > 0.01 * errors[name] for name in errors)
+
+
+def test_exact_errors_change_no_mask(batches):
+    plain, exact = tiny_llama(), tiny_llama()
+    prune_model(plain, batches, Wanda(), Unstructured(0.5))
+    prune_model(exact, batches, Wanda(), Unstructured(0.5), exact_error=True)
+    assert all(map(torch.equal, plain.parameters(), exact.parameters()))
+
+
+def test_raised_damping_is_in_the_report_and_a_hopeless_factor_names_its_linear(batches, monkeypatch):
+    reverse_cholesky, failures = factor._reverse_cholesky, iter([True])
+
+    def fails_once(*arguments):
+        return None if next(failures, False) else reverse_cholesky(*arguments)
+
+    monkeypatch.setattr(factor, "_reverse_cholesky", fails_once)
+    report = prune_model(tiny_llama(), batches, SparseGPT(), Unstructured(0.5))
+    assert [row.damping for row in report.linears] == pytest.approx([0.1] * 3 + [0.01] * 18)  # q, k, v share a factor
+    monkeypatch.setattr(factor, "_reverse_cholesky", lambda *_: None)
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be pruned: .*damping up to 1 "):
+        prune_model(model, batches, SparseGPT(), Unstructured(0.5))
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_infinite_activations_are_refused(llama, batches, method, layer):
+    with torch.no_grad():
+        llama.model.layers[layer].input_layernorm.weight.fill_(torch.inf)
+    before = weights(llama)
+    with pytest.raises(ValueError, match=rf"the activations of model\.layers\.{layer} are NaN or infinite"):
+        prune_model(llama, batches, method, Unstructured(0.5))
+    assert all(torch.equal(llama.get_parameter(name), weight) for name, weight in before.items())
+
+
+def test_magnitude_needs_no_calibration(llama):
+    assert prune_model(llama, None, Magnitude(), Unstructured(0.5)).sparsity == 0.5
+
+
+def test_tied_embeddings_stay_dense(batches):
+    model = tiny_llama(tie_word_embeddings=True)
+    prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (model.lm_head.weight != 0).all()
+
+
+def test_progress_sees_every_layer(llama, batches):
+    seen = []
+
+    def progress(layers, total):
+        for layer in layers:
+            seen.append(total)
+            yield layer
+
+    prune_model(llama, batches, Wanda(), Unstructured(0.5), progress=progress)
+    assert seen == [3, 3, 3]

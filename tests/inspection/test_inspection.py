@@ -1,0 +1,91 @@
+import pytest
+import torch
+from helpers import tiny_llama, token_batches
+from rich.console import Console
+
+from wanda_lightning.calibration.walk import walk
+from wanda_lightning.inspection.inspect_model import inspect_model
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.statistics import InputNorm
+
+
+@pytest.fixture
+def config_only(tmp_path):
+    """A folder with a config and no weights."""
+    tiny_llama(layers=4).config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_lists_what_pruning_would_touch(config_only):
+    inspection = inspect_model(config_only)
+    model = tiny_llama(layers=4)
+    linears = [linear for layer in decoder_layers(model) for linear in layer.linears]
+    assert sum(kind.count for kind in inspection.kinds) == len(linears) == 28
+    assert {kind.name: kind.shape for kind in inspection.kinds} == {
+        linear.name.removeprefix("model.layers.0."): tuple(linear.weight_OI.shape) for linear in linears[:7]
+    }
+    assert inspection.layers == [f"model.layers.{i}" for i in range(4)]
+    assert inspection.coverage == 1.0
+    assert inspection.parameters == model.num_parameters()
+
+
+def test_groups_are_those_of_the_walk(config_only):
+    model = tiny_llama(layers=4)
+    with torch.no_grad():
+        statistics = next(iter(walk(model, decoder_layers(model), token_batches()))).collect(InputNorm)
+    groups = {kind.name: kind.input_group for kind in inspect_model(config_only).kinds}
+    for a, first in statistics.items():
+        for b, second in statistics.items():
+            same = groups[a.removeprefix("model.layers.0.")] == groups[b.removeprefix("model.layers.0.")]
+            assert same == (first is second)
+
+
+def test_memory(config_only):
+    memory = inspect_model(config_only, num_samples=10, sequence_length=100, dtype="bfloat16").memory
+    model = tiny_llama(layers=4)
+    assert memory["weights of the model"] == 2 * model.num_parameters()
+    assert memory["weights of its largest layer"] == 2 * sum(p.numel() for p in model.model.layers[0].parameters())
+    assert memory["calibration activations"] == 2 * 10 * 100 * 32
+    # Four inputs in a layer, three of width 32 and one of 64; the factor and its scratch are of the widest.
+    assert memory["second-order methods, besides"] == 4 * (3 * 32**2 + 64**2 + 2 * 64**2)
+
+
+def test_streaming_spares_all_layers_but_one(config_only):
+    memory = inspect_model(config_only, dtype="bfloat16").memory
+    layer = 2 * sum(p.numel() for p in tiny_llama().model.layers[0].parameters())
+    assert memory["Wanda in all, in memory"] - memory["Wanda in all, streamed"] == 3 * layer
+    # The widest Hessian alone is as large as the layer that it belongs to; then the others wait for another pass.
+    assert layer < 4 * (3 * 32**2 + 64**2)
+    others = 4 * (3 * 32**2 + 64**2) - max(layer, 4 * 64**2)
+    assert memory["SparseGPT in all, in memory"] - memory["SparseGPT in all, streamed"] == 3 * layer + others
+
+
+def test_experts_see_a_share_of_the_tokens(tmp_path):
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=8, num_experts_per_tok=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    inspection = inspect_model(str(tmp_path))
+    experts = {kind.name: kind for kind in inspection.kinds if "experts" in kind.name}
+    assert {name: kind.count for name, kind in experts.items()} == {
+        "mlp.experts.gate_up_proj.*": 2 * 8,
+        "mlp.experts.down_proj.*": 2 * 8,
+    }
+    assert {kind.tokens for kind in experts.values()} == {2 / 8}
+    assert inspection.coverage > 0.95
+
+
+def test_the_table_reads_well(config_only):
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(inspect_model(config_only).to_table())
+    text = console.export_text()
+    assert "4 decoder layers (model.layers.0 to model.layers.3)" in text
+    assert "mlp.down_proj" in text
+    assert "100.00% of the matrix weights" in text
+
+
+def test_a_missing_model_is_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        inspect_model(str(tmp_path))

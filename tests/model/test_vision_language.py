@@ -1,0 +1,91 @@
+"""Models that see images too are loaded whole; their language decoder is pruned, on text."""
+
+import pytest
+import torch
+from sizes import LAYER_TYPES, LINEAR_ATTENTION, SIZE, VOCABULARY
+
+from wanda_lightning.checkpoints.loading import load_model, load_streamed
+from wanda_lightning.checkpoints.saving import save_pretrained
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.inspection.inspect_model import inspect_model
+from wanda_lightning.methods import Wanda
+from wanda_lightning.model.offload import stored_parameters
+from wanda_lightning.sparsity import SemiStructured
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+# What transformers calls them, and the configs of their two parts. To AutoModelForCausalLM the first is unknown, the
+# second is what it is here, and of the third it would load the language model alone.
+MODELS = {
+    "Mistral3": ({"model_type": "mistral", **SIZE}, {"model_type": "pixtral", **TOWER}),
+    "Gemma3": ({**SIZE, **LAYER_TYPES}, TOWER),
+    "Qwen3_5": (
+        {**SIZE, **LINEAR_ATTENTION},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def saved(request, tmp_path):
+    """A tiny model of each kind, and its folder."""
+    import transformers
+
+    text, vision = MODELS[request.param]
+    config = getattr(transformers, f"{request.param}Config")(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(config).eval()
+    save_pretrained(model, None, tmp_path / "dense")
+    return model, tmp_path / "dense"
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randint(3, VOCABULARY, (2, 2, 12), generator=torch.Generator().manual_seed(1)))
+
+
+def test_the_language_decoder_is_pruned_and_nothing_else(saved, batches, tmp_path):
+    dense, folder = saved
+    model = load_model(str(folder))
+    assert type(model) is type(dense)
+    report = prune_model(model, batches, Wanda(), SemiStructured(2, 4))
+    pruned = {f"{row.name}.weight" for row in report.linears}
+    assert len(pruned) > 12
+    before = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        zeros = (parameter == 0).sum() * 2 == parameter.numel()
+        assert zeros if name in pruned else torch.equal(parameter, before[name]), name
+    save_pretrained(model, None, tmp_path / "pruned")
+    with torch.no_grad():
+        reloaded = load_model(str(tmp_path / "pruned"))
+        assert torch.equal(reloaded(batches[0]).logits, model(batches[0]).logits)
+    weights = inspect_model(str(tmp_path / "pruned")).weights
+    assert len(weights.linears) == len(pruned)
+    assert (weights.sparsity, weights.pattern, weights.exceptions) == (0.5, "2:4", [])
+    assert weights.check.loads_whole
+
+
+def test_streamed_it_is_the_same(saved, batches, tmp_path):
+    whole, folder = saved
+    streamed = load_streamed(str(folder))
+    for model in (whole, streamed):
+        prune_model(model, batches, Wanda(), SemiStructured(2, 4), journal=Journal(tmp_path / f"{model is whole}"))
+    after = dict(stored_parameters(streamed))
+    assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
+
+
+def test_a_model_without_a_decoder_is_refused(tmp_path):
+    from transformers import ViTConfig
+
+    ViTConfig().save_pretrained(tmp_path)
+    for load in (load_model, load_streamed, inspect_model):
+        with pytest.raises(ValueError, match="a model of type 'vit' is no causal language model"):
+            load(str(tmp_path))

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.engine.measured_sparsity import measure_whole_model
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import Wanda
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.sparsity import Unstructured
+
+
+@pytest.fixture
+def report(llama, batches) -> PruningReport:
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5), ignore=["down_proj"])
+    report.evaluations = {"dense": {"val/perplexity": 12.345}, "pruned": {"val/perplexity": 23.456, "sparsity": 0.5}}
+    return report
+
+
+def test_json_holds_everything_and_reads_back(report, tmp_path):
+    report.save(tmp_path)
+    plain = json.loads((tmp_path / "pruning.json").read_text())
+    assert plain["method"] == "Wanda(variant=False)"
+    assert plain["sparsity"] == 0.5
+    assert plain["linears"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    assert plain["linears"][0]["tokens"] == 128
+    assert plain["evaluations"]["pruned"]["val/perplexity"] == 23.456
+    assert plain["environment"]["torch"] == torch.__version__.partition("+")[0] or plain["environment"]["torch"]
+    assert PruningReport.from_dict(plain) == report
+
+
+def test_name_patterns_are_counted_over_all_linears(llama, batches):
+    report = prune_model(
+        llama, batches, Wanda(), Unstructured(0.5),
+        targets=["*_proj"], ignore=["layers.0.*", "down_proj"], allocation={"q_proj": 0.25},
+    )  # fmt: skip
+    layers = len(llama.model.layers)
+    assert report.matches == {"*_proj": 7 * layers, "layers.0.*": 7, "down_proj": layers, "q_proj": layers}
+    assert f"| ignored | {7 + layers - 1} |" in report.to_markdown()
+    assert f"| down_proj | {layers} |" in report.to_markdown()
+
+
+def test_totals(report, llama):
+    weights = [llama.get_parameter(f"{row.name}.weight") for row in report.linears]
+    zeros = sum((weight == 0).sum().item() for weight in weights)
+    assert report.sparsity == pytest.approx(zeros / sum(weight.numel() for weight in weights))
+    assert report.whole_model_sparsity == pytest.approx(zeros / llama.num_parameters(), abs=1e-4)
+
+
+def test_shared_parameters_count_once():
+    from helpers import tiny_llama
+
+    model = tiny_llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    assert measure_whole_model(model) == pytest.approx(model.model.embed_tokens.weight.numel() / model.num_parameters())
+
+
+def test_tables_show_the_evaluations_and_every_layer(report):
+    markdown = report.to_markdown()
+    assert "| val/perplexity | 12.35 | 23.46 |" in markdown
+    assert "| sparsity |  | 0.5 |" in markdown
+    assert "| model.layers.2 | 6 | 7,168 | 50.00% |" in markdown
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report.to_table())
+    text = console.export_text()
+    assert "val/perplexity" in text
+    assert "12.35" in text
+    assert "model.layers.2" in text
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "pruning.json"
+    write_text(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["pruning.json"]

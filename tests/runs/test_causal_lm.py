@@ -1,0 +1,106 @@
+import os
+
+import pytest
+import torch
+from helpers import loader, trainer
+
+from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.runs.causal_lm import CausalLM
+
+
+def reference_perplexity(model, batches) -> float:
+    """Token by token, in float64."""
+    total, count = 0.0, 0
+    for batch in batches:
+        with torch.no_grad():
+            logits = model(**batch).logits.double()
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        for row, ids, real in zip(logits, batch["input_ids"], mask, strict=True):
+            for t in range(1, len(ids)):
+                if real[t]:
+                    total -= row[t - 1].log_softmax(0)[ids[t]].item()
+                    count += 1
+    return torch.tensor(total / count).exp().item()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_validation_is_perplexity(tiny_model_folder, tmp_path, masked):
+    module = CausalLM(str(tiny_model_folder))
+    (metrics,) = trainer(tmp_path).validate(module, loader(masked), verbose=False)
+    expected = reference_perplexity(module.model.eval(), list(loader(masked)))
+    assert metrics["val/perplexity"] == pytest.approx(expected, rel=1e-5)
+    (metrics,) = trainer(tmp_path).test(module, loader(masked), verbose=False)
+    assert metrics["test/perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_loss_in_train_mode(tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder), optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
+    modes = []
+    module.on_train_batch_start = lambda *_: modes.append(module.model.training)
+    (before,) = trainer(tmp_path).validate(module, loader(), verbose=False)
+    trainer(tmp_path, max_steps=20).fit(module, loader())
+    (after,) = trainer(tmp_path).validate(module, loader(), verbose=False)
+    assert after["val/perplexity"] < 0.7 * before["val/perplexity"]
+    assert set(modes) == {True}
+
+
+def test_scheduler_steps_with_the_optimizer(tiny_model_folder, tmp_path):
+    module = CausalLM(
+        str(tiny_model_folder),
+        optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+    )
+    run = trainer(tmp_path)
+    run.fit(module, loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.5**3
+
+
+def test_settings_reach_the_model(tiny_model_folder):
+    module = CausalLM(
+        str(tiny_model_folder), dtype="bfloat16", attn_implementation="eager", gradient_checkpointing=True
+    )
+    module.configure_model()
+    assert module.model.dtype == torch.bfloat16
+    assert module.model.config._attn_implementation == "eager"
+    assert module.model.is_gradient_checkpointing
+    model = module.model
+    module.configure_model()  # the Trainer calls it before every run
+    assert module.model is model
+
+
+def test_a_checkpoint_resumes(tiny_model_folder, tmp_path):
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5))
+    module = CausalLM(str(tiny_model_folder))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = CausalLM(str(tiny_model_folder))
+    more = trainer(tmp_path, WandaPruning(sparsity=0.5), max_steps=4)
+    more.fit(resumed, loader(), ckpt_path=tmp_path / "run.ckpt")
+    weight = resumed.model.model.layers[0].mlp.up_proj.weight
+    assert more.global_step == 4
+    assert (weight == 0).float().mean() == 0.5
+    assert torch.equal(weight == 0, module.model.model.layers[0].mlp.up_proj.weight == 0)
+
+
+def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_path):
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5))
+    module = CausalLM(str(tiny_model_folder))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    opened = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert all(map(torch.equal, opened.model.parameters(), module.model.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no .gguf file; make test-all sets it")
+def test_gguf_loads_dense_and_saves(tmp_path):
+    from wanda_lightning.checkpoints.saving import save_pretrained
+
+    module = CausalLM(os.environ["SMOLLM2"])
+    module.configure_model()
+    assert type(module.model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert module.model.dtype == torch.float32
+    text = module.tokenizer("The capital of France is", return_tensors="pt")
+    out = module.model.eval().generate(**text, max_new_tokens=2, do_sample=False)
+    assert "Paris" in module.tokenizer.decode(out[0])
+    save_pretrained(module.model, module.tokenizer, tmp_path / "model")

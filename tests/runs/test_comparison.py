@@ -1,0 +1,159 @@
+"""The table and the picture over several runs."""
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from wanda_lightning import __main__
+from wanda_lightning.cli.compare import main
+from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.runs.comparison import Comparison
+from wanda_lightning.runs.plotting import plot
+
+
+def run(folder, method="Wanda(variant=False)", sparsity=0.5, pattern="unstructured", dense=10.0, **stages):
+    """Write the report of a run that was evaluated dense, and at the stages given."""
+    report = PruningReport(method, pattern, sparsity, calibration={"source": "builtin", "sequence_length": 16})
+    report.linears = [LinearReport("q_proj", "layers.0", (10, 10), sparsity, 0.0)]
+    report.evaluations = {"dense": {"val/perplexity": dense, "sparsity": 0.0}}
+    for stage, perplexity in stages.items():
+        report.evaluations[stage.replace("_", "-")] = {"val/perplexity": perplexity, "sparsity": sparsity}
+    report.save(folder)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        run(tmp_path / "wanda", pruned=20.0, fine_tuned=15.0),
+        run(tmp_path / "wanda-0.7", sparsity=0.7, pruned=90.0),
+        run(tmp_path / "sparsegpt", "SparseGPT(block_size=128, damping=0.01)", pruned=18.0),
+        run(tmp_path / "2of4", pattern="2:4", pruned=30.0),
+    ]
+
+
+def test_the_shared_dense_evaluation_appears_once(runs):
+    header, rows = Comparison(runs).table()
+    assert header == ["method", "pattern", "sparsity", "stage", "perplexity"]
+    assert rows == [
+        ["", "", "0.00%", "dense", "10"],
+        ["Wanda", "unstructured", "50.00%", "pruned", "20"],
+        ["Wanda", "unstructured", "50.00%", "fine-tuned", "15"],
+        ["Wanda", "unstructured", "70.00%", "pruned", "90"],
+        ["SparseGPT", "unstructured", "50.00%", "pruned", "18"],
+        ["Wanda", "2:4", "50.00%", "pruned", "30"],
+    ]
+
+
+def test_dense_evaluations_that_differ_both_appear(tmp_path):
+    rows = Comparison([run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", dense=11.0, pruned=21.0)]).rows()
+    assert [row["metrics"]["val/perplexity"] for row in rows if row["stage"] == "dense"] == [10, 11]
+
+
+def test_settings_are_named_where_they_tell_runs_apart(tmp_path):
+    comparison = Comparison([run(tmp_path / "a"), run(tmp_path / "b", "Wanda(variant=True)")])
+    assert [comparison.label(r) for r in comparison.runs] == ["Wanda(variant=False)", "Wanda(variant=True)"]
+
+
+def test_folders_are_named_where_settings_do_not_tell_runs_apart(tmp_path):
+    comparison = Comparison([run(tmp_path / "a"), run(tmp_path / "b"), run(tmp_path / "c", sparsity=0.6)])
+    assert [comparison.label(r) for r in comparison.runs] == ["Wanda in a", "Wanda in b", "Wanda"]
+
+
+def test_standard_errors_stand_beside_their_metrics(tmp_path):
+    folder = run(tmp_path)
+    report = PruningReport.from_dict(json.loads((folder / "pruning.json").read_text()))
+    report.evaluations["dense"] |= {"val/zero_shot/t/acc": 0.41, "val/zero_shot/t/acc_stderr": 0.0234}
+    report.save(folder)
+    header, rows = Comparison([folder]).table()
+    assert header[-1] == "zero_shot/t/acc"
+    assert rows[0][-1] == "0.41 ± 0.023"
+
+
+def test_figures_that_do_not_compare_are_noted(runs):
+    file = runs[0] / "pruning.json"
+    plain = json.loads(file.read_text())
+    plain["calibration"]["sequence_length"] = 32
+    file.write_text(json.dumps(plain))
+    assert "differ in sequence_length, so their figures do not compare: 16, 32" in Comparison(runs).to_markdown()
+
+
+def test_markdown_and_json_hold_the_same(runs, tmp_path):
+    Comparison(runs).save(tmp_path / "out")
+    lines = (tmp_path / "out/comparison.md").read_text().splitlines()
+    rows = json.loads((tmp_path / "out/comparison.json").read_text())["rows"]
+    assert [line.split(" | ")[-1].rstrip(" |") for line in lines[2:]] == [
+        f"{row['metrics']['val/perplexity']:g}" for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "is no finished run"), ("{", "is no report of a pruning"), ("{}", "is no report.*method")],
+)
+def test_what_is_no_run_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "pruning.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Comparison([tmp_path])
+
+
+def test_the_picture_has_every_point(runs, tmp_path):
+    plot(Comparison(runs), tmp_path / "p.svg")
+    plot(Comparison(runs), tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    namespace = {"svg": "http://www.w3.org/2000/svg"}
+    picture = ElementTree.parse(tmp_path / "p.svg")
+    axes = picture.find(".//svg:g[@id='axes_1']", namespace)
+    lines = [group for group in axes if group.get("id", "").startswith("line2d")]
+    points = [len(line.findall(".//svg:use", namespace)) for line in lines]
+    assert sorted(points) == [0, 1, 1, 1, 2]  # the dense level; SparseGPT, fine-tuned, 2:4; Wanda at 0.5 and 0.7
+    assert {path.name for path in tmp_path.glob("p.*")} == {"p.svg", "p.png"}
+
+
+def test_no_point_is_outside_of_the_picture(tmp_path):
+    """Nor is the largest, where it is that of a pattern, drawn a little beside its place."""
+    runs = [run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", pattern="2:4", pruned=9000.0)]
+    plot(Comparison(runs), tmp_path / "p.svg")
+    axes = ElementTree.parse(tmp_path / "p.svg").find(".//{*}g[@id='axes_1']")
+    numbers = map(float, re.findall(r"-?[\d.]+", axes.find(".//{*}g[@id='patch_2']/{*}path").get("d")))
+    corners = list(zip(numbers, numbers, strict=True))
+    points = [use for group in axes if group.get("id", "").startswith("line2d") for use in group.findall(".//{*}use")]
+    places = [(float(use.get("x")), float(use.get("y"))) for use in points]
+    assert len(places) == 2
+    assert places[0][0] < places[1][0]  # the square stands to the right
+    for x, y in places:
+        assert min(c[0] for c in corners) < x < max(c[0] for c in corners)
+        assert min(c[1] for c in corners) < y < max(c[1] for c in corners)
+
+
+@pytest.mark.parametrize(
+    ("file", "metric", "message"),
+    [("p.pdf", None, r"one of \.png, \.svg, got .*p\.pdf"), ("p.png", "acc", "no run has the metric 'acc'; they have")],
+)
+def test_a_picture_that_cannot_be_drawn(runs, tmp_path, file, metric, message):
+    with pytest.raises(ValueError, match=message):
+        plot(Comparison(runs), tmp_path / file, metric)
+    assert not (tmp_path / file).exists()
+
+
+def test_without_matplotlib_the_error_names_the_extra(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r'pip install "wanda-lightning\[plot\]"'):
+        plot(Comparison(runs), tmp_path / "p.png")
+
+
+def test_the_command(runs, tmp_path, capsys):
+    main([*map(str, runs), "--output", str(tmp_path / "out"), "--plot", str(tmp_path / "out/p.svg")])
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"comparison.md", "comparison.json", "p.svg"}
+    assert "SparseGPT" in capsys.readouterr().out
+
+
+def test_the_commands_errors_are_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", "compare", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^wanda-lightning: error: .* is no finished run"):
+        __main__.main()

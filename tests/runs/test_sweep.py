@@ -1,0 +1,159 @@
+"""Sweeps over methods and sparsities, each run against the same pruning done alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.cli import ArgsType
+
+from wanda_lightning import (
+    CausalLM,
+    Magnitude,
+    PruningTrainer,
+    TextDataModule,
+    Wanda,
+    WandaPruning,
+    ZeroShotEvaluation,
+)
+from wanda_lightning.cli.lightning_cli import PruningCLI, run
+from wanda_lightning.runs.causal_lm import CausalLM as Module
+
+
+def trainer(folder, *callbacks) -> PruningTrainer:
+    return PruningTrainer(
+        default_root_dir=folder, callbacks=list(callbacks), accelerator="cpu", logger=False, max_epochs=1,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+
+
+def data(seed: int = 0) -> TextDataModule:
+    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4, seed=seed)
+
+
+def perplexities(folder) -> dict[str, float]:
+    reports = {file.parent.name: json.loads(file.read_text()) for file in Path(folder).glob("*/pruning.json")}
+    return {name: report["evaluations"]["pruned"]["val/perplexity"] for name, report in reports.items()}
+
+
+def test_each_run_starts_from_the_dense_weights(tiny_model_folder, tmp_path):
+    sweeper = trainer(tmp_path / "sweep")
+    comparison = sweeper.sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda()], [0.5], ["1:4"])
+    alone = {}
+    for sparsity, pattern, name in ((0.5, "unstructured", "wanda-0.5"), (None, "1:4", "wanda-1of4")):
+        one = trainer(tmp_path / name, WandaPruning(sparsity, pattern))
+        alone[name] = one.prune(CausalLM(tiny_model_folder), data(), save=False).evaluations
+    found = perplexities(tmp_path / "sweep")
+    assert sorted(found) == ["magnitude-0.5", "magnitude-1of4", "wanda-0.5", "wanda-1of4"]
+    assert {name: found[name] for name in alone} == {n: e["pruned"]["val/perplexity"] for n, e in alone.items()}
+    rows = comparison.rows()
+    assert [row["stage"] for row in rows] == ["dense"] + ["pruned"] * 4
+    assert rows[0]["metrics"] == {"val/perplexity": alone["wanda-0.5"]["dense"]["val/perplexity"]}
+    assert json.loads((tmp_path / "sweep/comparison.json").read_text())["rows"] == rows
+    assert (tmp_path / "sweep/comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert sweeper.callbacks == trainer(tmp_path).callbacks or len(sweeper.callbacks) == len(
+        trainer(tmp_path).callbacks
+    )
+
+
+def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    asked = [Magnitude(), Wanda()], [0.3, 0.6], []
+    trainer(whole).sweep(CausalLM(tiny_model_folder), data(), *asked)
+
+    calls = []
+    original = PruningTrainer.prune
+
+    def interrupted(self, *args, **kwargs):
+        calls.append("prune")
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PruningTrainer, "prune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(parts).sweep(CausalLM(tiny_model_folder), data(), *asked)
+    evaluations = []
+    monkeypatch.setattr(Module, "on_validation_start", lambda self: evaluations.append(1), raising=False)
+    trainer(parts).sweep(CausalLM(tiny_model_folder), data(), *asked)
+    assert len(calls) == 3 + 2
+    assert len(evaluations) == 2  # of the runs that were left; the dense model's was kept
+    assert perplexities(parts) == perplexities(whole)
+    assert (parts / "comparison.md").read_text() == (whole / "comparison.md").read_text()
+
+
+def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude()], [0.5])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"holds another sweep.*data\.seed: 0 there, 1 now"):
+        trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(seed=1), [Magnitude()], [0.5])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tmp_path):
+    """Figures of two data types, or with and without zero-shot tasks, must not end in one table."""
+    asked = [Magnitude()], [0.5]
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), *asked)
+    with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now$"):
+        trainer(tmp_path).sweep(CausalLM(tiny_model_folder, dtype="bfloat16"), data(), *asked)
+    callback = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+    with pytest.raises(ValueError, match=r"another sweep.*zero_shot\.tasks: None there, \['builtin_con.* now"):
+        trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
+
+
+def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder, tmp_path):
+    callback = ZeroShotEvaluation(["builtin_continuation"], limit=4)
+    comparison = trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda()], [0.9])
+    for each in comparison.runs:
+        written = json.loads((each.folder / "zero_shot/pruned.json").read_text())
+        found = written["results"]["builtin_continuation"]["acc,none"]
+        assert each.evaluations["pruned"]["val/zero_shot/builtin_continuation/acc"] == pytest.approx(found)
+    assert [file.name for file in (tmp_path / "zero_shot").iterdir()] == ["validate.json"]  # of the dense model
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (([], [0.5], []), r"needs methods.*got methods \[\]"),
+        (([Wanda()], [], []), r"needs methods, and sparsities.*sparsities \[\], patterns \[\]"),
+        (([Wanda(), Wanda()], [0.5], []), "each of them once"),
+        (([Wanda()], [0.5, 0.5], []), "each of them once"),
+        (([Wanda()], [1.5], []), r"\[0, 1\)"),
+        (([Wanda()], [], ["4:2"]), "4:2"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path, asked, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).sweep(CausalLM("no-such-model"), data(), *asked)
+
+
+def test_a_pruning_callback_beside_a_sweep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="brings its own pruning callbacks"):
+        trainer(tmp_path, WandaPruning()).sweep(CausalLM("no-such-model"), data(), [Wanda()])
+
+
+def command(folder, model, *more: str) -> ArgsType:
+    recipe = Path(__file__).parents[2] / "wanda_lightning/recipes/sweep.yaml"
+    return [
+        "sweep", "-c", str(recipe), f"--model.pretrained={model}", f"--trainer.default_root_dir={folder}",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.num_samples=4",
+        "--data.sequence_length=16", "--data.max_evaluation_windows=4", *more,
+    ]  # fmt: skip
+
+
+def test_the_recipe(tiny_model_folder, tmp_path, capsys):
+    cli = run(command(tmp_path, tiny_model_folder, "--sparsities=[0.25, 0.5]"))
+    assert isinstance(cli, PruningCLI)
+    assert len(perplexities(tmp_path)) == 9
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("Magnitude", "Wanda", "SparseGPT", "2:4", "comparison.png"))
+
+
+def test_weights_are_brought_back_whatever_the_method_did(tiny_model_folder, tmp_path):
+    """SparseGPT changes kept weights too; magnitude after it must see none of that."""
+    from wanda_lightning import SparseGPT
+
+    model, plain = CausalLM(tiny_model_folder), CausalLM(tiny_model_folder)
+    trainer(tmp_path / "a").sweep(model, data(), [SparseGPT(), Magnitude()], [0.5])
+    trainer(tmp_path / "b").sweep(plain, data(), [Magnitude()], [0.5])
+    assert all(map(torch.equal, model.model.state_dict().values(), plain.model.state_dict().values()))

@@ -1,0 +1,1 @@
+"""How much of each matrix goes, and when."""

@@ -1,0 +1,46 @@
+"""How much to prune of each linear, where it is not the same for all."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from wanda_lightning.model.decoder import check_pattern
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
+
+Allocation = Mapping[str, float | str]
+
+
+def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Allocation | None) -> dict[str, Pattern]:
+    """Give every linear the pattern it is to be pruned to.
+
+    Args:
+        linears: Those that are to be pruned.
+        pattern: For the linears that the allocation does not mention.
+        allocation: For shell-style patterns over names, in the style of ``targets``, a sparsity in [0, 1) or ``"n:m"``.
+            Where several match a name, the last one holds.
+
+    Returns:
+        The patterns by linear name.
+
+    Raises:
+        ValueError: If a value cannot be read, or a name pattern matches none of the linears.
+
+    Example:
+        >>> allocate([], Unstructured(0.5), None)
+        {}
+    """
+    patterns = {linear.name: pattern for linear in linears}
+    for name_pattern, value in (allocation or {}).items():
+        try:
+            own = _read(value)
+        except ValueError as error:
+            raise ValueError(f"the allocation of {name_pattern!r} cannot be used: {error}") from error
+        check_pattern(name_pattern, linears)
+        patterns |= {linear.name: own for linear in linears if linear.matches(name_pattern)}
+    return patterns
+
+
+def _read(value: float | str) -> Pattern:
+    # A whole number may be what YAML made of an unquoted 2:4: the parser's message says so.
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return parse_pattern(cast(str, value)) if isinstance(value, str) or whole else Unstructured(value)

@@ -1,0 +1,1 @@
+"""The one walk over the decoder layers, with what enters each."""

@@ -1,0 +1,52 @@
+"""Batches of a calibration set, as a model takes them. Shapes: B batch, T tokens."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from wanda_lightning.model.language_model import max_sequence_length
+
+Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+
+
+def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+    """Read a calibration batch and check that the model can take it.
+
+    Args:
+        batch: See :func:`walk`.
+        model: The causal language model.
+
+    Returns:
+        ``input_ids`` and, where given, ``attention_mask``, each (B, T).
+
+    Raises:
+        ValueError: If there are no input_ids, or their type, shape, length or values are not the model's.
+    """
+    inputs: dict[str, Any]
+    if isinstance(batch, Mapping):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+    else:
+        inputs = {"input_ids": batch[0] if isinstance(batch, tuple | list) and batch else batch}
+    ids_BT = inputs.get("input_ids")
+    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point() or ids_BT.numel() == 0:
+        given = (
+            f"a {ids_BT.dtype} tensor of shape {tuple(ids_BT.shape)}" if isinstance(ids_BT, Tensor) else repr(ids_BT)
+        )
+        keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
+    mask_BT = inputs.get("attention_mask")
+    if mask_BT is not None and mask_BT.shape != ids_BT.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {tuple(ids_BT.shape)}, got {tuple(mask_BT.shape)}"
+        )
+    limit = max_sequence_length(model)
+    if limit is not None and ids_BT.shape[1] > limit:
+        raise ValueError(f"a calibration sequence has {ids_BT.shape[1]} tokens, the model takes at most {limit}")
+    vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]
+    if int(ids_BT.min()) < 0 or int(ids_BT.max()) >= vocabulary:
+        raise ValueError(
+            f"input_ids must lie in [0, {vocabulary}), the model's vocabulary, "
+            f"got {int(ids_BT.min())} to {int(ids_BT.max())}: is this the model's tokenizer?"
+        )
+    return inputs

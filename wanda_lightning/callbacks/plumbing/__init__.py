@@ -1,0 +1,1 @@
+"""What the callbacks share: batches, progress, loggers, folders."""

@@ -1,0 +1,192 @@
+"""Loading a model and its tokenizer: by hub name, from a folder, or from a GGUF file."""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from wanda_lightning.checkpoints.quiet import quiet
+from wanda_lightning.checkpoints.saving import save_pretrained
+from wanda_lightning.model.decoder import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrainedModel":
+    """Load a causal language model with ordinary, dense weights.
+
+    Args:
+        pretrained: A hub name, a folder written by ``save_pretrained``, or a ``.gguf`` file, which is de-quantised.
+        dtype: ``"auto"`` (the checkpoint's own), or the name of a torch dtype.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If there is no such model, or it is no causal language model.
+    """
+    family = _auto_class(load_config(pretrained, **kwargs))
+    try:
+        return family.from_pretrained(
+            _folder(pretrained), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
+        )
+    except OSError as error:
+        raise _not_found("model", pretrained, error) from error
+
+
+def load_streamed(
+    pretrained: str, dtype: str = "auto", device: torch.device | str = "cpu", **kwargs: Any
+) -> "PreTrainedModel":
+    """Open a causal language model whose decoder layers stay on disk, for models that are larger than memory.
+
+    Embeddings, norms and head are loaded. Calls of the model load its layers a linear at a time, by accelerate's hooks;
+    :func:`wanda_lightning.prune_model` loads them a layer at a time. Where transformers stores the experts of a mixture
+    in another way than the files have them, they are written once more, to a temporary folder in the hub's cache.
+
+    Args:
+        pretrained: See :func:`load_model`.
+        dtype: See :func:`load_model`.
+        device: Where it computes.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        The model, in eval mode; it cannot be trained.
+
+    Raises:
+        ValueError: If there is no such model, or no decoder layers in it.
+    """
+    from huggingface_hub import cached_assets_path
+
+    config = load_config(pretrained, **kwargs)
+    skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
+    converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
+    with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
+        model = load_model(
+            pretrained,
+            dtype,
+            device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
+            offload_folder=converted.name,
+            **kwargs,
+        )
+    model._converted = converted  # deleted with the model
+    return model
+
+
+def _beside(module: "torch.nn.Module", inner: str, name: str = "") -> Iterator[str]:
+    """Yield the names of the largest parts of a module that do not hold the inner one."""
+    if name == inner:
+        return
+    if name and not inner.startswith(f"{name}."):
+        yield name
+        return
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    yield from (f"{name}.{each}".removeprefix(".") for each, _ in own)
+    for child_name, child in module.named_children():
+        yield from _beside(child, inner, f"{name}.{child_name}".removeprefix("."))
+
+
+def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedModel":
+    """Build the model that a config describes on the meta device, where weights take no memory.
+
+    Args:
+        config: Of a causal language model, or of one that sees images too.
+        kwargs: Passed on to ``from_config``.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If it describes another kind of model.
+    """
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, **kwargs).eval()
+
+
+def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
+    """Load the config of a model and nothing else; see :func:`load_model`."""
+    from transformers import AutoConfig
+
+    folder = _folder(pretrained)
+    try:
+        return AutoConfig.from_pretrained(folder, **kwargs)
+    except OSError as error:
+        raise _not_found("config", pretrained, error) from error
+
+
+def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer that belongs to a model; see :func:`load_model`."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(pretrained)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **kwargs)
+    except OSError as error:
+        raise _not_found("tokenizer", pretrained, error) from error
+
+
+def _auto_class(config: "PreTrainedConfig") -> Any:
+    """Choose the class of transformers that loads all of a model, also what sees images, where there is such."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    models = {
+        AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    families = {auto: mapping[type(config)] for auto, mapping in models.items() if type(config) in mapping}
+    saved_as = [auto for auto, model in families.items() if model.__name__ in (config.architectures or [])]
+    remote = [AutoModelForCausalLM] if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) else []
+    if choice := [*remote, *saved_as, *families]:
+        return choice[0]
+    raise ValueError(f"a model of type {config.model_type!r} is no causal language model that transformers could load")
+
+
+def _folder(pretrained: str) -> str:
+    """Return what ``from_pretrained`` takes; a GGUF file is converted to a folder first."""
+    path = Path(pretrained).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such GGUF file: {pretrained}")
+        return str(_converted(path))
+    if str(pretrained).startswith((".", "/", "~")) and not path.exists():  # no name that a hub could know
+        raise ValueError(f"there is no folder {pretrained!r}")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ValueError(f"{pretrained} is no model folder: it holds no config.json (a file must end in .gguf)")
+    return str(path) if path.exists() else pretrained
+
+
+def _converted(gguf: Path) -> Path:
+    """De-quantise a GGUF file to a folder, once: reading one takes transformers a minute for a small model."""
+    from huggingface_hub import cached_assets_path
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf = gguf.resolve()
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cached_assets_path("wanda_lightning", namespace="gguf", subfolder=key) / "model"
+    if folder.exists():
+        return folder
+    log.info("de-quantising %s, once, to %s", gguf, folder)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    save_pretrained(model, AutoTokenizer.from_pretrained(**source), folder)
+    return folder
+
+
+def _not_found(what: str, pretrained: str, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"cannot load the {what} of {pretrained!r}: there is no such folder here, "
+        f"and it could not be had from the hub ({reason})"
+    )

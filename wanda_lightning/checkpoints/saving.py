@@ -1,0 +1,100 @@
+"""Saving a pruned model so that ``from_pretrained`` loads it, whole or not at all."""
+
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.offload import is_offloaded, stored_parameters
+from wanda_lightning.training.lora import has_adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> Path:
+    """Write a model as plain safetensors, with its zeros, and make sure that it loads again as it was.
+
+    The files are written to a temporary folder beside the wanted one, read back and compared, and only then moved
+    into place; an older model there is replaced. Needs free space for both.
+
+    Args:
+        model: The model.
+        tokenizer: Saved beside it, if given.
+        folder: Where it goes; made if needed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RuntimeError: If what was written does not load as the same weights.
+        ValueError: If the model has adapters, which are not part of its weights.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
+            "model with PruningTrainer.save_pretrained, or merge under the mask with wanda_lightning.merge_masked"
+        )
+    folder = Path(folder).expanduser().resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        unfinished.chmod(0o755)
+        _write(model, unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        for file in unfinished.iterdir():  # safetensors makes files that nobody else may read
+            file.chmod(0o644)
+        _check_reloads(model, unfinished)
+        _replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _write(model: "PreTrainedModel", folder: Path) -> None:
+    if not is_offloaded(model):
+        model.save_pretrained(folder)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(folder, max_shard_size=_largest_layer(model))  # read and written a file at a time
+
+
+def _largest_layer(model: "PreTrainedModel") -> int:
+    """Return the bytes of the largest decoder layer: so much of the model is in memory while it is pruned, too."""
+    layers = decoder_layers(model, targets=["*"])
+    return max(sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers)
+
+
+def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
+    """Compare with what transformers makes of the files, a weight at a time: no second model is in memory."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as converted,
+        quiet("accelerate.big_modeling"),  # it warns that weights are offloaded
+        without_progress_bars(),
+    ):
+        reloaded = type(model).from_pretrained(
+            folder, dtype=model.dtype, device_map={"": "disk"}, offload_folder=converted, local_files_only=True
+        )
+        if [name for name, _ in model.named_parameters()] != [name for name, _ in reloaded.named_parameters()]:
+            raise RuntimeError("the saved model does not load as it was: it has other weights")
+        for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
+            if not torch.equal(saved.cpu(), loaded.cpu()):
+                raise RuntimeError(f"the saved model does not load as it was: {name} differs")
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Rename a folder over another; the old one is only removed when the new one is in place."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)) / "old"
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old.parent)
+    else:
+        new.rename(folder)

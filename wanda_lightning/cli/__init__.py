@@ -1,0 +1,1 @@
+"""The ``wanda-lightning`` command; nothing is imported before it is asked for."""

@@ -1,0 +1,95 @@
+"""The sub-commands of ``wanda-lightning``: what each does, in one sentence and one example."""
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        purpose: What it does, in one sentence.
+        example: How it is run.
+        function: What runs it, ``module:function``; None for those of LightningCLI.
+    """
+
+    purpose: str
+    example: str
+    function: str | None = None
+
+    @property
+    def description(self) -> str:
+        """What ``--help`` starts with."""
+        return f"{self.purpose}\n\n  {self.example}"
+
+
+COMMANDS = {
+    "prune": Command(
+        "Prune once, evaluate before and after, save the model and a report; no training.",
+        "wanda-lightning prune -c wanda --model.pretrained MODEL --data.source my_text.txt",
+    ),
+    "fit": Command(
+        "Prune, fine-tune with the zeros kept, evaluate at each stage, save.",
+        "wanda-lightning fit -c wanda_finetune --model.pretrained MODEL --trainer.max_steps 200",
+    ),
+    "validate": Command(
+        "Evaluate a model on the validation set; its weights do not change.",
+        "wanda-lightning validate --model.pretrained results/wanda/model --data.sequence_length 512",
+    ),
+    "test": Command(
+        "Evaluate a model on the test set; its weights do not change.",
+        "wanda-lightning test --model.pretrained results/wanda/model --data.evaluation wikitext2",
+    ),
+    "sweep": Command(
+        "Prune with several methods and sparsities, each from the dense weights; a table and a picture.",
+        "wanda-lightning sweep -c sweep --model.pretrained MODEL --sparsities '[0.4, 0.6]'",
+    ),
+    "compare": Command(
+        "Put the results of several runs into one table and one picture.",
+        "wanda-lightning compare results/wanda results/sparsegpt --plot runs.png",
+        "cli.compare:main",
+    ),
+    "inspect": Command(
+        "List what pruning a model would touch and take, and how sparse it is, without loading it.",
+        "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
+        "cli.inspect:main",
+    ),
+    "compress": Command(
+        "Store a pruned model without its zeros, to ship it.",
+        "wanda-lightning compress results/wanda/model to-ship",
+        "cli.compress:compress_command",
+    ),
+    "decompress": Command(
+        "Undo that: restore the model as it was, bit by bit.",
+        "wanda-lightning decompress to-ship model",
+        "cli.compress:decompress_command",
+    ),
+    "recipes": Command(
+        "List the recipes of the package; show one, or copy it to change it.",
+        "wanda-lightning recipes copy wanda_finetune mine.yaml",
+        "cli.recipes:main",
+    ),
+}
+
+
+def parser_settings(name: str) -> dict[str, Any]:
+    """Return the arguments of a parser whose help starts with what the sub-command does."""
+    return {
+        "prog": f"wanda-lightning {name}",
+        "description": COMMANDS[name].description,
+        "formatter_class": RawDescriptionHelpFormatter,
+    }
+
+
+def run_function(name: str, function: Callable[..., Result], arguments: list[str]) -> Result:
+    """Call the function behind a sub-command with arguments of the command line, and return what it returns."""
+    from jsonargparse import auto_cli
+
+    from wanda_lightning.cli.messages import HelpFormatter
+
+    return auto_cli(function, args=arguments, **parser_settings(name) | {"formatter_class": HelpFormatter})

@@ -1,0 +1,197 @@
+"""What a pruning has finished so far, layer by layer on disk, so that a crash costs at most the layer it was at.
+
+A folder with ``run.json``, which says what run it is, and a safetensors file for each finished layer: its pruned
+weights (the masks are where they are not zero) and the rows of its report.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.engine.fingerprint import differences, hashed
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.linear_report import LinearReport
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """The finished layers of one pruning; only one run at a time may write to them.
+
+    Args:
+        folder: Where they are kept; made when it is locked.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).resolve()
+        self._lock = FileLock(self.folder / "lock", is_singleton=True)
+        self._made = False  # the folder that it stands in
+
+    def lock(self) -> None:
+        """Keep other processes out, until :meth:`release` or the end of this one, however that comes.
+
+        Raises:
+            ValueError: If another process is writing there, or there are files that are not a journal's: the folder is
+                deleted in the end.
+        """
+        if self._lock.is_locked:
+            return
+        ours = ("layer-", "run.json", "lock", ".")
+        if self.folder.exists() and (others := [f.name for f in self.folder.iterdir() if not f.name.startswith(ours)]):
+            raise ValueError(f"{self.folder} holds files of another kind, such as {others[0]}: choose another folder")
+        self._made = self._made or not self.folder.parent.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run is writing to {self.folder.parent}: wait for it, or choose another folder"
+            ) from None
+
+    def release(self) -> None:
+        """Let other processes in; leave nothing behind where nothing was begun."""
+        if self._lock.is_locked and not (self.folder / "run.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._made and not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
+        self._lock.release(force=True)
+
+    def start(self, fingerprint: Mapping[str, Any]) -> None:
+        """Begin a run, or go on with it.
+
+        Args:
+            fingerprint: What decides its results, by name; plain types.
+
+        Raises:
+            ValueError: If the folder holds another run (it says where they differ), or another process is writing
+                there.
+        """
+        self.lock()
+        file = self.folder / "run.json"
+        fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
+        if file.exists():
+            self._refuse_other(file, fingerprint)
+        else:
+            self._drop(0)  # a folder whose deletion was cut short, and nobody knows whose layers those are
+            write_text(file, json.dumps(fingerprint, indent=2) + "\n")
+        if finished := len(self._files()):
+            log.warning("layers finished before: %d, in %s; the run goes on behind them", finished, self.folder)
+
+    def file(self, layer: int) -> Path:
+        """Name the file of a layer."""
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def record(self, number: int, layer: DecoderLayer, rows: list[LinearReport], processes: Processes) -> None:
+        """Make a pruned layer durable; no process goes on before it is.
+
+        Raises:
+            OSError: If it cannot be written; the layers before it are kept.
+        """
+        with processes.together():
+            if processes.rank == 0:
+                self._save(number, layer.weights, rows)
+
+    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> list[LinearReport] | None:
+        """Put a layer in the state in which it was recorded; return its rows, or None if it was not."""
+        found = self._load(number) if processes.rank == 0 else None
+        rows = processes.gather(found[1] if found else None)[0]
+        if rows is not None:
+            for name, weight in layer.weights.items():
+                weight.copy_(processes.send(0, found[0][name].to(weight.device) if found else weight.detach()))
+        return rows
+
+    def remove(self) -> None:
+        """Delete everything: the model is saved, or the layers are not wanted.
+
+        Raises:
+            ValueError: If another process is writing there.
+        """
+        if (self.folder / "lock").exists():  # else it is no journal
+            self.lock()
+            (self.folder / "run.json").unlink(missing_ok=True)  # first: without it the rest is void
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def _refuse_other(self, file: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Make sure that the folder is of the run that begins."""
+        try:
+            found = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): nobody can tell which run the layers beside it are of. Delete "
+                f"{self.folder}, and the run starts over"
+            ) from None
+        if other := differences(found, fingerprint):
+            reload = " A model that was pruned or trained in part has to be loaded again." if "weights" in other else ""
+            raise ValueError(
+                f"{self.folder} holds the finished layers of another run: {'; '.join(other.values())}. Run that one to "
+                f"its end, delete the folder (or say resume=False once) to start over, or choose another.{reload}"
+            )
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("layer-*.safetensors"))
+
+    def _drop(self, number: int) -> None:
+        """Delete the files of a layer and of those behind it: their inputs came out of it."""
+        for file in self._files():
+            if file >= self.file(number):
+                file.unlink()
+
+    def _save(self, number: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
+        """Write a file under a temporary name, to the disk, and rename it."""
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        described = json.dumps([asdict(row) for row in rows])
+        metadata = {"rows": described, "sha256": hashed(tensors, described)}
+        unfinished = self.folder / ".unfinished"
+        try:
+            save_file(tensors, unfinished, metadata=metadata)
+            _to_disk(unfinished)
+            os.replace(unfinished, self.file(number))
+            _to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise OSError(
+                f"layer {number} cannot be written to {self.folder}: {error}. The {number} layers before it are kept "
+                "there: make room, and the same run goes on behind them"
+            ) from error
+
+    def _load(self, number: int) -> tuple[dict[str, Tensor], list[LinearReport]] | None:
+        """Read a file, if there is one; if it is damaged, drop it and all later ones."""
+        file = self.file(number)
+        if file.exists():
+            try:
+                return _read(file)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                log.warning("%s is damaged (%s): this layer and those after it are pruned again", file, error)
+        self._drop(number)
+        return None
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], list[LinearReport]]:
+    with safe_open(file, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+        metadata = stored.metadata() or {}
+    if hashed(tensors, metadata["rows"]) != metadata["sha256"]:
+        raise ValueError("its content is not what was written")
+    rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
+    return tensors, rows
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

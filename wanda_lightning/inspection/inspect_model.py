@@ -1,0 +1,114 @@
+"""What pruning a model would touch and take, without loading it; and how sparse the weights in its folder are.
+
+The model is built on the meta device from its config alone. Shapes: B batch, T tokens, I in features.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanda_lightning.inspection.estimates import _memory, _seconds
+from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
+from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
+from wanda_lightning.model.decoder import coverage, decoder_layers
+
+GIB = 2**30
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is prunable in a model, and what pruning it would take.
+
+    Attributes:
+        model: Class of the model.
+        layers: Names of its decoder layers.
+        kinds: Its prunable linears.
+        left_dense: How many other matrices the decoder has, by the reason they are left dense.
+        coverage: Share of the decoder's matrix weights that is prunable.
+        parameters: Number of all parameters.
+        memory: Bytes by purpose.
+        seconds: Estimated time on the device by purpose.
+        weights: What the weight files hold, of a folder that has some.
+    """
+
+    model: str
+    layers: list[str]
+    kinds: list[LinearKind]
+    left_dense: dict[str, int]
+    coverage: float
+    parameters: int
+    memory: dict[str, int]
+    seconds: dict[str, float]
+    weights: StoredWeights | None = None
+
+    def to_table(self) -> Any:
+        """Return tables for a rich console."""
+        from rich.console import Group
+        from rich.table import Table
+
+        linears = Table("prunable linear", "out x in", "number", "input")
+        for kind in self.kinds:
+            group = "" if kind.input_group is None else chr(ord("A") + kind.input_group)
+            linears.add_row(kind.name, f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.count}", group)
+        costs = Table("estimate", "", title_justify="left")
+        for purpose, size in self.memory.items():
+            costs.add_row(f"memory: {purpose}", f"{size / GIB:.2f} GiB")
+        for purpose, seconds in self.seconds.items():
+            costs.add_row(f"time: {purpose}", f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min")
+        dense = ", ".join(f"{number} {reason}" for reason, number in self.left_dense.items()) or "none"
+        return Group(
+            f"{self.model}: {self.parameters / 1e6:,.0f}M parameters, {len(self.layers)} decoder layers "
+            f"({self.layers[0]} to {self.layers[-1]})",
+            linears,
+            "Linears with the same letter share one input, and so one statistic and one factorisation.",
+            f"{self.coverage:.2%} of the matrix weights of the decoder layers are prunable; left dense: {dense}",
+            costs,
+            *([self.weights.to_table()] if self.weights else []),
+        )
+
+
+def inspect_model(
+    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: str = "auto", device: str = "cpu"
+) -> Inspection:
+    """Look at a model's config: what would be pruned, and what that would take; and at the weights in its folder.
+
+    The weights are read tensor by tensor, so that a model of any size can be looked at.
+
+    Args:
+        pretrained: A hub name, of which only the config is read, or a local folder.
+        num_samples: Calibration windows.
+        sequence_length: Tokens in a window.
+        dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
+        device: Where pruning would run; a matrix product is timed there.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: If there is no such model, no decoder layers in it, or a weight file is missing or cut off.
+    """
+    from wanda_lightning.checkpoints.loading import build_skeleton, load_config
+
+    config = load_config(pretrained)
+    weights_dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    model = build_skeleton(config, dtype=weights_dtype or torch.float32)
+    layers = decoder_layers(model)
+    kinds = linear_kinds(model, layers)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
+    return Inspection(
+        model=type(model).__name__,
+        layers=[layer.name for layer in layers],
+        kinds=kinds,
+        left_dense=dict(left_dense),
+        coverage=coverage(layers),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        memory=_memory(model, layers, kinds, num_samples * sequence_length * hidden, sequence_length),
+        seconds=_seconds(kinds, num_samples * sequence_length, model.dtype, device),
+        weights=stored_weights(folder, model, layers) if (folder := Path(pretrained).expanduser()).is_dir() else None,
+    )

@@ -1,0 +1,79 @@
+"""The linears that have the same place in every layer."""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.linears import PrunableLinear
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    """The linears that have the same place in every layer.
+
+    Attributes:
+        name: Their name in a layer, ``*`` for the numbers of experts.
+        shape: (out_features, in_features).
+        count: How many there are in the model.
+        tokens: Share of the tokens that each sees: 1, or less for the experts of a mixture.
+        input_group: Number of the group that shares one input tensor, within a layer; None where it is not known.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    count: int
+    tokens: float
+    input_group: int | None
+
+
+def linear_kinds(model: Any, layers: list[DecoderLayer]) -> list[LinearKind]:
+    """Count linears by their name within a layer and their shape."""
+    groups = _input_groups(model, layers[0])
+    chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    found: dict[tuple[str, tuple[int, int]], list[PrunableLinear]] = {}
+    for layer in layers:
+        for linear in layer.linears:
+            place = re.sub(r"\.\d+(?=\.|$)", ".*", linear.name.removeprefix(f"{layer.name}."))
+            shape = (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
+            found.setdefault((place, shape), []).append(linear)
+    kinds = []
+    for (place, shape), linears in found.items():
+        experts = len(linears[0].weight) if linears[0].expert is not None else None
+        share = chosen / experts if chosen and experts else 1.0
+        kinds.append(LinearKind(place, shape, len(linears), share, groups.get(linears[0].name)))
+    return kinds
+
+
+def _input_groups(model: Any, layer: DecoderLayer) -> dict[str, int]:
+    """Number the groups of a layer's linears that share an input tensor, as a forward on the meta device shows them."""
+    inputs: list[Any] = []
+    groups: dict[str, int] = {}
+
+    def see(name: str, x: Any) -> None:
+        if not any(seen is x for seen in inputs):
+            inputs.append(x)
+        groups[name] = next(number for number, seen in enumerate(inputs) if seen is x)
+
+    single = [linear for linear in layer.linears if linear.expert is None]
+    hooks = [
+        linear.module.register_forward_pre_hook(lambda _, args, name=linear.name: see(name, args[0]))
+        for linear in single
+    ]
+    try:
+        with torch.no_grad():
+            ids_BT = torch.zeros(1, 8, dtype=torch.long, device="meta")
+            # A mask that is ready-made spares the model a look at values, which meta tensors do not have.
+            mask_B1TT = torch.zeros(1, 1, 8, 8, dtype=model.dtype, device="meta")
+            model(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False)
+    except Exception as error:  # some models look all the same
+        log.info("which linears share an input is not known: %s", error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups

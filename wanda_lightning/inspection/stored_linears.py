@@ -1,0 +1,101 @@
+"""The prunable matrices among the tensors of a checkpoint. Shapes: O out features, I in features."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.linears import THIN, PrunableLinear
+from wanda_lightning.model.names import is_router
+from wanda_lightning.sparsity import SemiStructured, max_kept_per_group
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A prunable matrix of a decoder layer as it is stored.
+
+    Attributes:
+        name: Its name in the model, or in the file where the model fuses it.
+        layer: Number of the decoder layer.
+        kind: Its name within the layer, ``*`` for the numbers of experts.
+        shape: (out_features, in_features).
+        zeros: Number of weights that are zero.
+        patterns: N:M patterns that every group of its weights keeps to, the tightest first.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    shape: tuple[int, int]
+    zeros: int
+    patterns: list[str]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of its weights that are zero."""
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sparsity:.2%} zeros, {self.patterns[0] if self.patterns else 'no n:m pattern'})"
+
+
+class MatrixFinder:
+    """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there.
+
+    Experts may be stored one by one, and under other names, where the model fuses them: of what the model does not
+    have under a name, every matrix counts that is neither thin nor a router's.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self._list = layers[0].name.rpartition(".")[0]  # such as model.layers
+        end = re.escape(self._list.rpartition(".")[2])
+        self._pattern = re.compile(rf"((?:.*?\.)?{end})\.(\d+)\.(.+)")
+        self._linears: dict[tuple[int, str], list[PrunableLinear]] = {
+            (number, name): [] for number, layer in enumerate(layers) for name, _ in layer.module.named_parameters()
+        }
+        for number, layer in enumerate(layers):
+            for linear in layer.linears:
+                self._linears[number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
+
+    def place(self, name: str) -> tuple[int, str] | None:
+        """Return the layer's number and the tensor's name in it; None for what is not in a decoder layer."""
+        match = self._pattern.fullmatch(name)
+        if match is None:
+            return None
+        stored, own = f".{match[1]}", f".{self._list}"  # files may have a prefix more than the model, or less
+        same = stored.endswith(own) or own.endswith(stored)
+        turned = sorted(stored.split(".")) == sorted(own.split("."))  # language_model.model, model.language_model
+        return (int(match[2]), match[3]) if same or turned else None
+
+    def matrices(self, name: str, place: tuple[int, str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the prunable matrices of a tensor by name, each seen as (out_features, in_features)."""
+        linears = self._linears.get(place)
+        if linears is None and tensor.dim() == 2 and tensor.is_floating_point():
+            if min(tensor.shape) > THIN and not is_router(place[1]):
+                yield name.removesuffix(".weight"), tensor
+        elif linears and tensor.shape == linears[0].weight.shape:
+            module, parameter, meta = linears[0].module, linears[0].parameter, linears[0].weight
+            setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))  # for a moment
+            try:
+                yield from ((linear.name, linear.weight_OI) for linear in linears)
+            finally:
+                setattr(module, parameter, meta)
+
+
+def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequence[SemiStructured]) -> StoredLinear:
+    """Count the zeros of a matrix, and find which patterns it keeps to.
+
+    Args:
+        name: The matrix.
+        place: Number of its layer, and the stored tensor's name in it.
+        weight_OI: Its weights.
+        patterns: What to look for, the tightest first.
+    """
+    kept_OI = weight_OI != 0
+    rows, columns = kept_OI.shape
+    most = {m: max_kept_per_group(kept_OI, m) for m in {pattern.m for pattern in patterns} if columns % m == 0}
+    held = [str(pattern) for pattern in patterns if most.get(pattern.m, pattern.m) <= pattern.n]
+    kind = re.sub(r"\.\d+(?=\.|$)", ".*", place[1].removesuffix(".weight"))
+    return StoredLinear(name, place[0], kind, (rows, columns), rows * columns - int(kept_OI.count_nonzero()), held)

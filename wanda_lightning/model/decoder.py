@@ -1,0 +1,172 @@
+"""Where a model keeps its decoder layers, and which of their linears are to be pruned.
+
+The rules are general: no model family is named.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.model.linears import PrunableLinear, is_linear, matrix_parameters, own_modules, prunable_linears
+from wanda_lightning.model.names import is_router, matches
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer, those of its linears that are to be pruned, and why its other matrices are not."""
+
+    name: str
+    module: nn.Module
+    linears: list[PrunableLinear]
+    left_dense: dict[str, str]
+
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters that are to be pruned, by name; experts may share one."""
+        return {linear.parameter_name: linear.weight for linear in self.linears}
+
+
+def decoder_layers(
+    model: nn.Module,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    layers: str | None = None,
+) -> list[DecoderLayer]:
+    """List the decoder layers of a model with the linears that are to be pruned.
+
+    The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
+    looked for in the model's own decoder first. Every ``nn.Linear``, ``transformers.Conv1D`` and ``Conv2d`` (without
+    groups) in them is prunable, and of fused experts (3-D parameters of transformers' experts interface) every
+    expert's matrix. Routers of mixtures of experts and linears with at most 4 inputs or outputs are pruned only when a
+    target names them.
+
+    Args:
+        model: A causal language model of transformers.
+        targets: Shell-style patterns over linear names; only linears that match one are pruned. A pattern matches the
+            full name (``"model.layers.0.*"``) or its end (``"q_proj"``). Default: all but routers and thin linears.
+        ignore: Patterns in the same style of linears to leave alone.
+        layers: The name of the ``ModuleList`` of decoder layers, such as ``"model.layers"``, where the rule picks
+            another one.
+
+    Returns:
+        All decoder layers in order, also those in which nothing is pruned.
+
+    Raises:
+        ValueError: If no decoder layers are found, their matrix weights are mostly not in linears, or a pattern
+            matches nothing.
+    """
+    prefix, modules = _layer_list(uncompiled(model), layers)
+    linears = {f"{prefix}.{i}": prunable_linears(layer, f"{prefix}.{i}") for i, layer in enumerate(modules)}
+    uncovered = _uncovered(modules, linears)
+    every = [linear for layer in linears.values() for linear in layer]
+    for pattern in [*(targets or []), *(ignore or [])]:
+        check_pattern(pattern, every)
+    return [
+        _decide(name, module, found, uncovered[name], targets, ignore)
+        for (name, found), module in zip(linears.items(), modules, strict=True)
+    ]
+
+
+def coverage(layers: Iterable[DecoderLayer]) -> float:
+    """Measure the share of the matrix weights of decoder layers that is to be pruned, between 0 and 1.
+
+    Matrices are parameters with two or more dimensions; biases and adapters do not count.
+    """
+    pruned = total = 0
+    for layer in layers:
+        pruned += sum(linear.weight_OI.numel() for linear in layer.linears)
+        total += sum(parameter.numel() for parameter in matrix_parameters(layer.module, layer.name))
+    return pruned / max(1, total)
+
+
+def count_matches(layers: Sequence[DecoderLayer], patterns: Iterable[str]) -> dict[str, int]:
+    """Count the linears, pruned or not, that each pattern over names fits."""
+    names = [name for layer in layers for name in [*(linear.name for linear in layer.linears), *layer.left_dense]]
+    return {pattern: sum(matches(name, pattern) for name in names) for pattern in patterns}
+
+
+def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:
+    """Refuse a pattern over names that matches none of some linears.
+
+    Raises:
+        ValueError: If it does not, with names that there are.
+    """
+    if not any(linear.matches(pattern) for linear in linears):
+        examples = list(dict.fromkeys(linear.name for linear in linears))[:12]
+        raise ValueError(f"the pattern {pattern!r} matches no linear of the decoder; among others it has {examples}")
+
+
+def _decide(
+    name: str,
+    module: nn.Module,
+    linears: list[PrunableLinear],
+    uncovered: dict[str, nn.Parameter],
+    targets: Sequence[str] | None,
+    ignore: Sequence[str] | None,
+) -> DecoderLayer:
+    """Choose the linears of a layer that are to be pruned, and say of the other matrices why they are not."""
+
+    def reason_to_leave(linear: PrunableLinear) -> str | None:
+        if any(linear.matches(pattern) for pattern in ignore or []):
+            return "ignored"
+        if targets is not None:
+            return None if any(linear.matches(pattern) for pattern in targets) else "no target"
+        return "router" if linear.is_router else "thin" if linear.is_thin else None
+
+    reasons = {linear.name: reason_to_leave(linear) for linear in linears}
+    wanted = [linear for linear in linears if reasons[linear.name] is None]
+    left_dense = {linear: reason for linear, reason in reasons.items() if reason is not None}
+    left_dense |= {matrix: "router" if is_router(matrix) else "not in a linear" for matrix in uncovered}
+    return DecoderLayer(name, uncompiled(module), wanted, left_dense)
+
+
+def _layer_list(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:
+    """Find the largest list of layers, in the model's own decoder first: an encoder's may be larger."""
+    names = {m: name for name, m in own_modules(model) if isinstance(m, nn.ModuleList) and any(map(_has_linear, m))}
+    if path is not None:
+        for module, name in names.items():
+            if name == path:
+                return name, module
+        found = ", ".join(f"{name} ({len(module)})" for module, name in names.items()) or "none"
+        raise ValueError(f"{type(model).__name__} has no list of layers {path!r}; its lists with linears: {found}")
+    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model):
+        inside = {m for _, m in own_modules(root)} if isinstance(root, nn.Module) else set()
+        lists = [m for m in names if m in inside and all(map(_has_linear, m))]
+        if lists:
+            largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+            return names[largest], largest
+    raise ValueError(
+        f"no decoder layers found in {type(model).__name__}: expected a ModuleList whose elements all hold an "
+        f"nn.Linear or Conv1D, among {', '.join(name for name, _ in model.named_children()) or 'no children'}"
+    )
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(is_linear(child) for _, child in own_modules(module))
+
+
+def _uncovered(modules: nn.ModuleList, linears: dict[str, list[PrunableLinear]]) -> dict[str, dict[str, nn.Parameter]]:
+    """Find the matrices of each layer that lie outside linears; refuse a decoder that consists of such.
+
+    Pruning it would do next to nothing, and say that it did.
+    """
+    total = 0
+    uncovered: dict[str, dict[str, nn.Parameter]] = {}
+    for module, (name, layer) in zip(modules, linears.items(), strict=True):
+        covered = {linear.weight for linear in layer}
+        matrices = matrix_parameters(module, name)
+        uncovered[name] = {matrix: p for p, matrix in matrices.items() if p not in covered}
+        total += sum(p.numel() for p in matrices)
+    outside = {name: p for layer in uncovered.values() for name, p in layer.items()}
+    share = sum(p.numel() for p in outside.values()) / max(1, total)
+    if share > 0.5:
+        largest = sorted(outside, key=lambda name: -outside[name].numel())[:3]
+        raise ValueError(
+            f"{share:.0%} of the decoder's matrix weights are not in linears and would stay dense; the largest: "
+            + ", ".join(f"{name} {tuple(outside[name].shape)}" for name in largest)
+        )
+    return uncovered

@@ -1,0 +1,49 @@
+"""The Hugging Face model that a module is or holds."""
+
+from typing import Any
+
+from torch import nn
+
+
+def find_language_model(module: nn.Module) -> nn.Module:
+    """Find the Hugging Face model that a module is or holds.
+
+    Args:
+        module: A model of transformers (also with adapters, or compiled), or any module (such as a LightningModule)
+            that holds exactly one.
+
+    Returns:
+        The outermost model; of a compiled one the original.
+
+    Raises:
+        ValueError: If there is none, or more than one side by side.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if _is_causal_lm(child) and not any(name.startswith(f"{outer}.") or outer == "" for outer in found):
+            found[name] = child
+    if len(found) != 1:
+        held = ", ".join(f"{name} ({type(model).__name__})" for name, model in found.items()) or "none"
+        raise ValueError(
+            f"{type(module).__name__} must hold exactly one transformers model to prune, found: {held}. "
+            "Models load in __init__ or configure_model; with several, prune the one you mean with prune_model."
+        )
+    return uncompiled(next(iter(found.values())))
+
+
+def max_sequence_length(model: nn.Module) -> int | None:
+    """Return the longest sequence the model's positions allow, or None where the config does not say."""
+    config: Any = model.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the original of what ``torch.compile`` returned, any other module as it is."""
+    original = model._modules.get("_orig_mod")
+    return model if original is None else original
+
+
+def _is_causal_lm(module: nn.Module) -> bool:
+    return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

@@ -1,0 +1,141 @@
+"""The matrices of a decoder layer that can be pruned: linears, and the slices of fused experts.
+
+Shapes: O out features, I in features, E experts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from wanda_lightning.model.convolutions import is_conv2d
+from wanda_lightning.model.names import is_router, matches
+
+THIN = 4
+"""A linear with this few inputs or outputs computes gates and coefficients; pruned only when a target names it."""
+
+# The 3-D parameters that transformers' experts interface prescribes; those of the first kind see the hidden states.
+EXPERT_INPUTS = ("gate_up_proj", "up_proj")
+EXPERT_OUTPUT = "down_proj"
+
+
+@dataclass(frozen=True)
+class PrunableLinear:
+    """One matrix of a decoder layer, seen as (out_features, in_features) whatever its module stores.
+
+    Attributes:
+        name: Its name in the model; a matrix of fused experts has the expert's number behind the parameter's name.
+        module: The module that holds the weight.
+        experts: Name of the list or module of experts it belongs to: tokens may pass it by. None outside of such.
+        parameter: The attribute of the module that holds the weight.
+        expert: Which slice of a 3-D weight it is; None for a whole weight.
+    """
+
+    name: str
+    module: nn.Module
+    experts: str | None = None
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as it is stored; the experts of a 3-D weight share it."""
+        return cast(nn.Parameter, getattr(self.module, self.parameter))
+
+    @property
+    def parameter_name(self) -> str:
+        """The parameter's name in the model."""
+        return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view of the weight, shape (out_features, in_features): writing to it changes the module."""
+        weight = self.weight.detach()
+        if self.expert is None:
+            return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
+        return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]
+
+    @property
+    def is_router(self) -> bool:
+        """Whether the linear chooses experts rather than transforming hidden states."""
+        return is_router(self.name)
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the matrix has hardly any rows or columns."""
+        return min(self.weight_OI.shape) <= THIN
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a shell-style pattern fits the name."""
+        return matches(self.name, pattern)
+
+
+def own_modules(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and all it holds by name, as ``named_modules`` does, but look through wrappers.
+
+    What torch.compile wraps goes by the name it had before. Of a layer with adapters (peft) only the layer itself is
+    visited: the matrices of an adapter are small, and trained.
+    """
+    seen = set() if seen is None else seen
+    children = module._modules
+    if "_orig_mod" in children:
+        yield from own_modules(cast(nn.Module, children["_orig_mod"]), name, seen)
+    elif module not in seen:
+        seen.add(module)
+        yield name, module
+        inside = {"base_layer": children["base_layer"]} if "base_layer" in children else children
+        for child_name, child in inside.items():
+            if child is not None:
+                yield from own_modules(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
+    """List every ``nn.Linear``, ``transformers.Conv1D``, ``Conv2d`` and expert matrix of a decoder layer."""
+    linears = []
+    lists: list[str] = []  # of modules within the layer, such as experts that are modules of their own
+    for name, module in own_modules(layer, prefix):
+        experts = next((outer for outer in lists if name.startswith(f"{outer}.")), None)
+        if isinstance(module, nn.ModuleList) and experts is None:
+            lists.append(name)
+        elif is_linear(module):
+            linears.append(PrunableLinear(name, module, experts))
+        elif holds_fused_experts(module):
+            for parameter in (*EXPERT_INPUTS, EXPERT_OUTPUT):
+                weight = getattr(module, parameter, None)
+                linears += [
+                    PrunableLinear(f"{name}.{parameter}.{expert}", module, name, parameter, expert)
+                    for expert in range(0 if weight is None else len(weight))
+                ]
+    return linears
+
+
+def matrix_parameters(layer: nn.Module, prefix: str) -> dict[nn.Parameter, str]:
+    """Return the names of a layer's parameters with two or more dimensions, without biases and adapters."""
+    return {
+        parameter: f"{name}.{parameter_name}"
+        for name, module in own_modules(layer, prefix)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2 and not parameter_name.endswith("bias")
+    }
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Linear``, a ``transformers.Conv1D`` or a ``Conv2d`` that can be seen as one."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or is_conv2d(module)
+
+
+def holds_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds the weights of many experts as 3-D parameters, in the way of transformers' interface.
+
+    Its calls are ``experts(hidden_states, top_k_index, top_k_weights)``, and it says how the weights are laid out.
+    """
+    weight = getattr(module, EXPERT_OUTPUT, None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers.pytorch_utils.Conv1D (GPT-2), recognised without importing transformers; its weight is (in, out).
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

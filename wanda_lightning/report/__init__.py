@@ -1,0 +1,1 @@
+"""What a pruning did, as JSON, Markdown, tables and a page."""

@@ -1,0 +1,47 @@
+"""What a report says of each kind of linear in each layer; the experts of a mixture are one kind."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from wanda_lightning.report.linear_report import LinearReport
+
+if TYPE_CHECKING:
+    from wanda_lightning.report.pruning_report import PruningReport
+
+Values = list[float | None]
+
+
+def by_kind(report: "PruningReport", value: Callable[[list[LinearReport]], float | None]) -> dict[str, Values]:
+    """Compute a value for every kind of linear in every layer.
+
+    Args:
+        report: What a pruning did.
+        value: Computes it from the rows of one kind and layer, as ``mean_error`` does.
+
+    Returns:
+        Values by kind, one a layer of :func:`layers`; None where nothing was pruned.
+    """
+    cells: dict[tuple[str, str], list[LinearReport]] = {}
+    for row in report.linears:
+        cells.setdefault((row.kind, row.layer), []).append(row)
+    kinds = dict.fromkeys(row.kind for row in report.linears)
+    names = layers(report)
+    return {kind: [value(cells[kind, layer]) if (kind, layer) in cells else None for layer in names] for kind in kinds}
+
+
+def layers(report: "PruningReport") -> list[str]:
+    """List the names of the decoder layers in order, those that were left dense too."""
+    stem = stem_of(report)
+    dense = [f"{stem}.{number(name, stem)}" for name in report.not_pruned if stem and name.startswith(f"{stem}.")]
+    names = dict.fromkeys([row.layer for row in report.linears] + dense)
+    return sorted(names, key=lambda name: int(number(name, stem)) if number(name, stem).isdigit() else -1)
+
+
+def stem_of(report: "PruningReport") -> str:
+    """Return the name of the list of decoder layers, such as ``model.layers``."""
+    return report.linears[0].layer.rpartition(".")[0] if report.linears else ""
+
+
+def number(name: str, stem: str) -> str:
+    """Return the layer's number in a name."""
+    return name.removeprefix(f"{stem}.").partition(".")[0]

@@ -1,0 +1,1 @@
+"""The report as a page that needs no network and no scripts."""

@@ -1,0 +1,60 @@
+"""What a report says of one pruned linear, and of several together."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from wanda_lightning.model.names import kind_of
+from wanda_lightning.report.weight_magnitudes import Magnitudes
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One pruned linear.
+
+    Attributes:
+        name: Its name in the model.
+        layer: The decoder layer's name.
+        shape: (out_features, in_features).
+        sparsity: Fraction of its weights that are zero.
+        seconds: Time to choose the mask and update the weight.
+        tokens: Calibration tokens that reached it; None for methods without calibration.
+        error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
+        error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
+        damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
+        magnitudes: How large its kept and pruned weights were; the finished report has them by kind.
+    """
+
+    name: str
+    layer: str
+    shape: tuple[int, int]
+    sparsity: float
+    seconds: float
+    tokens: int | None = None
+    error: float | None = None
+    error_is_exact: bool = False
+    damping: float | None = None
+    magnitudes: Magnitudes | None = None
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":
+        """Read back what ``asdict`` and JSON made of a row."""
+        counts = plain.get("magnitudes")
+        magnitudes = Magnitudes.from_dict(counts) if counts else None
+        return cls(**{**plain, "shape": tuple(plain["shape"]), "magnitudes": magnitudes})
+
+    @property
+    def kind(self) -> str:
+        """Its name within the layer; the experts of a mixture are one kind: ``"mlp.experts.*.up_proj"``."""
+        return kind_of(self.name, self.layer)
+
+
+def mean_error(rows: list[LinearReport]) -> float | None:
+    """Average the errors of rows; None where none was measured."""
+    errors = [row.error for row in rows if row.error is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def mean_sparsity(rows: list[LinearReport]) -> float:
+    """Return the fraction of zeros over all weights of the rows."""
+    weights = [row.shape[0] * row.shape[1] for row in rows]
+    return sum(w * row.sparsity for w, row in zip(weights, rows, strict=True)) / max(1, sum(weights))

@@ -1,0 +1,69 @@
+"""The model card beside a saved model: what was done to it, with what data, and what came of it."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from wanda_lightning.report.tables import markdown_table
+
+if TYPE_CHECKING:
+    from wanda_lightning.report.pruning_report import PruningReport
+
+Training = Literal["none", "whole", "gradual", "adapter", "merged"]
+"""What happened besides the pruning: nothing; the kept weights were trained, after it or while it went on step by step;
+or low-rank adapters were, and lie beside the model or are merged into it."""
+
+TRAINED: dict[Training, str] = {
+    "none": "",
+    "whole": "The weights that were kept were then fine-tuned for {steps} steps; the zeros stayed zero.",
+    "gradual": "It was pruned little by little while it was fine-tuned, for {steps} steps.",
+    "adapter": "Low-rank adapters were then trained for {steps} steps. They are not part of this model but lie in "
+    "`adapter/` beside its folder; figures under `fine-tuned` are with them.",
+    "merged": "Low-rank adapters were then trained for {steps} steps and merged into the weights that are not zero: "
+    "figures under `fine-tuned` are before the merge, those under `merged` are this model's.",
+}
+
+
+def model_card(report: "PruningReport", base: str | None = None, training: Training = "none", steps: int = 0) -> str:
+    """Write a model card in the hub's format.
+
+    Args:
+        report: What the pruning did, and the evaluations.
+        base: Name or folder of the dense model, if it is known. Of local folders and files only the name is told.
+        training: What happened to the model besides.
+        steps: Number of training steps.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    from huggingface_hub import ModelCardData
+
+    on_the_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse"],
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {report.title}", ""]
+    if base is not None:
+        lines += [f"Made from `{_without_folder(base)}`.", ""]
+    lines += [
+        f"{report.summary} The zeros are stored like other numbers, so the files are as large as those of the dense "
+        "model; `from_pretrained` loads them.",
+        "",
+    ]
+    if training != "none":
+        lines += [TRAINED[training].format(steps=steps), ""]
+    for header, rows in report.overview():
+        lines += [*markdown_table(header, rows), ""]
+    settings = {**report.calibration, **report.environment}
+    lines += markdown_table(["setting", ""], [[key, _without_folder(s)] for key, s in settings.items()], left=(0, 1))
+    return "\n".join(lines) + "\n"
+
+
+def _without_folder(value: Any) -> str:
+    """Write a setting; where the user's files lie is nobody's business."""
+    parts = str(value).split(", ")
+    return ", ".join(Path(part).name if os.path.exists(part) else part for part in parts)

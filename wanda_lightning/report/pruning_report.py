@@ -1,0 +1,168 @@
+"""What a pruning did, linear by linear, as JSON, Markdown and a table on the terminal."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.report.environment import environment
+from wanda_lightning.report.html.page import to_html
+from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity
+from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+from wanda_lightning.report.weight_magnitudes import Magnitudes
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass
+class PruningReport:
+    """All that is worth knowing of one pruning, and of the evaluations around it.
+
+    Attributes:
+        method: The method and its settings, such as ``"Wanda(variant=False)"``.
+        pattern: ``"unstructured"`` or ``"n:m"``.
+        target_sparsity: The fraction asked for.
+        linears: A row for each pruned linear.
+        matches: How many linears each name pattern of targets, ignore and allocation fits.
+        not_pruned: Linears of the decoder left dense, by name with the reason.
+        whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
+        seconds: Time of the whole pruning.
+        seconds_by_phase: What of it went where, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
+        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`peak_memory`.
+        magnitudes: How large the kept and the pruned weights were, by kind of linear.
+        calibration: Where the calibration set came from.
+        evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
+        environment: Versions, machine and date.
+    """
+
+    method: str
+    pattern: str
+    target_sparsity: float
+    linears: list[LinearReport] = field(default_factory=list)
+    matches: dict[str, int] = field(default_factory=dict)
+    not_pruned: dict[str, str] = field(default_factory=dict)
+    whole_model_sparsity: float = 0.0
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=environment)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all pruned linears."""
+        return mean_sparsity(self.linears)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain types, the totals first."""
+        plain = asdict(self)
+        rows = plain.pop("linears")
+        head = {key: plain.pop(key) for key in ("method", "pattern", "target_sparsity")}
+        return {**head, "sparsity": self.sparsity, **plain, "linears": rows}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "PruningReport":
+        """Read back what :meth:`to_dict` gave."""
+        rows = [LinearReport.from_dict(row) for row in plain["linears"]]
+        magnitudes = {kind: Magnitudes.from_dict(counts) for kind, counts in plain.get("magnitudes", {}).items()}
+        rest = {key: value for key, value in plain.items() if key != "sparsity"}
+        return cls(**rest | {"linears": rows, "magnitudes": magnitudes})
+
+    def to_markdown(self) -> str:
+        """Return the tables as Markdown."""
+        lines = [f"# {self.title}", "", self.summary, ""]
+        for header, rows in self._tables():
+            lines += [*markdown_table(header, rows), ""]
+        return "\n".join(lines)
+
+    def to_table(self) -> "Group":
+        """Return the tables for a rich console."""
+        from rich.console import Group
+
+        # The shortest and most wanted last, where the eye is.
+        tables = [terminal_table(header, rows) for header, rows in reversed(list(self._tables()))]
+        return Group(*tables, f"[bold]{self.title}[/bold]", self.summary)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
+        write_text(Path(folder) / "pruning.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(folder) / "pruning.md", self.to_markdown())
+        write_text(Path(folder) / "report.html", to_html(self))
+
+    @property
+    def title(self) -> str:
+        """The method and what it was asked for."""
+        return f"{self.method}, {self.pattern}, sparsity {self.target_sparsity:g}"
+
+    @property
+    def summary(self) -> str:
+        """One sentence of totals."""
+        took = f", pruned in {self.seconds:.1f} s" if self.seconds else ""  # zeros that were found took no time
+        return (
+            f"{self.sparsity:.2%} of the weights of {len(self.linears)} linears are zero "
+            f"({self.whole_model_sparsity:.2%} of the whole model){took}."
+        )
+
+    def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        """Yield the tables that are not by layer, each a header and rows of text."""
+        if self.evaluations:
+            stages = list(self.evaluations)
+            values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
+            metrics = list(dict.fromkeys(metric for stage in stages for metric in values[stage]))
+            rows = [[metric, *(values[stage].get(metric, "") for stage in stages)] for metric in metrics]
+            yield ["evaluation", *stages], rows
+        if self.matches:
+            yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
+        if self.not_pruned:
+            yield (
+                ["not pruned, because", "matrices"],
+                [[r, str(n)] for r, n in Counter(self.not_pruned.values()).items()],
+            )
+
+    def sum_magnitudes(self) -> None:
+        """Add the rows' magnitudes up by kind; the rows do not keep them."""
+        for row in self.linears:
+            if row.magnitudes is not None:
+                self.magnitudes.setdefault(row.kind, Magnitudes()).add(row.magnitudes)
+        self.linears = [replace(row, magnitudes=None) for row in self.linears]
+
+    def costs(self) -> dict[str, float]:
+        """Return seconds by phase; what is left of the whole time comes last, as ``"other"``."""
+        other = self.seconds - sum(self.seconds_by_phase.values())
+        return {**self.seconds_by_phase, **({"other": max(0.0, other)} if self.seconds_by_phase else {})}
+
+    def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        yield from self.overview()
+        costs = [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
+        costs += [[name, in_bytes(size)] for name, size in self.memory.items()]
+        if costs:
+            yield ["time and memory", ""], costs
+        layers: dict[str, list[LinearReport]] = {}
+        for row in self.linears:
+            layers.setdefault(row.layer, []).append(row)
+        yield (
+            ["decoder layer", "linears", "weights", "sparsity", "error", "seconds"],
+            [
+                [
+                    name,
+                    str(len(rows)),
+                    f"{sum(row.shape[0] * row.shape[1] for row in rows):,}",
+                    f"{mean_sparsity(rows):.2%}",
+                    _show_error(rows),
+                    f"{sum(row.seconds for row in rows):.2f}",
+                ]
+                for name, rows in layers.items()
+            ],
+        )
+
+
+def _show_error(rows: list[LinearReport]) -> str:
+    error = mean_error(rows)
+    estimated = any(row.error is not None and not row.error_is_exact for row in rows)
+    return "" if error is None else ("~" if estimated else "") + f"{error:.4f}"

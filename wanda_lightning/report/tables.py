@@ -1,0 +1,44 @@
+"""A header and rows of text as a table, for Markdown and for the terminal."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Return the lines of a Markdown table; the columns that ``left`` numbers are text, the others figures."""
+    rule = ["---" if number in left else "---:" for number in range(len(header))]
+    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+
+
+def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "Table":
+    """Return a table for a rich console; long names may break behind a slash."""
+    from rich.table import Table
+
+    table = Table()
+    for number, name in enumerate(header):
+        table.add_column(name.replace("/", "/\u200b"), justify="left" if number in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def in_bytes(size: float) -> str:
+    """Write a number of bytes with a unit that suits it."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def with_errors(metrics: dict[str, float]) -> dict[str, str]:
+    """Write metrics for a table; one that comes with a standard error, ``<name>_stderr``, as ``0.41 ± 0.02``."""
+    errors = {name: f" ± {metrics[f'{name}_stderr']:.2g}" for name in metrics if f"{name}_stderr" in metrics}
+    return {
+        name: f"{value:.4g}" + errors.get(name, "")
+        for name, value in metrics.items()
+        if name.removesuffix("_stderr") not in errors or name in errors
+    }

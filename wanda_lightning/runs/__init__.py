@@ -1,0 +1,1 @@
+"""A language model as a LightningModule, and runs of a Trainer with it."""

@@ -1,0 +1,199 @@
+"""A Hugging Face causal language model as a LightningModule."""
+
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
+from wanda_lightning.checkpoints.quiet import without_progress_bars
+from wanda_lightning.evaluation import Perplexity
+from wanda_lightning.training.distillation import Distillation, Teacher
+from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
+
+
+class CausalLM(LightningModule):
+    """Loads a causal language model, validates it by perplexity and fine-tunes it.
+
+    Args:
+        pretrained: A hub name, a local folder, or a ``.gguf`` file, which is de-quantised.
+        dtype: Data type of the weights; ``auto`` takes the checkpoint's own.
+        attn_implementation: Such as ``sdpa``, ``eager`` or ``flash_attention_2``. Default: transformers' choice.
+        gradient_checkpointing: Trade time for memory in training.
+        trust_remote_code: Run code that the model's author put on the hub.
+        optimizer: Optimizer of all parameters, or of the adapters.
+        lr_scheduler: Learning-rate scheduler, stepped after every optimizer step.
+        lora: Train low-rank adapters instead of the weights.
+        distillation: Learn from the dense model's predictions too.
+        stream: Leave the decoder layers on disk and load them one at a time, to prune and evaluate models that are
+            larger than memory; they cannot be trained.
+        model_kwargs: More arguments of ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoraSettings | None = None,
+        distillation: Distillation | None = None,
+        stream: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters("pretrained")  # what a checkpoint needs to load; the rest is the run's to choose
+        self.pretrained = pretrained
+        self.gradient_checkpointing = gradient_checkpointing
+        self.trust_remote_code = trust_remote_code
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lora = lora
+        self.distillation = distillation
+        self.stream = stream
+        if stream and (lora or distillation or gradient_checkpointing):
+            raise ValueError(
+                "a model that is streamed from disk cannot be trained: leave out lora, distillation and "
+                "gradient_checkpointing, or stream"
+            )
+        self.model_kwargs = {
+            "dtype": dtype,
+            "trust_remote_code": trust_remote_code,
+            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+            **(model_kwargs or {}),
+        }
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.perplexities = torch.nn.ModuleList([Perplexity()])  # one an evaluation set
+        self.teacher: Teacher | None = None
+        self.merged = False
+
+    def configure_model(self) -> None:
+        """Load the model; called by the Trainer before every run."""
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+            if self.stream:
+                self._open_streamed(self.pretrained)
+                return
+            self.model = load_model(self.pretrained, **self.model_kwargs).train()
+            if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
+                add_adapters(self.model, self.lora)
+            if self.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable()
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train a streamed model; ``fit`` without training steps prunes it."""
+        trainer = self.trainer
+        if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
+            self.check_trainable()
+
+    def check_trainable(self) -> None:
+        """Refuse to train a streamed model.
+
+        Raises:
+            ValueError: If the model is streamed from disk.
+        """
+        if self.stream:
+            raise ValueError(
+                "a model that is streamed from disk can be pruned and evaluated, not trained: use prune, and fit the "
+                "saved model without stream"
+            )
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """Call the model, without a cache."""
+        return self.model(**inputs, use_cache=False)
+
+    def on_fit_start(self) -> None:
+        """Make the metrics anew: what ``validate`` leaves are inference tensors, which nothing can be added to here."""
+        for metric in self.modules():
+            if isinstance(metric, Perplexity):
+                metric.reset()
+
+    def on_train_start(self) -> None:
+        """Load the teacher, if there is one."""
+        if self.distillation is not None and self.teacher is None:
+            self.teacher = Teacher(load_model(self.distillation.teacher or self.pretrained, **self.model_kwargs))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy of the next token, or what distillation makes of it."""
+        if self.distillation is not None and self.teacher is not None:
+            loss = self.distillation.loss(self(**batch).logits, self.teacher.logits(batch), _labels(batch))
+        else:
+            loss = self(**batch, labels=_labels(batch)).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to ``val/perplexity``; of several sets, to ``val/perplexity/<name>``."""
+        self._evaluate(batch, "val/perplexity", dataloader_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to ``test/perplexity``; of several sets, to ``test/perplexity/<name>``."""
+        self._evaluate(batch, "test/perplexity", dataloader_idx)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the scheduler that were asked for."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def reopen(self, folder: str | Path) -> None:
+        """Stream from the folder of a saved model from now on."""
+        if self.stream:
+            with without_progress_bars():
+                self._open_streamed(str(folder))
+
+    def _open_streamed(self, pretrained: str) -> None:
+        self.model = load_streamed(pretrained, device=self.trainer.strategy.root_device, **self.model_kwargs)
+        # DDP would send every weight to the other processes, also those that are on disk.
+        self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if p.is_meta]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move what the module holds, but not a streamed model: it is where it belongs."""
+        if not self.stream:
+            return super()._apply(fn, recurse)
+        for child in self.children():
+            if child is not self.model:
+                child._apply(fn)
+        return self
+
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights that are not zero, for good: (W + B A) * M."""
+        merge_masked(self.model)
+        self.merged = True
+
+    def _evaluate(self, batch: dict[str, Tensor], name: str, index: int) -> None:
+        while len(self.perplexities) <= index:
+            self.perplexities.append(Perplexity().to(self.device))
+        metric = cast(Perplexity, self.perplexities[index])
+        metric.update(self(**batch).logits, _labels(batch))
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
+        own = names[index] if names else str(index) if _number_of_sets(self.trainer) > 1 else ""
+        self.log(
+            f"{name}/{own}" if own else name,
+            metric,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            add_dataloader_idx=False,
+            metric_attribute=f"perplexities.{index}",
+        )
+
+
+def _number_of_sets(trainer: Any) -> int:
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    return len(batches) if isinstance(batches, list) else 1
+
+
+def _labels(batch: dict[str, Tensor]) -> Tensor:
+    """Predict every token but padding."""
+    ids_BT = batch["input_ids"]
+    return ids_BT.masked_fill(batch["attention_mask"] == 0, -100) if "attention_mask" in batch else ids_BT

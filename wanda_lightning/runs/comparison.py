@@ -1,0 +1,139 @@
+"""``wanda-lightning compare RUN RUN ...``: what several runs gave, as one table and one picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
+
+TEXT = (0, 1, 3)
+"""The columns of the table that hold words."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one ``pruning.json`` says.
+
+    Attributes:
+        folder: The run's folder.
+        method: The method and its settings.
+        pattern: ``unstructured`` or ``n:m``.
+        sparsity: Fraction of zeros in the pruned linears.
+        evaluations: Metrics by stage, such as dense, pruned and fine-tuned.
+        data: What it was calibrated and evaluated on.
+    """
+
+    folder: Path
+    method: str
+    pattern: str
+    sparsity: float
+    evaluations: dict[str, dict[str, float]]
+    data: dict[str, Any]
+
+
+class Comparison:
+    """Several runs side by side.
+
+    Args:
+        folders: Folders that hold a ``pruning.json``, or such files.
+
+    Raises:
+        ValueError: If there is no run, or a folder holds none that can be read.
+    """
+
+    def __init__(self, folders: Sequence[str | Path]) -> None:
+        if not folders:
+            raise ValueError("nothing to compare: name the folders of one or more runs")
+        self.runs = [_read(Path(folder)) for folder in folders]
+
+    def label(self, run: Run) -> str:
+        """Name a run's method: with its settings where another run has others, with its folder where one has none."""
+        name = run.method.partition("(")[0]
+        if len({r.method for r in self.runs if r.method.partition("(")[0] == name}) > 1:
+            name = run.method
+        alike = [r for r in self.runs if (r.method, r.pattern, r.sparsity) == (run.method, run.pattern, run.sparsity)]
+        return name if len(alike) == 1 else f"{name} in {run.folder.name}"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each stage of each run; dense results that runs share appear once."""
+        rows, dense = [], []
+        for run in self.runs:
+            for stage, metrics in run.evaluations.items():
+                shown = {key: value for key, value in metrics.items() if key != "sparsity"}
+                if stage == "dense":
+                    if shown in dense:
+                        continue
+                    dense.append(shown)
+                is_dense = stage in ("dense", "as loaded")
+                rows.append(
+                    {
+                        "run": "" if is_dense and len(self.runs) > 1 else str(run.folder),
+                        "method": "" if is_dense else self.label(run),
+                        "pattern": "" if is_dense else run.pattern,
+                        "sparsity": metrics.get("sparsity", 0.0 if is_dense else run.sparsity),
+                        "stage": stage,
+                        "metrics": shown,
+                    }
+                )
+        return sorted(rows, key=lambda row: row["stage"] != "dense")  # the others stay in the order given
+
+    def notes(self) -> list[str]:
+        """Say what keeps the figures from being comparable."""
+        return [
+            f"the runs differ in {what}, so their figures do not compare: {', '.join(map(str, sorted(found, key=str)))}"
+            for what in ("sequence_length", "evaluation", "source", "num_samples")
+            if len(found := {run.data[what] for run in self.runs if what in run.data}) > 1
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows, as text."""
+        rows = self.rows()
+        written = [with_errors(row["metrics"]) for row in rows]
+        metrics = list(dict.fromkeys(name for each in written for name in each))
+        header = ["method", "pattern", "sparsity", "stage", *(name.removeprefix("val/") for name in metrics)]
+        return header, [
+            [row["method"], row["pattern"], f"{row['sparsity']:.2%}", row["stage"], *(each.get(m, "") for m in metrics)]
+            for row, each in zip(rows, written, strict=True)
+        ]
+
+    def to_markdown(self) -> str:
+        """Return the table as Markdown."""
+        header, rows = self.table()
+        return (
+            "\n".join([*markdown_table(header, rows, left=TEXT), *(f"\nNote: {note}." for note in self.notes())]) + "\n"
+        )
+
+    def to_table(self) -> Any:
+        """Return the table for a rich console."""
+        from rich.console import Group
+
+        return Group(
+            terminal_table(*self.table(), left=TEXT), *(f"[yellow]Note: {note}.[/yellow]" for note in self.notes())
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``comparison.md`` and ``comparison.json`` into a folder."""
+        plain = {"notes": self.notes(), "rows": self.rows()}
+        write_text(Path(folder) / "comparison.md", self.to_markdown())
+        write_text(Path(folder) / "comparison.json", json.dumps(plain, indent=2) + "\n")
+
+
+def _read(folder: Path) -> Run:
+    file = folder / "pruning.json" if folder.is_dir() else folder
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return Run(
+            folder if folder.is_dir() else folder.parent,
+            plain["method"],
+            plain["pattern"],
+            plain["sparsity"],
+            plain["evaluations"],
+            plain["calibration"],
+        )
+    except OSError as error:
+        raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of a pruning: {error!r}") from error

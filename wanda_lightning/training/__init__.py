@@ -1,0 +1,1 @@
+"""What is left of a pruned model is trained: masks, adapters, distillation."""
