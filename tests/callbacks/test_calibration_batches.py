@@ -290,7 +290,8 @@ def test_how_much_was_used_is_said(tmp_path, caplog, data, callback, said):
     (record,) = [record for record in caplog.records if "calibrated with" in record.getMessage()]
     level, used, asked = said
     assert record.levelname == level
-    assert used in record.getMessage() and record.getMessage().endswith(asked)
+    assert used in record.getMessage()
+    assert record.getMessage().endswith(asked)
     assert json.loads((tmp_path / "pruning.json").read_text())["calibration"] == pruning.report.calibration
     assert str(pruning.report.calibration["tokens"]) in used
 

@@ -83,19 +83,19 @@ class Collector:
         Raises:
             ValueError: If a linear was never called, though no router could have passed it by.
         """
-        called = {linear.experts for linear in self._linears if linear.name in self._statistics}
-        missing = []
-        for linear in self._linears:
-            if linear.name not in self._statistics:
-                if linear.experts is None or linear.experts not in called:
-                    missing.append(linear.name)
-                else:
-                    self._statistics[linear.name] = self._new(linear.weight_OI.shape[1], linear.weight.device)
-        if missing:
+        unseen = [linear for linear in self._linears if linear.name not in self._statistics]
+        if never := [linear.name for linear in unseen if linear.experts is None]:
             raise ValueError(
-                f"no calibration token reached {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}: "
-                "use more samples, or leave them out with ignore"
+                f"the model does not call {_few(never)} on token ids alone, as cross-attention is not called without "
+                "an encoder: leave them out with ignore"
             )
+        called = {linear.experts for linear in self._linears if linear.name in self._statistics}
+        if missed := [linear.name for linear in unseen if linear.experts not in called]:
+            raise ValueError(
+                f"no calibration token reached {_few(missed)}: use more samples, or leave them out with ignore"
+            )
+        for linear in unseen:
+            self._statistics[linear.name] = self._new(linear.weight_OI.shape[1], linear.weight.device)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
 
     def _see(self, linear: PrunableLinear, x: Tensor) -> None:
@@ -127,6 +127,10 @@ class Collector:
         self._calls.append(module)
         if self._shape in self._once_each and len(set(self._calls)) == len(self._modules):
             raise _AllInputsSeenError
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)
 
 
 def _real_tokens(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Tensor:
