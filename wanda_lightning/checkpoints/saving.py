@@ -1,6 +1,5 @@
 """Saving a pruned model so that ``from_pretrained`` loads it, whole or not at all."""
 
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wanda_lightning.atomic_files import whole_folder
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.offload import is_offloaded, stored_parameters
@@ -41,19 +41,11 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
             "model with PruningTrainer.save_pretrained, or merge under the mask with wanda_lightning.merge_masked"
         )
     folder = Path(folder).expanduser().resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)
+    with whole_folder(folder) as unfinished:
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        for file in unfinished.iterdir():  # safetensors makes files that nobody else may read
-            file.chmod(0o644)
         _check_reloads(model, unfinished)
-        _replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -87,14 +79,3 @@ def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
         for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
             if not torch.equal(saved.cpu(), loaded.cpu()):
                 raise RuntimeError(f"the saved model does not load as it was: {name} differs")
-
-
-def _replace(new: Path, folder: Path) -> None:
-    """Rename a folder over another; the old one is only removed when the new one is in place."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)) / "old"
-        folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old.parent)
-    else:
-        new.rename(folder)

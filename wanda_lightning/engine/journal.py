@@ -6,7 +6,6 @@ weights (the masks are where they are not zero) and the rows of its report.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_lightning.atomic_files import write_text
+from wanda_lightning.atomic_files import whole_file, write_text
 from wanda_lightning.engine.fingerprint import differences, hashed
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.decoder import DecoderLayer
@@ -79,6 +78,8 @@ class Journal:
                 there.
         """
         self.lock()
+        for left in self.folder.glob(".*"):  # by a write that was killed
+            left.unlink()
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
         if file.exists():
@@ -150,18 +151,14 @@ class Journal:
                 file.unlink()
 
     def _save(self, number: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
-        """Write a file under a temporary name, to the disk, and rename it."""
+        """Write the file of a layer, whole and to the disk."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         described = json.dumps([asdict(row) for row in rows])
         metadata = {"rows": described, "sha256": hashed(tensors, described)}
-        unfinished = self.folder / ".unfinished"
         try:
-            save_file(tensors, unfinished, metadata=metadata)
-            _to_disk(unfinished)
-            os.replace(unfinished, self.file(number))
-            _to_disk(self.folder)
+            with whole_file(self.file(number)) as unfinished:
+                save_file(tensors, unfinished, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             raise OSError(
                 f"layer {number} cannot be written to {self.folder}: {error}. The {number} layers before it are kept "
                 "there: make room, and the same run goes on behind them"
@@ -187,11 +184,3 @@ def _read(file: Path) -> tuple[dict[str, Tensor], list[LinearReport]]:
         raise ValueError("its content is not what was written")
     rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
     return tensors, rows
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
