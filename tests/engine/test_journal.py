@@ -3,9 +3,9 @@ bytes, and the input model is as it was.
 """
 
 import errno
-import os
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys

@@ -12,6 +12,8 @@ from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk, names_without_values
 from wanda_lightning.sparsity import Pattern
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_pruning(
     model: nn.Module,
@@ -37,12 +39,11 @@ def check_pruning(
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
     for linear in linears:
-        weight_OI = linear.weight_OI
-        if not weight_OI.is_floating_point():
-            raise ValueError(
-                f"{linear.name} holds {weight_OI.dtype}, not floating-point weights: prune before quantising"
-            )
-        patterns[linear.name].check_in_features(weight_OI.shape[1], linear.name)
+        weight = linear.weight.data
+        held = weight.dtype if type(weight) is torch.Tensor else type(weight).__name__  # packed, by torchao
+        if held not in FLOATS:
+            raise ValueError(f"{linear.name} holds {held}, not one of {FLOATS}: prune before quantising")
+        patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in linears if not linear.weight.is_meta)
 
 

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from wanda_lightning.atomic_files import whole_folder
-from wanda_lightning.checkpoints.tensor_files import PLAIN, weight_files
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED, PLAIN, weight_files
 from wanda_lightning.export.bitmask import compress_file, decompress_file, read_compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPRESSED = ".compressed.safetensors"  # from_pretrained must not take these files for ordinary weights
 NOTE = "COMPRESSED.md"
 
 
