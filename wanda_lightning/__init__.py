@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from wanda_lightning.training.lora import LoraSettings, merge_masked
 
 
-sys.meta_path.append(MovedModules())  # type: ignore[arg-type]
+sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:

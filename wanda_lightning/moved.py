@@ -27,7 +27,7 @@ MOVED = {
 
 
 class MovedModules:
-    """Finds modules by their old names; the last entry of ``sys.meta_path``, so that it is asked for these only."""
+    """Finds modules by their old names; asked first, for an update may leave empty folders of these names behind."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """Tell the import system that an old name is known."""

@@ -31,14 +31,14 @@ def dense_settings(config: "PreTrainedConfig", pretrained: str, quantization: An
         return {"quantization_config": Mxfp4Config(dequantize=True)}
     if method:
         raise ValueError(
-            f"{pretrained} {'is' if stored else 'would be'} quantised ({method}), and pruning needs weights in float32, "
-            "bfloat16 or float16: prune before quantising (fp8 and mxfp4 files are de-quantised)"
+            f"{pretrained} {'is' if stored else 'would be'} quantised ({method}), and pruning needs plain weights: "
+            "prune before quantising (of quantised files, those in fp8 and mxfp4 are de-quantised)"
         )
     return {}
 
 
 def forget_quantization(model: "PreTrainedModel") -> None:
-    """Let ``save_pretrained`` write de-quantised weights as they are; it would give them the names of quantised ones."""
+    """Let ``save_pretrained`` write de-quantised weights as what they are, not under the names of quantised ones."""
     conversions = getattr(model, "_weight_conversions", None) or ()
     operations = [operation for each in conversions for operation in getattr(each, "operations", ())]
     if any(getattr(operation, "hf_quantizer", None) is not None for operation in operations):

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,8 @@ def _dry_save(model: Any, tokenizer: Any) -> nn.Module:
     forget_quantization(model)
     copies = {name for names in _shared(model) for name in names[1:]}  # written once, and shared by what loads them
     weights = {name: torch.empty_like(w, device="meta") for name, w in model.state_dict().items() if name not in copies}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         model.save_pretrained(folder, state_dict={})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -127,5 +127,4 @@ def _convert(
         written = [new / (file.name.removesuffix(COMPRESSED).removesuffix(PLAIN) + suffix) for file in files]
         for file, target in zip(files, written, strict=True):
             convert_file(file, target)
-        sizes = Sizes(*(sum(file.stat().st_size for file in some) for some in (files, written)))
-    return sizes
+        return Sizes(*(sum(file.stat().st_size for file in some) for some in (files, written)))
