@@ -311,10 +311,10 @@ def test_of_a_missing_layer_too_those_behind_it_go(tmp_path, solved):
 def test_files_that_a_killed_run_left_do_no_harm(tmp_path, solved):
     whole = run(tmp_path)
     solved.limit = len(solved)
-    (tmp_path / ".unfinished").write_bytes(b"half a layer")
+    (tmp_path / ".tmpabc.safetensors").write_bytes(b"half a layer")
     (tmp_path / ".tmpabc").write_text('{"half": ')
     assert run(tmp_path) == whole
-    assert not [*tmp_path.glob(".*")]
+    assert not [*tmp_path.glob(".*.safetensors")]
 
 
 @pytest.mark.parametrize("content", ['{"model": "Lla', "", "3", "\x00" * 50])
