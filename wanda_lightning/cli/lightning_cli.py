@@ -71,6 +71,7 @@ class PruningCLI(LightningCLI):
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
         if isinstance(self.model, CausalLM):
             self.model.check_trainable()
+        self.trainer.will_save = self.trainer.pruning_callback is not None
         if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
             self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
 
