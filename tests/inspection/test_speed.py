@@ -90,7 +90,7 @@ def test_seconds_are_operations_by_rate(monkeypatch, tmp_path):
     windows, tokens = 3, 20
     forward = sum(2 * windows * tokens * weight.numel() for weight in linears)
     forward += 2 * windows * 2 * tokens**2 * 32  # attention of two layers of width 32
-    masks = sum(weight.numel() for weight in linears) / 1e5
+    masks = 2 * sum(weight.numel() for weight in linears) / 1e5
     inputs = 2 * [32, 32, 32, 64]  # of q/k/v, o, gate/up and down in each layer
     exact = sum(1.13 * windows * tokens * width**2 + width**3 for width in inputs)
     exact += sum(2 * weight.numel() * weight.shape[1] for weight in linears)
