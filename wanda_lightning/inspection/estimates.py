@@ -85,7 +85,7 @@ def _attention(config: Any, tokens: int) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     return 2 * tokens**2 * heads * width  # two products of 2 operations each, over half of the square
 
 

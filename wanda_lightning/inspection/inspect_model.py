@@ -129,10 +129,10 @@ def _dtype(pretrained: str, config: Any, dtype: str) -> torch.dtype:
             f"{pretrained} is stored in {_name(stored)}, in which nothing can be pruned: "
             "de-quantise it first, or say what it will be loaded in, such as --dtype bfloat16"
         )
-    return cast(torch.dtype, stored)
+    return cast(torch.dtype, getattr(torch, _name(stored)))
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
