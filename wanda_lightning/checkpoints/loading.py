@@ -83,7 +83,7 @@ def load_streamed(
 
     config = load_config(pretrained, **kwargs)
     skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
-    layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
+    layers = decoder_layers(skeleton, targets=["*"])[0].list_name
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
     with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
         model = load_model(

@@ -7,7 +7,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from wanda_lightning.model.names import kind_of
-from wanda_lightning.report.by_layer import by_kind, layers, number, stem_of
+from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
 from wanda_lightning.report.html.charts import bars, breakable, heat_map, histograms, lines
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
 from wanda_lightning.report.tables import in_bytes
@@ -166,7 +166,7 @@ def _by_layer(
 ) -> Iterable[str]:
     """Show values by layer and kind: as a map, as lines, and as a table that opens on demand."""
     stem = stem_of(report)
-    labels = [number(layer, stem) for layer in layers(report)]
+    labels = [label(layer, stem) for layer in layers(report)]
     yield heat_map(series, labels, top, show, level, color)
     if curves and len(labels) > 1:
         yield lines(series, labels, level)
