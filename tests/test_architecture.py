@@ -30,7 +30,7 @@ ROOMS = {
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
     "data": {"checkpoints"},
-    "evaluation": {"checkpoints", "data"},
+    "evaluation": {"checkpoints", "data", "model"},
     "callbacks": {
         "allocation", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods", "model",
         "report", "sparsity", "training",

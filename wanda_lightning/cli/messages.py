@@ -3,11 +3,11 @@
 import errno
 import re
 from argparse import RawDescriptionHelpFormatter
+from traceback import walk_tb
 
-import torch
 from jsonargparse import DefaultHelpFormatter
 
-from wanda_lightning.sparsity import parse_pattern
+from wanda_lightning.cli.first_look import NO_MODEL
 
 # jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
 NOISE = re.compile(
@@ -19,12 +19,17 @@ UNKNOWN_OPTION = re.compile(
 )
 OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
 
-NO_MODEL = "no model was given: add --model.pretrained MODEL, a hub name, a folder or a .gguf file"
 NO_MEMORY = """
 what takes less: fewer or shorter calibration sequences (--data.num_samples, --data.sequence_length), smaller batches
 (--data.calibration_batch_size 1, --data.batch_size 1), --model.dtype bfloat16; where nothing is trained --model.stream
 true, which holds one layer at a time; in training --model.gradient_checkpointing true, or adapters (-c wanda_lora).
 `wanda-lightning inspect MODEL` estimates the need"""
+READERS = (
+    "wanda_lightning.checkpoints.",
+    "wanda_lightning.data.",
+    "wanda_lightning.evaluation.tasks",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
 NO_SPACE = "free some, or write elsewhere: --trainer.default_root_dir FOLDER"
 
 
@@ -41,15 +46,48 @@ def explained(error: Exception) -> str | None:
     Returns:
         The message; None if nothing that the user gave or has is to blame.
     """
-    misconfigured = type(error).__name__ == "MisconfigurationException"  # Lightning's, whose import takes seconds
     message = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in message:
+    misconfigured = _is(error, "MisconfigurationException")
+    if _out_of_memory(error):
         return f"out of memory: {message.partition(chr(10))[0]}{NO_MEMORY}"
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in message:
+    if _disk_full(error):
         return f"no space is left on the disk ({message}); {NO_SPACE}"
     if misconfigured and "gpu backend" in message:
         return "no GPU was found that this torch can use: leave --trainer.accelerator out, or set it to cpu"
-    return shortened(message) if misconfigured or isinstance(error, ValueError | OSError) else None
+    if isinstance(error, ImportError) and not (error.name or "").startswith("wanda_lightning"):
+        return f"a package is missing, or does not fit the others: {message}"
+    if misconfigured or isinstance(error, ValueError | OSError):
+        return shortened(message)
+    if _while_reading(error):
+        return f"what was named cannot be read: {message} ({type(error).__name__})"
+    return None
+
+
+def exit_code(error: Exception) -> int:
+    """Return 1 for what the machine lacks, 2 for a mistake in what the user gave."""
+    return 1 if _out_of_memory(error) or _disk_full(error) or isinstance(error, ConnectionError | TimeoutError) else 2
+
+
+def _is(error: Exception, name: str) -> bool:
+    """Whether an error is of a class whose import takes seconds."""
+    return any(kind.__name__ == name for kind in type(error).__mro__)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    kind = isinstance(error, MemoryError) or _is(error, "OutOfMemoryError")
+    return kind or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _disk_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _while_reading(error: Exception) -> bool:
+    """Whether a package of others raised this while it read a model, a data set, a task or a checkpoint for us."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    callers = [module for module in modules if module.startswith(("wanda_lightning.", *READERS))]
+    ours = modules[-1].startswith("wanda_lightning.")
+    return not ours and callers[-1].startswith(READERS) if callers else False
 
 
 def shortened(message: str) -> str:
@@ -74,6 +112,8 @@ def _without_noise(message: str) -> str:
     lines = [line for line in _without_other_types(message.splitlines()) if not NOISE.match(line)]
     lines = [re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"^(\s*)- ", r"\1", line)) for line in lines]
     if number := re.search(r'"pattern":\s+Expected a .*str.* Got value: (\d+)', message):
+        from wanda_lightning.sparsity import parse_pattern  # and with it torch
+
         try:
             parse_pattern(number[1])
         except ValueError as error:

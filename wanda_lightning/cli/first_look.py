@@ -1,0 +1,39 @@
+"""What is wrong with a command line, as far as it shows before Lightning is imported, which takes seconds."""
+
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from wanda_lightning.cli.recipes import find, is_inline
+
+NO_MODEL = "no model was given: add --model.pretrained MODEL, a hub name, a folder or a .gguf file"
+
+
+def refuse_at_once(arguments: Sequence[str]) -> None:
+    """Refuse a recipe that is not there, and a run without a model.
+
+    Args:
+        arguments: A sub-command of LightningCLI and its options.
+
+    Raises:
+        ValueError: Names what is missing.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    try:
+        given, others = parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(
+            f"-c needs the name of a recipe, see `wanda-lightning recipes`, or a file ({error})"
+        ) from error
+    recipes = [find(recipe) for recipe in given.config if not is_inline(recipe)]
+    # Only what is certain: a model may come from any option or recipe that speaks of one; help needs none.
+    words = [*others, *filter(is_inline, given.config), *map(_settings, recipes)]
+    if not any(word in text for text in words for word in ("model", "help", "print_", "-h")):
+        raise ValueError(NO_MODEL)
+
+
+def _settings(recipe: Path) -> str:
+    """Return a recipe without its comments, which speak of a model always."""
+    lines = recipe.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(line.partition("#")[0] for line in lines)
