@@ -46,7 +46,7 @@ def explained(error: Exception) -> str | None:
     Returns:
         The message; None if nothing that the user gave or has is to blame.
     """
-    message = str(error).strip()
+    message = str(error).strip().partition("\n\n")[0]  # further paragraphs are advice that may not fit
     misconfigured = _is(error, "MisconfigurationException")
     if _out_of_memory(error):
         return f"out of memory: {message.partition(chr(10))[0]}{NO_MEMORY}"
