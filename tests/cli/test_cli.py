@@ -16,7 +16,8 @@ import yaml
 import wanda_lightning
 from wanda_lightning.__main__ import main
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.messages import explained, shortened
+from wanda_lightning.cli.messages import explained
+from wanda_lightning.cli.parser_messages import shortened
 
 RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
 MODEL = "--model.pretrained=MODEL"

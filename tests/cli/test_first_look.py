@@ -45,6 +45,7 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["decompress", "--help"], 0, "decompress to-ship model"),
         (["inspect"], 2, "are required: pretrained"),
         (["inspect", "MODEL", "--nothing"], 2, "--nothing"),
+        (["inspect", "MODEL", "--dtype=float99"], 2, "bfloat16"),
         (["inspect", "--help"], 0, "--num_samples"),
     ],
 )
@@ -80,3 +81,25 @@ def test_comments_name_no_model(tmp_path):
     (tmp_path / "mine.yaml").write_text("# Run: --model.pretrained MODEL\nseed_everything: 1  # of the model\n")
     with pytest.raises(ValueError, match="no model was given"):
         refuse_at_once(["prune", "-c", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model:\n\tpretrained: MODEL\n", "mine.yaml is no YAML: while scanning"),
+        (b"model: [", "mine.yaml is no YAML: while parsing"),
+        (b"\xff\xfe", "mine.yaml is no YAML: 'utf-8' codec"),
+        (b"- model\n- data\n", "mine.yaml is no recipe: .*got .'model', 'data'"),
+        (b"model", "mine.yaml is no recipe: .*got model"),
+        (b"", "mine.yaml is no recipe: .*got None"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, content, message):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        refuse_at_once(["prune", "-c", str(tmp_path / "mine.yaml"), "--model.pretrained=MODEL"])
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        refuse_at_once(["prune", "-c", str(tmp_path), "--model.pretrained=MODEL"])

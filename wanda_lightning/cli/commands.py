@@ -90,7 +90,7 @@ def run_function(
     """
     from jsonargparse import ArgumentParser
 
-    from wanda_lightning.cli.messages import HelpFormatter
+    from wanda_lightning.cli.parser_messages import HelpFormatter
 
     parser = ArgumentParser(
         prog=f"wanda-lightning {name}", description=COMMANDS[name].description, formatter_class=HelpFormatter

@@ -4,19 +4,21 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from wanda_lightning.cli.recipes import find, is_inline
 
 NO_MODEL = "no model was given: add --model.pretrained MODEL, a hub name, a folder or a .gguf file"
 
 
 def refuse_at_once(arguments: Sequence[str]) -> None:
-    """Refuse a recipe that is not there, and a run without a model.
+    """Refuse a recipe that is not there or none at all, and a run without a model.
 
     Args:
         arguments: A sub-command of LightningCLI and its options.
 
     Raises:
-        ValueError: Names what is missing.
+        ValueError: Names what is missing or wrong.
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -35,5 +37,10 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
 
 def _settings(recipe: Path) -> str:
     """Return a recipe without its comments, which speak of a model always."""
-    lines = recipe.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(line.partition("#")[0] for line in lines)
+    try:
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{recipe} is no recipe: its settings need names, as in `trainer: ...`, got {settings!s:.60}")
+    return str(settings)

@@ -1,12 +1,15 @@
 """``wanda-lightning inspect``."""
 
 import sys
+from typing import Literal
 
 from wanda_lightning.cli.commands import run_function
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 def inspect(
-    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: str = "auto", device: str = "cpu"
+    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: Dtype = "auto", device: str = "cpu"
 ) -> None:
     """Show what pruning a model would touch and take, and how sparse the weights in its folder are.
 
@@ -14,7 +17,7 @@ def inspect(
         pretrained: A hub name, of which only the config is read, or a local folder.
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
-        dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
+        dtype: Data type of weights and activations. Default: the checkpoint's.
         device: Where pruning would run.
     """
     from rich.console import Console

@@ -3,6 +3,7 @@
 import sys
 from typing import Any, NoReturn
 
+import lightning
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.messages import HelpFormatter, shortened
+from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
 from wanda_lightning.cli.recipes import find, is_inline
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
@@ -35,7 +36,7 @@ class _RecipeFile(ActionConfigFile):
     """``-c``, which takes the name of a packaged recipe where jsonargparse takes a file."""
 
     @override
-    def __call__(self, parser: Any, cfg: Any, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         recipe = values if is_inline(values) else str(find(values))
         super().__call__(parser, cfg, recipe, option_string)
 
@@ -55,13 +56,14 @@ class PruningCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
-        lightning = LightningCLI.subcommands()
+        inherited = LightningCLI.subcommands()
         both = {"model", "datamodule"}
-        return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+        return {"prune": both, "sweep": both, **{name: inherited[name] for name in ("fit", "validate", "test")}}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make ``-c`` take the names of recipes."""
+        """Make ``-c`` take the names of recipes; all else as Lightning has it."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
         parser = self.parser_class(**kwargs)
         parser.add_argument("-c", "--config", action=_RecipeFile, help="Name of a recipe, or a file like one.")
         return parser

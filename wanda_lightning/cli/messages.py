@@ -1,40 +1,24 @@
 """What the command line says of mistakes: what was wrong and what helps, without how it came to be seen."""
 
 import errno
-import re
-from argparse import RawDescriptionHelpFormatter
 from traceback import walk_tb
 
-from jsonargparse import DefaultHelpFormatter
-
-from wanda_lightning.cli.first_look import NO_MODEL
-
-# jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
-NOISE = re.compile(
-    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a <class 'NoneType'>|- Not a valid subclass of|"
-    r"Subclass types expect|- a (class path|dict)|Given value type|Given value: (\S*[\[({]|.{60}))"
-)
-UNKNOWN_OPTION = re.compile(
-    r"Parser key \"(\S+)\":.*?class_path '\S*?(\w+)':\s+Option '\w+' is not accepted", re.DOTALL
-)
-OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
+from wanda_lightning.cli.parser_messages import shortened
 
 NO_MEMORY = """
 what takes less: fewer or shorter calibration sequences (--data.num_samples, --data.sequence_length), smaller batches
 (--data.calibration_batch_size 1, --data.batch_size 1), --model.dtype bfloat16; where nothing is trained --model.stream
 true, which holds one layer at a time; in training --model.gradient_checkpointing true, or adapters (-c wanda_lora).
 `wanda-lightning inspect MODEL` estimates the need"""
+NO_SPACE = "free some, or write elsewhere: --trainer.default_root_dir FOLDER"
+
+# Modules that read what the user named, mostly by packages of others.
 READERS = (
     "wanda_lightning.checkpoints.",
     "wanda_lightning.data.",
     "wanda_lightning.evaluation.tasks",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
-NO_SPACE = "free some, or write elsewhere: --trainer.default_root_dir FOLDER"
-
-
-class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of descriptions as they are."""
 
 
 def explained(error: Exception) -> str | None:
@@ -47,6 +31,7 @@ def explained(error: Exception) -> str | None:
         The message; None if nothing that the user gave or has is to blame.
     """
     message = str(error).strip().partition("\n\n")[0]  # further paragraphs are advice that may not fit
+    message = message or type(error).__name__
     misconfigured = _is(error, "MisconfigurationException")
     if _out_of_memory(error):
         return f"out of memory: {message.partition(chr(10))[0]}{NO_MEMORY}"
@@ -86,51 +71,4 @@ def _while_reading(error: Exception) -> bool:
     """Whether a package of others raised this while it read a model, a data set, a task or a checkpoint for us."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     callers = [module for module in modules if module.startswith(("wanda_lightning.", *READERS))]
-    ours = modules[-1].startswith("wanda_lightning.")
-    return not ours and callers[-1].startswith(READERS) if callers else False
-
-
-def shortened(message: str) -> str:
-    """Cut a message of the argument parser down to the mistake; other messages stay as they are.
-
-    Args:
-        message: The message, over several lines.
-
-    Returns:
-        The lines that name the option, the value and what is accepted.
-    """
-    if 'Parser key "model"' in message and "arguments are required: pretrained" in message:
-        return NO_MODEL
-    if "Does not validate against" in message:
-        message = _without_noise(message)
-    if unknown := UNKNOWN_OPTION.search(message):
-        message += f"\n  what is accepted: --{unknown[1]}.help {unknown[2]}"
-    return message
-
-
-def _without_noise(message: str) -> str:
-    lines = [line for line in _without_other_types(message.splitlines()) if not NOISE.match(line)]
-    lines = [re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"^(\s*)- ", r"\1", line)) for line in lines]
-    if number := re.search(r'"pattern":\s+Expected a .*str.* Got value: (\d+)', message):
-        from wanda_lightning.sparsity import parse_pattern  # and with it torch
-
-        try:
-            parse_pattern(number[1])
-        except ValueError as error:
-            lines = [*lines[:-1], f"  {error}"]
-    return "\n".join(dict.fromkeys(lines)).strip()
-
-
-def _without_other_types(lines: list[str]) -> list[str]:
-    """Leave out what is wrong with the value as another type than the one that the user named."""
-    kept: list[str] = []
-    other = None  # how far the block to leave out is indented
-    for line in lines:
-        depth = len(line) - len(line.lstrip())
-        if other is not None and depth <= other:
-            other = None
-        if other is None and OTHER_TYPE.match(line):
-            other = depth
-        if other is None:
-            kept.append(line)
-    return kept
+    return bool(callers) and callers[-1].startswith(READERS) and modules[-1] != callers[-1]
