@@ -3,6 +3,7 @@
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,19 +29,24 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"-c needs the name of a recipe, see `wanda-lightning recipes`, or a file ({error})"
         ) from error
-    recipes = [find(recipe) for recipe in given.config if not is_inline(recipe)]
-    # Only what is certain: a model may come from any option or recipe that speaks of one; help needs none.
-    words = [*others, *filter(is_inline, given.config), *map(_settings, recipes)]
-    if not any(word in text for text in words for word in ("model", "help", "print_", "-h")):
+    recipes = [_settings(find(recipe)) for recipe in given.config if not is_inline(recipe)]
+    # Only what is certain: options that speak of a model may name one, and help needs none.
+    words = [*others, *filter(is_inline, given.config)]
+    open_to_doubt = any(word in text for text in words for word in ("model", "help", "print_", "-h"))
+    if not open_to_doubt and not any(map(_names_a_model, recipes)):
         raise ValueError(NO_MODEL)
 
 
-def _settings(recipe: Path) -> str:
-    """Return a recipe without its comments, which speak of a model always."""
+def _names_a_model(settings: dict[str, Any]) -> bool:
+    model = settings.get("model") or {}
+    return not isinstance(model, dict) or "class_path" in model or "pretrained" in str(settings)
+
+
+def _settings(recipe: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{recipe} is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{recipe} is no recipe: its settings need names, as in `trainer: ...`, got {settings!s:.60}")
-    return str(settings)
+    return settings
