@@ -39,7 +39,9 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
 
 def _names_a_model(settings: dict[str, Any]) -> bool:
     model = settings.get("model") or {}
-    return not isinstance(model, dict) or "class_path" in model or "pretrained" in str(settings)
+    if not isinstance(model, dict) or "pretrained" in str(settings):
+        return True
+    return model.get("class_path", "CausalLM").rpartition(".")[2] != "CausalLM"  # ours takes it as an argument
 
 
 def _settings(recipe: Path) -> dict[str, Any]:
