@@ -2,8 +2,10 @@
 
 from wanda_lightning.cli.commands import run_function
 
+# Not named as our public functions: jsonargparse looks for a name in the package too, which would import torch.
 
-def compress(folder: str, output: str) -> None:
+
+def compress_folder(folder: str, output: str) -> None:
     """Write a copy of a pruned model without its zeros.
 
     Args:
@@ -15,7 +17,7 @@ def compress(folder: str, output: str) -> None:
     print(compression.compress(folder, output))
 
 
-def decompress(folder: str, output: str) -> None:
+def decompress_folder(folder: str, output: str) -> None:
     """Restore the model that was compressed.
 
     Args:
@@ -29,9 +31,9 @@ def decompress(folder: str, output: str) -> None:
 
 def compress_command(arguments: list[str]) -> None:
     """Run ``wanda-lightning compress``."""
-    run_function("compress", compress, arguments)
+    run_function("compress", compress_folder, arguments)
 
 
 def decompress_command(arguments: list[str]) -> None:
     """Run ``wanda-lightning decompress``."""
-    run_function("decompress", decompress, arguments)
+    run_function("decompress", decompress_folder, arguments)
