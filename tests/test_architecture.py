@@ -32,7 +32,7 @@ ROOMS = {
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
     "data": {"arguments", "checkpoints", "model"},
-    "evaluation": {"arguments", "checkpoints", "data"},
+    "evaluation": {"arguments", "checkpoints", "data", "model"},
     "callbacks": {
         "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods",
         "model", "report", "sparsity", "training",
