@@ -58,8 +58,10 @@ class TextDataModule(LightningDataModule):
         ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
 
     Example:
-        >>> data = TextDataModule(tokenizer="my-model", num_samples=32, sequence_length=512)  # doctest: +SKIP
-        >>> report = prune_model(model, data.calibration_dataloader(), Wanda(), Unstructured(0.5))  # doctest: +SKIP
+        >>> from transformers import ByT5Tokenizer  # its tokens are bytes, so it needs no file
+        >>> data = TextDataModule(tokenizer=ByT5Tokenizer(), num_samples=2, sequence_length=512)
+        >>> [batch["input_ids"].shape for batch in data.calibration_dataloader()]
+        [torch.Size([1, 512]), torch.Size([1, 512])]
     """
 
     def __init__(

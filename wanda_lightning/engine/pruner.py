@@ -87,8 +87,13 @@ def prune_model(
             if activations overflow in a later layer and not already in the first sequence, with which that is tried.
 
     Example:
-        >>> report = prune_model(model, batches, Wanda(), Unstructured(0.5))  # doctest: +SKIP
-        >>> report.sparsity  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from wanda_lightning import Unstructured, Wanda
+        >>> config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> batches = [torch.randint(config.vocab_size, (1, 8)) for _ in range(4)]
+        >>> report = prune_model(model, batches, Wanda(), Unstructured(0.5))
+        >>> report.sparsity
         0.5
     """
     started = time.perf_counter()
