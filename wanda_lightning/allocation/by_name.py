@@ -25,7 +25,7 @@ def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Al
     Raises:
         ValueError: If a value cannot be read, or a name pattern matches none of the linears.
 
-    Example:
+    Examples:
         >>> allocate([], Unstructured(0.5), None)
         {}
     """

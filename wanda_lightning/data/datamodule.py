@@ -57,7 +57,7 @@ class TextDataModule(LightningDataModule):
     Raises:
         ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
 
-    Example:
+    Examples:
         >>> from transformers import ByT5Tokenizer  # its tokens are bytes, so it needs no file
         >>> data = TextDataModule(tokenizer=ByT5Tokenizer(), num_samples=2, sequence_length=512)
         >>> [batch["input_ids"].shape for batch in data.calibration_dataloader()]

@@ -86,7 +86,7 @@ def prune_model(
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
             if activations overflow in a later layer and not already in the first sequence, with which that is tried.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from wanda_lightning import Unstructured, Wanda
         >>> config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)

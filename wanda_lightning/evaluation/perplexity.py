@@ -16,7 +16,7 @@ class Perplexity(Metric):
 
     Cross-entropy is computed in float32 whatever the logits' dtype, and summed in float64.
 
-    Example:
+    Examples:
         >>> metric = Perplexity()
         >>> metric.update(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
         >>> round(metric.compute().item(), 4)

@@ -32,7 +32,7 @@ class PruningMethod(ABC):
 
         Args:
             weight_OI: Weight, shape (out_features, in_features); changed in place.
-            statistic: Statistic of the linear's inputs, of the type that :attr:`statistic` names.
+            statistic: Statistic of the linear's inputs, of the type that the method's attribute ``statistic`` names.
             pattern: Which weights compete, and how many stay.
 
         Returns:

@@ -29,7 +29,7 @@ class SparseGPT(SecondOrderMethod):
     Raises:
         ValueError: If a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from wanda_lightning.sparsity import SemiStructured
         >>> x, weight = torch.randn(64, 16), torch.randn(8, 16)

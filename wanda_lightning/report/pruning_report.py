@@ -32,7 +32,8 @@ class PruningReport:
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
         seconds: Time of the whole pruning.
         seconds_by_phase: What of it went where, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
-        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`peak_memory`.
+        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see
+            :func:`wanda_lightning.report.environment.peak_memory`.
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
