@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.messages import HelpFormatter, shortened
 from wanda_lightning.data import TextDataModule
@@ -97,6 +98,7 @@ def run(args: ArgsType = None) -> PruningCLI:
     Returns:
         The CLI, after the sub-command is done.
     """
+    leave_gloo_at_exit()
     return PruningCLI(
         CausalLM,
         TextDataModule,
