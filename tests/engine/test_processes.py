@@ -9,7 +9,7 @@ import pytest
 import shared_pruning
 import torch
 
-from wanda_lightning.engine.processes import Processes, _balanced
+from wanda_lightning.engine.processes import Processes, balanced
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -65,5 +65,5 @@ def test_what_one_process_refuses_all_refuse(of_many):
 
 
 def test_work_is_balanced():
-    assert _balanced([1, 8, 2, 2, 3], 2) == [1, 0, 1, 1, 1]
-    assert _balanced([5.0], 4) == [0]
+    assert balanced([1, 8, 2, 2, 3], 2) == [1, 0, 1, 1, 1]
+    assert balanced([5.0], 4) == [0]

@@ -73,7 +73,7 @@ class Processes:
             raise failure or found[0]
 
 
-def combine(
+def share_statistics(
     statistics: dict[str, InputStatistic], linears: Sequence[PrunableLinear], processes: Processes
 ) -> dict[str, int]:
     """Add statistics up over all processes, and say who is to prune which linear.
@@ -99,15 +99,15 @@ def combine(
     tokens = torch.tensor([statistic.tokens for statistic in shared], device=shared[0].total.device)
     processes.sum([tokens])
     for statistic, count in zip(shared, tokens.tolist(), strict=True):
-        statistic.tokens = count
+        statistic.summed(count)
     if not isinstance(shared[0], InputHessian):
         processes.sum([statistic.total for statistic in shared])
         return {}
-    owners = _balanced([_cost(group) for group in groups.values()], processes.size)
+    owners = balanced([_cost(group) for group in groups.values()], processes.size)
     for statistic, owner in zip(shared, owners, strict=True):
         processes.sum_to(owner, statistic.total)
         if owner != processes.rank:
-            statistic.total = statistic.total.new_empty(0)  # the owner's business now; its memory is not
+            statistic.let_go()
     return {linear.name: owner for group, owner in zip(groups.values(), owners, strict=True) for linear in group}
 
 
@@ -116,7 +116,7 @@ def _cost(linears: Sequence[PrunableLinear]) -> float:
     return in_features**3 / 3 + sum(linear.weight_OI.shape[0] for linear in linears) * in_features**2
 
 
-def _balanced(costs: Sequence[float], processes: int) -> list[int]:
+def balanced(costs: Sequence[float], processes: int) -> list[int]:
     """Give the most costly piece of work first, each to the process that has the least so far."""
     load, owners = [0.0] * processes, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):
