@@ -61,7 +61,7 @@ class Collector:
         """Bracket one forward pass of the layer.
 
         Args:
-            shape: Of the hidden states that enter it.
+            shape: Shape of the hidden states that enter it.
             mask_BT: Which tokens are real; None where all are.
         """
         self._mask_BT = mask_BT
@@ -70,7 +70,7 @@ class Collector:
         self._inputs.clear()
 
     def statistics(self) -> dict[str, InputStatistic]:
-        """Return the statistics by name, in the order of the linears whatever the order of calls.
+        """Return the statistics by name, in the order of the linears.
 
         The statistic of an expert that got no tokens is empty.
 

@@ -31,7 +31,7 @@ class ZeroShotResult:
 
     Attributes:
         metrics: By ``task/metric``; standard errors as ``task/metric_stderr``; ``mean/acc`` over all that have ``acc``.
-            Of a group with a figure of its own only that figure.
+            A group that has a figure of its own gives only that figure.
         details: lm-eval's own results, every task and metric, with versions, settings and seeds; plain JSON types.
     """
 
@@ -145,7 +145,7 @@ def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 
 @contextmanager
 def _subdued() -> Iterator[None]:
-    """Keep lm-eval from forking a pool for bootstrap errors (not safe beside CUDA) and from a bar for every task."""
+    """Stop lm-eval from forking a pool for bootstrap errors (not safe with CUDA) and from showing a bar per task."""
     with patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}), patch("lm_eval.api.task.tqdm", lambda docs, **_: docs):
         yield
 

@@ -47,7 +47,7 @@ class PruningMethod(ABC):
         """
 
     def tolerance(self, shape: tuple[int, int]) -> float:
-        """How far a mask may lie from the asked sparsity: less than one weight in a comparison group is rounded."""
+        """Return how far a mask may be from the asked sparsity: rounding costs less than one weight in each group."""
         return 1 / shape[1]
 
 

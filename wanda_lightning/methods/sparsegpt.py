@@ -53,5 +53,5 @@ class SparseGPT(SecondOrderMethod):
         return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)
 
     def tolerance(self, shape: tuple[int, int]) -> float:
-        """How far a mask may lie from the asked sparsity: each block keeps less than one weight too many."""
+        """Return how far a mask may be from the asked sparsity: each block keeps less than one weight too many."""
         return self._tolerance_of_blocks(shape)

@@ -43,5 +43,5 @@ def stem_of(report: "PruningReport") -> str:
 
 
 def number(name: str, stem: str) -> str:
-    """Return the layer's number in a name."""
+    """Return the number of the layer that a name belongs to."""
     return name.removeprefix(f"{stem}.").partition(".")[0]
