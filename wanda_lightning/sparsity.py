@@ -91,6 +91,10 @@ class SemiStructured:
     def check_in_features(self, in_features: int, name: str) -> None:
         """Refuse a linear whose inputs do not divide into groups of m.
 
+        Args:
+            in_features: Inputs of the linear.
+            name: Name of the linear.
+
         Raises:
             ValueError: If ``in_features`` is not a multiple of m.
         """

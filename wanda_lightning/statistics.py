@@ -156,6 +156,9 @@ class InputHessian(InputStatistic):
         Args:
             damping: Fraction of the mean diagonal to add, see :func:`~wanda_lightning.solvers.factorize`.
 
+        Returns:
+            The factor.
+
         Raises:
             torch.linalg.LinAlgError: If the Hessian cannot be factorised.
         """

@@ -74,6 +74,9 @@ class Collector:
 
         The statistic of an expert that got no tokens is empty.
 
+        Returns:
+            The statistics.
+
         Raises:
             ValueError: If a linear was never called, though no router could have passed it by.
         """
@@ -148,6 +151,9 @@ def real_inputs(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Te
 
 def refuse_unreached(names: Sequence[str]) -> None:
     """Refuse linears that were never called, though no router could have passed them by.
+
+    Args:
+        names: The linears that were never called.
 
     Raises:
         ValueError: If there are such.

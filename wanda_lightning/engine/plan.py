@@ -43,6 +43,16 @@ class Plan:
     ) -> "Plan":
         """Find out what is to be done to a model.
 
+        Args:
+            model: The model, with its decoder layers.
+            method: The pruning method.
+            pattern: What linears are pruned to, where the selection says nothing else.
+            selection: What the user said of linears.
+            exact_error: Whether X^T X is gathered whatever the method.
+
+        Returns:
+            The plan.
+
         Raises:
             ValueError: If the selection does not fit the model.
         """

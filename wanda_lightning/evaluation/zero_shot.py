@@ -109,6 +109,11 @@ def evaluate_zero_shot(
 def check_settings(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
     """Refuse numbers out of range.
 
+    Args:
+        num_fewshot: Examples in the prompt, >= 0, or None.
+        limit: Number of questions, >= 1, or a fraction of them in (0, 1), or None.
+        batch_size: Sequences in a batch, >= 1.
+
     Raises:
         ValueError: Names the value and what is accepted.
     """

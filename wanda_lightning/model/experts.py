@@ -21,7 +21,7 @@ def expert_inputs(
     Args:
         linears: Matrices of one module of experts.
         hidden: What enters the module, shape (T, I) or (B, T, I).
-        top_k_index: The experts of each token, shape (T, K) or (B, T, K). A number beyond the last expert means no expert.
+        top_k_index: The experts of each token, shape (T, K) or (B, T, K). Numbers beyond the last expert mean none.
         mask_BT: Which tokens are real; None where all are.
 
     Yields:
