@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
@@ -115,6 +116,7 @@ class TextDataModule(LightningDataModule):
         self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._built_for: tuple[PreTrainedTokenizerBase, int] | None = None
 
+    @override
     def prepare_data(self) -> None:
         """Download data and tokenizer, on one process."""
         self._source.prepare()
@@ -124,6 +126,7 @@ class TextDataModule(LightningDataModule):
         if self.tokenizer is not None:  # the module's own is the module's to download
             self._find_tokenizer()
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
 
@@ -139,6 +142,7 @@ class TextDataModule(LightningDataModule):
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
         return self._dataloader(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
 
+    @override
     def train_dataloader(self) -> DataLoader:
         """Return the consecutive windows of the training part, shuffled anew in each epoch of a Trainer."""
         rows = _rows(self._windows_of("train")[0])
@@ -151,6 +155,7 @@ class TextDataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
         processes = 1 if self.trainer is None else self.trainer.world_size
@@ -160,6 +165,7 @@ class TextDataModule(LightningDataModule):
         loaders = [self._dataloader(evaluation_rows(*each, processes), self.batch_size) for each in windows]
         return loaders[0] if len(loaders) == 1 else loaders
 
+    @override
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the same windows as ``val_dataloader``."""
         return self.val_dataloader()
