@@ -5,13 +5,14 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:func|class|meth|attr):`~?([\w.]+)`")
+LINKED = re.compile(r":(?:func|class|meth):`~?([\w.]+)`")
+NAMED = re.compile(r":attr:(`[\w.]+`)")  # attributes are listed in their class's docstring and have no anchor
 
 
 class Roles(griffe.Extension):
-    """Rewrites :func:`name` to a link of mkdocstrings."""
+    """Rewrites the roles of Sphinx for mkdocstrings."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(r"[`\1`][\1]", obj.docstring.value)
+            obj.docstring.value = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
