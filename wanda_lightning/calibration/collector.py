@@ -150,7 +150,7 @@ def refuse_uncalled(names: Sequence[str]) -> None:
     """Refuse linears that the model does not call, whatever the tokens.
 
     Args:
-        names: The linears that were never called.
+        names: The linears of such experts.
 
     Raises:
         ValueError: If there are such.
@@ -163,7 +163,10 @@ def refuse_uncalled(names: Sequence[str]) -> None:
 
 
 def refuse_unreached(names: Sequence[str]) -> None:
-    """Refuse experts to whose whole list no token came.
+    """Refuse experts if no token reached any expert of their list.
+
+    Args:
+        names: The linears of such experts.
 
     Raises:
         ValueError: If there are such.
