@@ -117,4 +117,9 @@ class ZeroCount:
 
 def _count_kept(module: nn.Module) -> int:
     """Count the weights in memory that are not zero."""
-    return sum(int(torch.count_nonzero(p)) for p in module.parameters() if not p.is_meta)
+    kept = 0
+    for parameter in module.parameters():
+        if not parameter.is_meta:
+            countable = parameter.float() if parameter.is_floating_point() and parameter.itemsize == 1 else parameter
+            kept += int(torch.count_nonzero(countable))  # which torch has not for float8
+    return kept
