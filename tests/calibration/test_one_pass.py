@@ -20,6 +20,8 @@ from transformers import (
 )
 
 from wanda_lightning import Ablate, InputHessian, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning.calibration.free_memory import free_memory
+from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.methods import Magnitude
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.experts import expert_inputs
@@ -291,3 +293,43 @@ def test_where_activations_wait_does_not_matter(place, model):
     prune_model(here, batches, Wanda(), Unstructured(0.5), true_sequential=True)
     prune_model(elsewhere, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations=place)
     assert differing(here, elsewhere) == []
+
+
+def test_what_waits_is_moved_to_disk(llama, batches, monkeypatch):
+    """The storage of the tensors that wait is empty, and what was in it comes back."""
+    seen = []
+    set_aside = HiddenStates.set_aside
+
+    def watched(self, tensor, name):
+        before, fill = tensor.clone(), set_aside(self, tensor, name)
+        seen.append(tensor.untyped_storage().nbytes())
+
+        def fill_and_look():
+            fill()
+            assert torch.equal(tensor, before)
+
+        return fill_and_look
+
+    monkeypatch.setattr(HiddenStates, "set_aside", watched)
+    prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations="disk")
+    assert len(seen) == 3 * 4 * len(batches)
+    assert set(seen) == {0}
+
+
+def test_a_set_that_cannot_wait_is_refused_before_anything_changes(llama, batches, monkeypatch):
+    before = copy.deepcopy(llama)
+    waiting = 4 * 2 * 16 * 4 * (64 + 2 * 32)  # four batches of 2 x 16 tokens in float32, before down_proj
+    monkeypatch.setattr("wanda_lightning.engine.checks.free_memory", lambda device: waiting - 1)
+    with pytest.raises(ValueError, match=r"one pass holds .* 64 KiB .*model\.layers\.0.*true_sequential=False"):
+        prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True)
+    assert differing(llama, before) == []
+    prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations="disk")
+    monkeypatch.setattr("wanda_lightning.engine.checks.free_memory", lambda device: waiting)
+    prune_model(before, batches, Wanda(), Unstructured(0.5), true_sequential=True)
+    assert differing(llama, before) == []
+
+
+def test_free_memory_is_what_is_there():
+    free = free_memory(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+    assert free_memory(torch.device("meta")) is None

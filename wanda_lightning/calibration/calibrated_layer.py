@@ -29,6 +29,8 @@ class CalibratedLayer:
         masks_BT: Which tokens are real, one boolean tensor a batch; None where all are.
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
         is_last: Whether no decoder layer follows, so that nothing needs its outputs.
+
+    Attributes:
         has_advanced: Whether ``hidden_BTD`` holds what enters the next layer.
     """
 
@@ -67,6 +69,13 @@ class CalibratedLayer:
             for batch, out_BTD in enumerate(self.outputs()):
                 self.hidden_BTD[batch] = out_BTD
         self.has_advanced = True
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Bytes that wait before the widest linear, where all batches wait there: its inputs and two hidden states."""
+        widest = max((linear.weight_OI.shape[1] for linear in self.layer.linears), default=0)
+        shapes = self.hidden_BTD.shapes
+        return sum(x.numel() // x.shape[-1] * x.itemsize * (widest + 2 * x.shape[-1]) for x in shapes)
 
     def parts(self, statistic: type[InputStatistic]) -> list[list[PrunableLinear]]:
         """Split the pruned linears so that the statistics of each part fit in memory together.

@@ -1,11 +1,12 @@
-"""Where the calibration activations wait between two decoder layers.
+"""Where the calibration activations wait: between two decoder layers, or before a linear.
 
 Shapes: B batch, T tokens, D hidden size.
 """
 
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,6 +14,14 @@ import torch
 from torch import Tensor
 
 Place = Literal["device", "cpu", "disk"]
+
+
+class _Folder:
+    """A temporary folder that lives as long as somebody holds it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="wanda_lightning-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 class HiddenStates:
@@ -31,18 +40,18 @@ class HiddenStates:
             raise ValueError(f"activations must be one of {', '.join(get_args(Place))}, got {place!r}")
         self.place = place
         self._kept: list[tuple[Tensor | Path, torch.device]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="wanda_lightning-") if place == "disk" else None
-        if self._folder is not None:
-            weakref.finalize(self, self._folder.cleanup)
+        self.shapes: list[Tensor] = []  # of the batches, on the meta device
+        self._folder = _Folder() if place == "disk" else None
 
     def append(self, hidden_BTD: Tensor) -> None:
         """Add a batch."""
         self._kept.append((torch.empty(0), hidden_BTD.device))
+        self.shapes.append(torch.empty_like(hidden_BTD, device="meta"))
         self[len(self._kept) - 1] = hidden_BTD
 
     def replace(self, others: "HiddenStates") -> None:
         """Let go of these, and hold what others hold."""
-        self._kept, self._folder = others._kept, others._folder
+        self._kept, self._folder, self.shapes = others._kept, others._folder, others.shapes
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -57,8 +66,39 @@ class HiddenStates:
     def __setitem__(self, batch: int, hidden_BTD: Tensor) -> None:
         kept: Tensor | Path = hidden_BTD
         if self._folder is not None:
-            kept = Path(self._folder.name) / f"{batch}.pt"
+            kept = self._folder.path / f"{batch}.pt"
             torch.save(hidden_BTD.cpu(), kept)
         elif self.place == "cpu":
             kept = hidden_BTD.cpu()
         self._kept[batch] = kept, hidden_BTD.device
+
+    def set_aside(self, tensor: Tensor, name: str) -> Callable[[], None]:
+        """Move the values of a tensor to where these are, though others hold the tensor; it is empty meanwhile.
+
+        Args:
+            tensor: Not to be used before it is filled again.
+            name: Of a file, different for all that are aside at a time.
+
+        Returns:
+            What fills it again.
+        """
+        storage = tensor.untyped_storage()
+        if self.place == "device" or (self.place == "cpu" and tensor.device.type == "cpu") or not storage.resizable():
+            return _nothing
+        size = storage.nbytes()
+        values = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        kept: Tensor | Path = values.cpu()
+        if self._folder is not None:
+            kept = self._folder.path / f"{name}.pt"
+            torch.save(values.cpu(), kept)
+        storage.resize_(0)
+
+        def fill() -> None:
+            storage.resize_(size)
+            values.copy_(torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept)
+
+        return fill
+
+
+def _nothing() -> None:
+    pass

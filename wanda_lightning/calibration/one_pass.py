@@ -8,7 +8,7 @@ linear. Linears that are fed by the same tensor are pruned with one statistic, e
 Shapes: B batch, T tokens, I in features.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,10 @@ class OnePass:
         self._batch = 0  # that is running
 
     def parts(self) -> Generator[Part]:
-        """Yield linears as the batches reach them; when all are through, the layer's outputs are its next inputs.
+        """Take the batches through; when all are behind the layer, its outputs are what enters the next one.
+
+        Yields:
+            Linears that all batches have reached.
 
         Raises:
             NotOnePassError: If the batches cannot advance together.
@@ -173,7 +176,15 @@ class OnePass:
             pause(_Stop(module, source))
         else:
             self._arrive(module, linear, inputs)
+            fill = self._set_aside(linear, inputs[0])
             pause(_Stop(module))
+            fill()
+
+    def _set_aside(self, linear: PrunableLinear, x: Tensor) -> Callable[[], None]:
+        """Move what waits to where the hidden states are; what enters fused experts is still to be read."""
+        if linear.expert is not None:
+            return lambda: None
+        return self._inputs.hidden_BTD.set_aside(x, f"waiting-{self._batch}")
 
     def _source_of(self, x: Tensor) -> _Source | None:
         """Return the stop that a tensor of the running batch has been counted at."""
