@@ -24,7 +24,7 @@ ROOMS = {
     "calibration": {"model", "statistics"},
     "allocation": {"model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
-    "training": {"model"},
+    "training": {"model", "sparsity"},
     "engine": {"allocation", "atomic_files", "calibration", "methods", "model", "report", "sparsity", "statistics"},
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},

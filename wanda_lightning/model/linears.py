@@ -51,7 +51,10 @@ class PrunableLinear:
     @property
     def weight_OI(self) -> Tensor:
         """A view of the weight, shape (out_features, in_features): writing to it changes the module."""
-        weight = self.weight.detach()
+        return self.view(self.weight.detach())
+
+    def view(self, weight: Tensor) -> Tensor:
+        """View a tensor of the parameter's shape as this matrix, shape (out_features, in_features)."""
         if self.expert is None:
             return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
         return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]
