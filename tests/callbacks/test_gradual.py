@@ -186,7 +186,7 @@ def test_resuming_in_the_middle_is_as_if_uninterrupted(tmp_path):
         if step != 5:  # at the end of an epoch: Lightning does not restore the place within one by itself
             assert all(map(torch.equal, resumed.parameters(), whole.parameters()))
         assert sparsities(resumed) == sparsities(whole)
-        assert callback._pruned_at == 8
+        assert callback.state_dict()["pruned_at"] == 8
         assert callback.report.sparsity == expected.report.sparsity
 
 

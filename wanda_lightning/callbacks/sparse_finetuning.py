@@ -1,7 +1,7 @@
 """Fine-tuning that keeps the zeros of a pruned model."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from typing_extensions import override
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.sparsity import Pattern
 from wanda_lightning.training.masks import WeightMasks, zeros_by_design
 
 log = logging.getLogger(__name__)
@@ -57,17 +58,29 @@ class SparseFinetuning(Callback):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
         layers = decoder_layers(find_language_model(pl_module), targets=["*"], layers=self.layers)
-        linears = [linear for layer in layers for linear in layer.linears]
-        spared, names = zeros_by_design(linears)
-        if names:
-            log.warning("%s: zero as a whole, so not by pruning, and trained like dense ones", ", ".join(names))
-        self.mask(trainer, pl_module, WeightMasks(parameters_of(linears), spared))
-        if not self._masks or not self._masks.masks:
+        self.mask(trainer, pl_module, [linear for layer in layers for linear in layer.linears])
+        if self._masks is None or not self._masks.masks:
             log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
 
-    def mask(self, trainer: Trainer, pl_module: LightningModule, masks: WeightMasks) -> None:
-        """Hold the weights to masks from here on, and with them the averages that other callbacks keep."""
-        self._masks = masks
+    def mask(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        linears: Sequence[PrunableLinear],
+        pruned_to: Mapping[str, Pattern] | None = None,
+    ) -> None:
+        """Keep the zeros of some linears, also in the averages that other callbacks keep.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            linears: Linears of the module's model.
+            pruned_to: By name, what they were pruned to, if that is known; zeros beyond it are trained.
+        """
+        spared, whose = zeros_by_design(linears, pruned_to)
+        if whose:
+            log.warning("zeros that are there by design, not by pruning, are trained: those of %s", ", ".join(whose))
+        masks = self._masks = WeightMasks({linear.parameter_name: linear.weight for linear in linears}, spared)
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):
@@ -114,11 +127,6 @@ class SparseFinetuning(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-def parameters_of(linears: Iterable[PrunableLinear]) -> dict[str, nn.Parameter]:
-    """Name the parameters that hold matrices; experts may share one."""
-    return {linear.parameter_name: linear.weight for linear in linears}
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

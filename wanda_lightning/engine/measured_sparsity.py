@@ -10,12 +10,18 @@ from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import name_without_adapters
-from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
 
 NOTABLE = 0.05
 """Weights are zero by chance too: quantisation makes some. From this fraction on, somebody pruned them."""
+
+FOUND = "already pruned, not by this run's "
+"""What the method of a report begins with where the zeros were there before."""
+
+SAMPLED = 64
+"""Places of each matrix that are looked at to know its mask again; two masks agree there by chance once in 2^32."""
 
 
 @torch.no_grad()
@@ -44,7 +50,7 @@ def report_as_found(
         every one of them has the zeros that the pattern asks for. Matrices that are zero as a whole are so by design,
         such as the last ones of new blocks that change nothing yet: they tell nothing and are left out.
     """
-    report = PruningReport(f"already pruned, not by this run's {method}", str(pattern), pattern.sparsity)
+    report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
     decoder = decoder_layers(model, targets, ignore, layers)
     patterns = allocate([linear for layer in decoder for linear in layer.linears], pattern, allocation)
     met = any(own.sparsity > 0 for own in patterns.values())
@@ -63,13 +69,11 @@ def report_as_found(
     return report, met and bool(report.linears)
 
 
-def sparsity_now(model: nn.Module, report: PruningReport | None, layers: str | None = None) -> float:
-    """Measure the fraction of zeros in the linears that a report says were pruned; 0 without a report."""
-    if report is None:
-        return 0.0
-    weights = [linear.weight_OI for linear in linears_of(model, report, layers)]
+def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: str | None = None) -> float:
+    """Measure the fraction of zeros in the linears that reports say were pruned; 0 without a report."""
+    weights = [linear.weight_OI for report in reports for linear in linears_of(model, report, layers)]
     if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
-        return report.sparsity
+        return mean_sparsity([row for report in reports for row in report.linears])
     zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
     return zeros / max(1, sum(weight.numel() for weight in weights))
 
@@ -79,6 +83,14 @@ def linears_of(model: nn.Module, report: PruningReport, layers: str | None = Non
     pruned = {row.name for row in report.linears}
     decoder = decoder_layers(model, targets=["*"], layers=layers)
     return [linear for layer in decoder for linear in layer.linears if name_without_adapters(linear.name) in pruned]
+
+
+@torch.no_grad()
+def linears_with_zeros(model: nn.Module, layers: str | None = None) -> list[PrunableLinear]:
+    """Find the linears of a model's decoder that have more zeros than there are by chance."""
+    decoder = decoder_layers(model, targets=["*"], layers=layers)
+    linears = [linear for layer in decoder for linear in layer.linears]
+    return [linear for linear in linears if linear.weight_OI.is_meta or sparsity_of(linear.weight_OI) >= NOTABLE]
 
 
 @torch.no_grad()

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.sparsity import Pattern, sparsity_of
 
+BY_CHANCE = 0.02
+"""Half precision makes zeros while a model is trained, and some methods prune a little more than they were asked to."""
+
 
 class WeightMasks:
     """Boolean masks of the weights that have zeros, one byte a weight.
@@ -87,7 +90,7 @@ class WeightMasks:
 
 @torch.no_grad()
 def zeros_by_design(
-    linears: Iterable[PrunableLinear], pruned_to: Mapping[str, Pattern] | None = None, tolerance: float = 0.0
+    linears: Iterable[PrunableLinear], pruned_to: Mapping[str, Pattern] | None = None
 ) -> tuple[dict[nn.Parameter, Tensor], list[str]]:
     """Find zeros that nobody pruned.
 
@@ -97,8 +100,7 @@ def zeros_by_design(
 
     Args:
         linears: Matrices of a model.
-        pruned_to: By name, what they were pruned to just now, if it is known.
-        tolerance: Fraction of a matrix that a method may prune beyond its pattern's.
+        pruned_to: By name, what they were pruned to, if it is known.
 
     Returns:
         Booleans of the shapes of parameters, True where such a zero is; and the names of the matrices.
@@ -112,7 +114,7 @@ def zeros_by_design(
         if pruned_to is None:
             zero_OI = torch.ones_like(weight_OI, dtype=torch.bool) if _is_zero(weight_OI) else None
         else:
-            zero_OI = _beyond(weight_OI, pruned_to[linear.name], tolerance)
+            zero_OI = _beyond(weight_OI, pruned_to[linear.name])
         if zero_OI is not None:
             names.append(linear.name)
             whole = spared.setdefault(linear.weight, torch.zeros_like(linear.weight, dtype=torch.bool))
@@ -120,9 +122,9 @@ def zeros_by_design(
     return spared, names
 
 
-def _beyond(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> Tensor | None:
-    """Mark the zeros of a matrix that its pattern does not ask for, if there are such."""
-    if pattern.sparsity == 0 or sparsity_of(weight_OI) <= pattern.sparsity + tolerance:
+def _beyond(weight_OI: Tensor, pattern: Pattern) -> Tensor | None:
+    """Mark the zeros of a matrix that its pattern does not ask for, if there are more than chance and methods make."""
+    if sparsity_of(weight_OI) <= pattern.sparsity + BY_CHANCE:
         return None
     zero_OI = (weight_OI == 0) & pattern.mask(weight_OI.float().abs())
     return zero_OI if zero_OI.any() else None

@@ -30,6 +30,8 @@ def to_html(report: "PruningReport") -> str:
     heading = escape(report.title)
     style = files("wanda_lightning.report.html").joinpath("style.css").read_text(encoding="utf-8")
     body = [f"<h1>{breakable(report.title)}</h1>", f"<p>{escape(report.summary).replace(' s.', '&nbsp;s.')}</p>"]
+    if report.model:
+        body.insert(1, f"<p>Model: {escape(report.model_name)}.</p>")
     for part in (_evaluations, _errors, _sparsities, _magnitudes, _costs, _not_pruned, _settings):
         body += part(report)
     return (
