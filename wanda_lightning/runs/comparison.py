@@ -83,9 +83,13 @@ class Comparison:
                 )
         return sorted(rows, key=lambda row: row["stage"] != "dense")  # the others stay in the order given
 
+    def models(self) -> list[str]:
+        """Return which models the runs are of, as far as the reports say."""
+        return sorted({run.model for run in self.runs if run.model})
+
     def notes(self) -> list[str]:
         """Name the model, and say what keeps the figures from being comparable."""
-        models = sorted({run.model for run in self.runs if run.model})
+        models = self.models()
         named = [f"the model is {models[0]}"] if len(models) == 1 else []
         if len(models) > 1:
             named = [f"the runs are of different models, so their figures do not compare: {'; '.join(models)}"]
