@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers import SomebodysData, SomebodysModule, sparsities, tiny_llama, token_batches, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wanda_lightning.allocation.schedule import Gradual
@@ -164,3 +165,28 @@ def test_without_calibration_and_training_too(tmp_path):
         one = module(seed)
         trainer(tmp_path, callback, max_steps=0).fit(one, token_batches())
         assert zeros(one) == pytest.approx(0.5)
+
+
+def test_a_schedule_that_ended_early_begins_anew_with_the_next_model(tmp_path):
+    callback = WandaPruning(sparsity=0.5, schedule=Gradual(0, 8, 2, regrow=True))
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 5
+
+    first, second = module(0), module(1)
+    run = trainer(tmp_path, callback, Stop(), cls=PruningTrainer, **LONG)
+    run.fit(first, SomebodysData())
+    assert callback.report.sparsity == zeros(first) < 0.1  # read back from weights that have regrown
+    run.save_pretrained(first)
+    trainer(tmp_path, callback, **LONG).fit(second, SomebodysData())
+    assert sparsities(second) == {0.5}
+
+
+def test_a_schedule_keeps_the_zeros_that_a_model_came_with(tmp_path):
+    one = module()
+    prune_model(one.net, None, Magnitude(), Unstructured(0.5))
+    before = {name: p == 0 for name, p in one.net.named_parameters()}
+    trainer(tmp_path, WandaPruning(sparsity=0.75, schedule=Gradual(0, 8, 2)), **LONG).fit(one, SomebodysData())
+    assert all(not p[before[name]].any() for name, p in one.net.named_parameters())
+    assert zeros(one) == pytest.approx(0.75, abs=0.02)

@@ -9,6 +9,7 @@ from typing_extensions import override
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
+from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.methods import PruningMethod
@@ -98,23 +99,12 @@ class PruningCallback(SparseFinetuning):
         return self.run.results.evaluations
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What is asked for, as plain types: what tells runs of one model apart."""
-        return {
-            "method": str(self.method),
-            "pattern": str(self.pattern),
-            "sparsity": self.pattern.sparsity,
-            "targets": self.targets,
-            "ignore": self.ignore,
-            "allocation": self.allocation,
-            "schedule": str(self.schedule) if self.schedule else None,
-        }
-
-    @property
     @override
     def state_key(self) -> str:
         """Tell callbacks of different settings apart in a checkpoint; one schedule may go on where another was."""
-        return self._generate_state_key(**{key: value for key, value in self.settings.items() if key != "schedule"})
+        return self._generate_state_key(
+            **{key: value for key, value in describe_settings(self).items() if key != "schedule"}
+        )
 
     @property
     def _legacy_state_key(self) -> Any:  # where the checkpoints of older versions keep the state
@@ -134,8 +124,8 @@ class PruningCallback(SparseFinetuning):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune if that has not happened yet; keep the zeros from here on."""
         self.run.prune(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
         self.run.check_schedule(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
         self._prune_gradually(trainer, pl_module)
 
     @override

@@ -1,6 +1,7 @@
 """What a model is pruned to, read back from its weights."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,12 @@ def linears_of(model: nn.Module, report: PruningReport, layers: str | None = Non
     pruned = {row.name for row in report.linears}
     decoder = decoder_layers(model, targets=["*"], layers=layers)
     return [linear for layer in decoder for linear in layer.linears if name_without_adapters(linear.name) in pruned]
+
+
+def read_back(model: nn.Module, report: PruningReport, layers: str | None = None) -> list[LinearReport]:
+    """Return the rows of a report with the sparsities that the linears have now."""
+    now = {name_without_adapters(linear.name): linear.weight_OI for linear in linears_of(model, report, layers)}
+    return [replace(row, sparsity=sparsity_of(now[row.name])) for row in report.linears]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import SparseFinetuning
-from wanda_lightning.callbacks.plumbing.which_model import name_of
+from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.checkpoints import saving
 from wanda_lightning.engine.measured_sparsity import disagreements

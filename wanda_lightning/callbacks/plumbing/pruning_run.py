@@ -13,14 +13,15 @@ from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.callbacks.plumbing.calibration_batches import calibration_batches
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
+from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration, describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
-from wanda_lightning.callbacks.plumbing.which_model import describe_calibration, describe_model
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.measured_sparsity import (
     NOTABLE,
     linears_of,
     linears_with_zeros,
+    read_back,
     report_as_found,
     sparsity_now,
 )
@@ -93,11 +94,14 @@ class PruningRun:
         model = find_language_model(module)
         refuse_sharded(model)
         self.look_again(trainer, module)
-        if self.asked.schedule is not None:
+        if self.asked.schedule is not None and self.results.report is not None:
             return
         found, met = self._look_at(model)
+        if self.asked.schedule is not None:
+            self.results.came_with_zeros = self._was_pruned(found, met)
+            return
         if self.results.report is not None:
-            if met or self.results.report.settings == self.asked.settings:
+            if met or self.results.report.settings == describe_settings(self.asked):
                 return
             self._forget(trainer)
         if self._was_pruned(found, met):
@@ -125,7 +129,9 @@ class PruningRun:
         return sparsity > 0
 
     def check_schedule(self, trainer: Trainer, module: LightningModule) -> None:
-        """Refuse a schedule that ends after training does."""
+        """Refuse a schedule that ends after training does; begin it again if this is another training."""
+        if self.pruned_at > trainer.global_step:
+            self._forget(trainer)
         schedule = self.asked.schedule
         if schedule is None or not module.automatic_optimization:  # of modules that step by themselves nobody can know
             return
@@ -136,7 +142,10 @@ class PruningRun:
         """Say so if the schedule is not through."""
         schedule, report = self.asked.schedule, self.results.report
         if schedule is not None and self.pruned_at < schedule.end:
-            now = sparsity_now(find_language_model(module), [report] if report else [], self.asked.layers)
+            model, layers = find_language_model(module), self.asked.layers
+            if report is not None and self.regrows:
+                report.linears = read_back(model, report, layers)
+            now = sparsity_now(model, [report] if report else [], layers)
             log.warning(
                 "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
                 trainer.global_step,
@@ -206,7 +215,7 @@ class PruningRun:
     def _take(self, report: PruningReport, trainer: Trainer, module: LightningModule) -> None:
         """Take a new report, of the weights as they are now, and bring it to the loggers and to its folder."""
         model = find_language_model(module)
-        report.model, report.settings = describe_model(module, model), self.asked.settings
+        report.model, report.settings = describe_model(module, model), describe_settings(self.asked)
         self.results.take(report, model, self.asked.layers)
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)

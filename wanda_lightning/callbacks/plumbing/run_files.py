@@ -4,9 +4,14 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
 
+from wanda_lightning.callbacks.plumbing.run_identity import (
+    describe_calibration,
+    describe_model,
+    describe_settings,
+    name_of,
+)
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
-from wanda_lightning.callbacks.plumbing.which_model import describe_calibration, describe_model, name_of
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.offload import is_on_disk
@@ -49,7 +54,7 @@ class RunFiles:
         else:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
         if not self.asked.overwrite:
-            self.results.check_folder(folder, settings=self.asked.settings, **now)
+            self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
         self.results.begin(folder)
 
     def end(self, trainer: Trainer, module: LightningModule) -> None:

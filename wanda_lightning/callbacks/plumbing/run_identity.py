@@ -1,11 +1,14 @@
-"""Which model and which data a run is of, as a report tells it."""
+"""What tells runs apart: the model, the settings and the data, as a report tells them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from wanda_lightning.model.linears import own_modules
+
+if TYPE_CHECKING:
+    from wanda_lightning.callbacks.pruning import PruningCallback
 
 
 def name_of(module: LightningModule) -> str | None:
@@ -40,3 +43,16 @@ def describe_calibration(trainer: Trainer) -> dict[str, Any]:
     """Return what the datamodule says of its calibration set, if it says anything."""
     describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
     return describe() if describe else {}
+
+
+def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
+    """Return what a callback asks for, as plain types."""
+    return {
+        "method": str(asked.method),
+        "pattern": str(asked.pattern),
+        "sparsity": asked.pattern.sparsity,
+        "targets": asked.targets,
+        "ignore": asked.ignore,
+        "allocation": asked.allocation,
+        "schedule": str(asked.schedule) if asked.schedule else None,
+    }
