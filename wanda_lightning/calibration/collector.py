@@ -78,14 +78,11 @@ class Collector:
             ValueError: If a linear was never called, though no router could have passed it by.
         """
         called = {linear.experts for linear in self._linears if linear.name in self._statistics}
-        missing = []
-        for linear in self._linears:
-            if linear.name not in self._statistics:
-                if linear.experts is None or linear.experts not in called:
-                    missing.append(linear.name)
-                else:
-                    self._statistics[linear.name] = self._empty(linear)
-        refuse_unreached(missing)
+        unseen = [linear for linear in self._linears if linear.name not in self._statistics]
+        refuse_uncalled([linear.name for linear in unseen if linear.experts is None])
+        refuse_unreached([linear.name for linear in unseen if linear.experts not in called])
+        for linear in unseen:
+            self._statistics[linear.name] = self._empty(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
 
     def _called(self, module: nn.Module, linears: list[PrunableLinear], inputs: list[Any]) -> None:
@@ -146,14 +143,28 @@ def real_inputs(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Te
     return x.reshape(-1, x.shape[-1])[mask_BT.reshape(-1).to(x.device)]
 
 
-def refuse_unreached(names: Sequence[str]) -> None:
-    """Refuse linears that were never called, though no router could have passed them by.
+def refuse_uncalled(names: Sequence[str]) -> None:
+    """Refuse linears that the model does not call, whatever the tokens.
 
     Raises:
         ValueError: If there are such.
     """
     if names:
         raise ValueError(
-            f"no calibration token reached {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}: "
-            "use more samples, or leave them out with ignore"
+            f"the model does not call {_few(names)} on token ids alone, as cross-attention is not called without an "
+            "encoder: leave them out with ignore"
         )
+
+
+def refuse_unreached(names: Sequence[str]) -> None:
+    """Refuse experts to whose whole list no token came.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    if names:
+        raise ValueError(f"no calibration token reached {_few(names)}: use more samples, or leave them out with ignore")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)

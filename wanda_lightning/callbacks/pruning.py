@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
@@ -77,8 +78,7 @@ class PruningCallback(SparseFinetuning):
         self.method = method
         self.pattern = parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
         self.schedule = schedule

@@ -5,6 +5,7 @@ Shapes: O out features, I in features.
 
 import math
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.sparsity import Pattern, SemiStructured
 from wanda_lightning.statistics import InputHessian
@@ -23,8 +24,7 @@ class SecondOrderMethod(PruningMethod):
     damping: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size must be an integer of at least 1, got {self.block_size!r}")
+        whole_number("block_size", self.block_size, 1)
         number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
         if not number or not math.isfinite(self.damping) or self.damping <= 0:
             raise ValueError(f"damping must be a finite number above 0, got {self.damping!r}")

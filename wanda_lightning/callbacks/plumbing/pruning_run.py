@@ -10,10 +10,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from wanda_lightning.allocation.by_name import allocate
-from wanda_lightning.callbacks.plumbing.calibration_batches import calibration_batches
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
-from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration, describe_model, describe_settings
+from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.engine.checks import refuse_sharded
@@ -193,9 +192,7 @@ class PruningRun:
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
-                calibration_batches(trainer, asked.num_samples)
-                if asked.method.statistic or asked.exact_error
-                else None,
+                asked.calibration.of(trainer) if asked.method.statistic or asked.exact_error else None,
                 asked.method,
                 pattern,
                 targets=asked.targets,
@@ -209,7 +206,7 @@ class PruningRun:
                 progress=partial(progress, trainer, asked_to_end),
             )
         self.files.all_finished = True
-        report.calibration |= describe_calibration(trainer)
+        report.calibration |= asked.calibration.describe(trainer)
         self._take(report, trainer, module)
 
     def _take(self, report: PruningReport, trainer: Trainer, module: LightningModule) -> None:

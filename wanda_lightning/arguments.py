@@ -1,0 +1,27 @@
+"""Numbers that users give, checked in one way everywhere."""
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Tell whether a value is a whole number of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def whole_number(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number, or too small.
+
+    Args:
+        name: What users call the value.
+        value: What they gave.
+        least: The smallest that is accepted.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> whole_number("batch_size", 0, least=1)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size must be a whole number of at least 1, got 0
+    """
+    if not is_whole(value, least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
