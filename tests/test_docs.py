@@ -16,7 +16,7 @@ from wanda_lightning import __main__
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.lightning_cli import run
-from wanda_lightning.cli.recipes import FOLDER, with_recipes_found
+from wanda_lightning.cli.recipes import FOLDER
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ROOT = PACKAGE.parent
@@ -118,7 +118,7 @@ def test_commands_are_understood(command, parser, new_user):
             Path("mine.yaml").write_text((FOLDER / "wanda.yaml").read_text())
         if "--model.pretrained" not in arguments:
             arguments += ["--model.pretrained", "MODEL"]
-        parser.parse_args([name, *with_recipes_found(arguments)])
+        parser.parse_args([name, *arguments])
 
 
 def test_the_first_page_from_the_command_line(new_user, monkeypatch, capsys):
@@ -166,7 +166,7 @@ def test_a_new_method_in_under_twenty_lines(new_user):
     model = ["--model.pretrained=MODEL", "--trainer.logger=false", *SMALL]
     assert run(["prune", "-c", "mine.yaml", *model]).trainer.pruning_callback.report.method == "SquaredWanda()"
     (sweep,) = commands_in(NEW_METHOD.read_text())
-    run([*with_recipes_found(shlex.split(sweep)[1:]), *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
+    run([*shlex.split(sweep)[1:], *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
     assert "SquaredWanda" in Path("results/sweep/comparison.md").read_text()
 
 

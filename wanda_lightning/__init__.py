@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wanda_lightning.moved import MovedModules
+
 __version__ = "0.1.0.dev0"
 
 _MODULES = {
@@ -97,6 +99,9 @@ if TYPE_CHECKING:
     from wanda_lightning.statistics import InputHessian, InputNorm
     from wanda_lightning.training.distillation import Distillation
     from wanda_lightning.training.lora import LoraSettings, merge_masked
+
+
+sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from wanda_lightning.inspection.inspect_model import inspect_model
 
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch):
-    monkeypatch.setattr("wanda_lightning.inspection.estimates._rate", lambda *_: 1e9)
+    monkeypatch.setattr("wanda_lightning.inspection.speed._rate", lambda *_: 1e9)
 
 
 def saved(model, folder: Path, pattern=Unstructured(0.5), **save):  # noqa: B008 (frozen)

@@ -37,6 +37,10 @@ class HiddenStates:
         self._kept.append((torch.empty(0), hidden_BTD.device))
         self[len(self._kept) - 1] = hidden_BTD
 
+    def replace(self, others: "HiddenStates") -> None:
+        """Let go of these, and hold what others hold."""
+        self._kept, self._folder = others._kept, others._folder
+
     def __len__(self) -> int:
         return len(self._kept)
 

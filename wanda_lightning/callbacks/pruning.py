@@ -144,7 +144,7 @@ class PruningCallback(SparseFinetuning):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the zeros again; forget the finished layers, unless they are wanted until the model is saved."""
         super().on_fit_end(trainer, pl_module)
-        self.run.files.end(trainer, pl_module)
+        self.run.files.end_fit(trainer, pl_module)
 
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune the module's model unless it is pruned as asked for; a schedule prunes later."""

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from jsonargparse import ActionYesNo
+import lightning
+from jsonargparse import ActionConfigFile, ActionYesNo
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -14,7 +15,8 @@ from typing_extensions import override
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.messages import HelpFormatter, shortened
+from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
+from wanda_lightning.cli.recipes import find, is_inline
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.one_shot import end_if_asked, whole_run
@@ -29,8 +31,18 @@ A recipe (see `wanda-lightning recipes`) or a config.yaml sets all of this; opti
 class _Parser(LightningArgumentParser):
     """A parser whose errors name the mistake and little else."""
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(shortened(message), ex)
+
+
+class _RecipeFile(ActionConfigFile):
+    """``-c``, which takes the name of a packaged recipe where jsonargparse takes a file."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        recipe = values if is_inline(values) else str(find(values))
+        super().__call__(parser, cfg, recipe, option_string)
 
 
 class SaveConfigWithResults(SaveConfigCallback):
@@ -60,12 +72,22 @@ class PruningCLI(LightningCLI):
             sys.exit(143)  # some of Lightning's loops would say 0, as if all was done
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
-        lightning = LightningCLI.subcommands()
+        inherited = LightningCLI.subcommands()
         both = {"model", "datamodule"}
-        return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+        return {"prune": both, "sweep": both, **{name: inherited[name] for name in ("fit", "validate", "test")}}
 
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make ``-c`` take the names of recipes; all else as Lightning has it."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=_RecipeFile, help="Name of a recipe, or a file like one.")
+        return parser
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Use our module and datamodule unless others are named."""
         parser.add_argument(
@@ -76,6 +98,7 @@ class PruningCLI(LightningCLI):
         )
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Resume with the settings that were given, as the Trainer does.
 
@@ -83,6 +106,7 @@ class PruningCLI(LightningCLI):
         that distils would go on without its teacher.
         """
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
         for callback in pruning_callbacks(self.trainer):
@@ -90,7 +114,7 @@ class PruningCLI(LightningCLI):
         if subcommand not in ("prune", "fit", "sweep"):  # which write results
             super()._run_subcommand(subcommand)
             return
-        with whole_run(self.trainer, self.model):
+        with whole_run(self.trainer, self.model, will_save=subcommand != "sweep"):
             super()._run_subcommand(subcommand)
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):

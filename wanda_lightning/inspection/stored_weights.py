@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.checkpoints.tensor_files import opened, weight_files
-from wanda_lightning.export.compression import COMPRESSED
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_files
 from wanda_lightning.inspection.load_check import LoadCheck, load_check
 from wanda_lightning.inspection.stored_linears import MatrixFinder, StoredLinear, measure
 from wanda_lightning.model.decoder import DecoderLayer

@@ -59,7 +59,7 @@ class PrunableLinear:
         return self.view(self.weight.detach())
 
     def view(self, weight: Tensor) -> Tensor:
-        """View a tensor of the parameter's shape as this matrix, shape (out_features, in_features)."""
+        """See a tensor that is laid out as the module stores its weight as this matrix, (out_features, in_features)."""
         if self.expert is None:
             return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
         return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]

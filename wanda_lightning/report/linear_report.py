@@ -19,6 +19,7 @@ class LinearReport:
         tokens: Calibration tokens that reached it; None for methods without calibration.
         error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
         error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
+        passes: How often the calibration set ran through its layer: 2, or 1 where linears were pruned on the way.
         damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
     """
 
@@ -31,6 +32,7 @@ class LinearReport:
     error: float | None = None
     error_is_exact: bool = False
     damping: float | None = None
+    passes: int | None = None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":

@@ -119,14 +119,19 @@ class PruningReport:
             f"({self.whole_model_sparsity:.2%} of the whole model){took}."
         )
 
+    def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
+        """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+        if not self.evaluations:
+            return None
+        values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
+        metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
+        rows = [[metric, *(stage.get(metric, "") for stage in values.values())] for metric in metrics]
+        return ["evaluation", *values], rows
+
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         """Yield the tables that are not by layer, each a header and rows of text."""
-        if self.evaluations:
-            stages = list(self.evaluations)
-            values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
-            metrics = list(dict.fromkeys(metric for stage in stages for metric in values[stage]))
-            rows = [[metric, *(values[stage].get(metric, "") for stage in stages)] for metric in metrics]
-            yield ["evaluation", *stages], rows
+        if evaluation := self.evaluation_table():
+            yield evaluation
         if self.matches:
             yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
         if self.not_pruned:

@@ -28,7 +28,7 @@ def prune(
     gradual = any(callback.schedule is not None for callback in callbacks)
     if gradual and save:
         raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
-    with whole_run(trainer, module):
+    with whole_run(trainer, module, save):
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
         if evaluate:
@@ -48,8 +48,13 @@ def prune(
 
 
 @contextmanager
-def whole_run(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Iterator[None]:
     """Leave the results of an earlier run as they are until all within is done; for good, if it fails.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        will_save: Whether the model will be saved: then one that cannot be is refused before it is pruned.
 
     Raises:
         ValueError: If these results are of another model or of other settings, and are not to be overwritten.
@@ -57,6 +62,7 @@ def whole_run(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     runs = [callback.run.files for callback in pruning_callbacks(trainer)]
     for run in runs:
         run.begin(trainer, module, loaded=False)
+        run.will_save |= will_save
     try:
         yield
     except BaseException:
@@ -64,7 +70,7 @@ def whole_run(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             run.abandon()
         raise
     for run in runs:
-        run.results.end()
+        run.end_run()
 
 
 def end_if_asked(trainer: Trainer) -> None:

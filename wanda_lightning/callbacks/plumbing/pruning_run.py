@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.measured_sparsity import (
     NOTABLE,
@@ -31,6 +32,7 @@ from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured
+from wanda_lightning.training.lora import without_adapters
 
 if TYPE_CHECKING:
     from wanda_lightning.callbacks.pruning import PruningCallback
@@ -92,6 +94,9 @@ class PruningRun:
         """Prune the module's model unless it is pruned as asked for; a schedule prunes later."""
         model = find_language_model(module)
         refuse_sharded(model)
+        if self.files.will_save:
+            with without_adapters(model) as plain:
+                check_can_be_saved(cast(Any, plain), getattr(module, "tokenizer", None))
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
             return

@@ -29,11 +29,12 @@ class RunFiles:
 
     Attributes:
         all_finished: Whether no layer is left to prune.
+        will_save: Whether the model is to be saved in the end.
     """
 
     def __init__(self, callback: "PruningCallback", results: RunReport) -> None:
         self.asked, self.results = callback, results
-        self.all_finished = False
+        self.all_finished = self.will_save = False
         self._unfinished: UnfinishedLayers | None = None
 
     def begin(self, trainer: Trainer, module: LightningModule, loaded: bool = True) -> None:
@@ -57,16 +58,22 @@ class RunFiles:
             self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
         self.results.begin(folder)
 
-    def end(self, trainer: Trainer, module: LightningModule) -> None:
-        """End a run: write the results, and forget the finished layers unless they are wanted until a save."""
+    def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
+        """End ``fit``: write the results, unless it is part of a longer run, and forget the finished layers unless they are wanted until a save."""
         until_saved = self._unfinished is not None and self._unfinished.until_saved
         if self.asked.resume is None and not until_saved and not is_on_disk(find_language_model(module)):
             self.forget_layers(trainer)
-        self.results.end()
+        self.end_run()
+
+    def end_run(self) -> None:
+        """End a run: write the results, unless it is part of a longer one."""
+        if self.results.end():
+            self.will_save = False
 
     def abandon(self) -> None:
         """End a run that failed: earlier results stay, and others may go on with the layers that are finished."""
         self.results.drop()
+        self.will_save = False
         if self._unfinished is not None:
             self._unfinished.release()
 

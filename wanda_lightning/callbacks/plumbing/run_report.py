@@ -98,13 +98,15 @@ class RunReport:
         if self._held is None and (folder / REPORT).exists():
             self._held = {}
 
-    def end(self) -> None:
-        """Write what was held back."""
+    def end(self) -> bool:
+        """Write what was held back, unless this run is within another; return whether it is not."""
         self._begun = max(0, self._begun - 1)
-        if not self._begun:
-            held, self._held = self._held or {}, None
-            for write in held.values():
-                write()
+        if self._begun:
+            return False
+        held, self._held = self._held or {}, None
+        for write in held.values():
+            write()
+        return True
 
     def drop(self) -> None:
         """Leave the results of the earlier run as they are: this one failed."""
