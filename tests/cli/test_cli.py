@@ -346,7 +346,7 @@ def test_what_a_failing_command_leaves_alone(wanda_lightning_command, small, tmp
     other = "--trainer.callbacks.sparsity=0.75"
     for more in ([other], [other, "--overwrite", "--trainer.callbacks.targets=[nothing]"]):
         failed = wanda_lightning_command("prune", "-c", RECIPE, *small, *more)
-        assert failed.returncode == 1
+        assert failed.returncode != 0
         assert ("sparsity: 0.5 there, 0.75 now" in failed.stderr) == (len(more) == 1)
         assert "Traceback" not in failed.stderr
         assert {file.name: file.read_bytes() for file in results.rglob("*") if file.is_file()} == before

@@ -59,7 +59,7 @@ class RunFiles:
         self.results.begin(folder)
 
     def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
-        """End ``fit``: write the results, unless it is part of a longer run, and forget the finished layers unless they are wanted until a save."""
+        """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results."""
         until_saved = self._unfinished is not None and self._unfinished.until_saved
         if self.asked.resume is None and not until_saved and not is_on_disk(find_language_model(module)):
             self.forget_layers(trainer)
