@@ -1,5 +1,6 @@
 """What the pages say runs: Python blocks on a tiny model, commands through the real parser, the quick ones for real."""
 
+import argparse
 import re
 import shlex
 import sys
@@ -25,6 +26,7 @@ NEW_METHOD = DOCS / "adding-a-method.md"
 PAGES = {
     "README": ROOT / "README.md",
     "architecture": PACKAGE / "README.md",
+    **{room: PACKAGE / room / "README.md" for room in ("calibration", "solvers", "engine")},
     "benchmarks": ROOT / "benchmarks/README.md",
     "recipes": FOLDER / "README.md",
     **{f"docs-{page.stem}": page for page in sorted(DOCS.glob("*.md"))},
@@ -104,15 +106,36 @@ def test_python_blocks_run(code, new_user, tiny_model_folder):
     reports = [names["report"]] if "report" in names else []
     callbacks = names["trainer"].callbacks if "trainer" in names else []
     reports += [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
+    assert reports or not re.search(r"prune_model\(|Trainer\(.*Pruning\(", code)
     assert all(report.sparsity > 0.4 for report in reports)
 
 
+class Parsed(BaseException):
+    """Ends a command where it has read its arguments."""
+
+
+def assert_parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command up to where its parser, whichever it is, has understood the arguments."""
+    for kind in (argparse.ArgumentParser, ArgumentParser):
+
+        def parse(self, *args, parse_args=kind.parse_args, **settings):
+            raise Parsed(parse_args(self, *args, **settings))
+
+        monkeypatch.setattr(kind, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", *arguments])
+    with pytest.raises(SystemExit if "--help" in arguments else Parsed) as end:
+        __main__.main()
+    assert "--help" not in arguments or end.value.code == 0
+
+
 @pytest.mark.parametrize("command", every_command())
-def test_commands_are_understood(command, parser, new_user):
+def test_commands_are_understood(command, parser, new_user, monkeypatch):
     _, name, *arguments = shlex.split(command, comments=True)
     if name not in COMMANDS:
         assert name in ("--print_completion", "COMMAND")
-    elif COMMANDS[name].function is None and "--help" not in arguments and "NAME" not in command:
+    elif COMMANDS[name].function is not None:
+        assert_parsed([name, *arguments], monkeypatch)
+    elif "--help" not in arguments and "NAME" not in command:
         arguments = [argument for argument in arguments if argument != "--print_config"]
         if "mine.yaml" in arguments:
             Path("mine.yaml").write_text((FOLDER / "wanda.yaml").read_text())

@@ -3,7 +3,6 @@
 Public names are imported when they are first used: ``import wanda_lightning`` costs nothing.
 """
 
-import atexit
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -112,12 +111,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-@atexit.register
-def _leave_processes() -> None:
-    """Leave gloo's process group; Lightning leaves NCCL's only, and rank 0 may then abort at its end (issue 20620)."""
-    distributed: Any = sys.modules.get("torch.distributed")
-    together = distributed and distributed.is_available() and distributed.is_initialized()
-    if together and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()

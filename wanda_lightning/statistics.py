@@ -111,8 +111,8 @@ class InputNorm(InputStatistic):
 class InputHessian(InputStatistic):
     """Second moments of the inputs, H = 2/T X^T X: the Hessian of the layer's squared error (arXiv:2301.00774, eq. 2).
 
-    X^T X is symmetric. Only the panels of its lower triangle are summed: what ``total`` holds above the diagonal is
-    partial, and :meth:`compute` mirrors the triangle.
+    X^T X is symmetric, so only panels that cover its lower triangle are summed. What ``total`` holds above the
+    diagonal is incomplete; :meth:`compute` mirrors the lower triangle.
     """
 
     panels = 8
@@ -164,6 +164,9 @@ class InputHessian(InputStatistic):
         Args:
             damping: Fraction of the mean diagonal to add, see :func:`~wanda_lightning.solvers.factorize`.
 
+        Returns:
+            The factor.
+
         Raises:
             torch.linalg.LinAlgError: If the Hessian cannot be factorised.
         """
@@ -173,7 +176,7 @@ class InputHessian(InputStatistic):
 
     @property
     def damping(self) -> float | None:
-        """The damping that the factor took, more than asked for where that was not enough; None before."""
+        """The damping that the factor took, larger than asked for if that was not enough; None without a factor."""
         return max((factor.damping for factor in self._factors.values()), default=None)
 
     def output_energy(self, matrix_OI: Tensor) -> Tensor:

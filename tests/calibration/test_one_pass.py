@@ -277,8 +277,8 @@ def test_hessians_are_freed_on_the_way(llama, batches):
         statistic = Counted
 
     prune_model(llama, batches, Counting(block_size=16), Unstructured(0.5), true_sequential=True)
-    # Of four in a layer: that of q, k and v lives as long as attention holds its input, and when the first batch reaches
-    # gate_proj, the others still wait within o_proj.
+    # Of four in a layer: that of q, k and v lives as long as attention holds its input, and when the first batch
+    # reaches gate_proj, the others still wait within o_proj.
     assert most == [3]
     assert alive == [0]
 

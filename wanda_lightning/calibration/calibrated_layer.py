@@ -22,7 +22,7 @@ OVERFLOW = (
 class CalibratedLayer:
     """A decoder layer with everything that enters it, batch by batch.
 
-    Attributes:
+    Args:
         layer: The decoder layer.
         hidden_BTD: The hidden states entering it, one tensor a batch.
         arguments: What else the model passes to it, a pair of args and kwargs a batch.
@@ -125,6 +125,9 @@ class CalibratedLayer:
 
 def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:
     """Refuse inputs that are NaN or infinite.
+
+    Args:
+        statistics: The statistics, by the name of the linear.
 
     Raises:
         ValueError: If there are such, with the linear's name.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.linears import PrunableLinear
@@ -46,6 +47,11 @@ class SparseFinetuning(Callback):
         self.layers = layers
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer's process group in the end."""
+        leave_gloo_at_exit()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def load_streamed(
             offload_folder=converted.name,
             **kwargs,
         )
-    model._converted = converted  # deleted with the model
+    weakref.finalize(model, converted.cleanup)
     return model
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
@@ -164,6 +165,7 @@ def run(args: ArgsType = None) -> PruningCLI:
     Returns:
         The CLI, after the sub-command is done.
     """
+    leave_gloo_at_exit()
     return PruningCLI(
         CausalLM,
         TextDataModule,

@@ -62,6 +62,9 @@ def _check_stored(linear: PrunableLinear) -> None:
 def check_finite(linears: Iterable[PrunableLinear]) -> None:
     """Refuse weights that are NaN or infinite.
 
+    Args:
+        linears: The linears that are to be pruned.
+
     Raises:
         ValueError: If there are such, with the linear's name.
     """
@@ -72,6 +75,9 @@ def check_finite(linears: Iterable[PrunableLinear]) -> None:
 
 def refuse_sharded(model: nn.Module) -> None:
     """Refuse weights of which every process holds a part only.
+
+    Args:
+        model: The model.
 
     Raises:
         ValueError: If there are such.

@@ -114,6 +114,12 @@ class Journal:
     def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
         """Make a pruned layer durable; no process goes on before it is.
 
+        Args:
+            number: Number of the layer.
+            layer: The layer, pruned.
+            done: What was done to its linears.
+            processes: All of them call this; the first one writes.
+
         Raises:
             OSError: If it cannot be written; the layers before it are kept.
         """

@@ -52,6 +52,17 @@ class Plan:
     ) -> "Plan":
         """Find out what is to be done to a model.
 
+        Args:
+            model: The model, with its decoder layers.
+            method: The pruning method.
+            pattern: What linears are pruned to, where the selection says nothing else.
+            selection: What the user said of linears.
+            exact_error: Whether X^T X is gathered whatever the method.
+            true_sequential: Whether each linear is pruned with what the pruned linears before it give.
+
+        Returns:
+            The plan.
+
         Raises:
             ValueError: If the selection does not fit the model.
         """

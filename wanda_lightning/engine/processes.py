@@ -114,7 +114,7 @@ def _sum(statistics: list[InputStatistic], groups: list[list[PrunableLinear]], p
         for statistic, count in zip(statistics, tokens, strict=True):
             statistic.summed(count)
         return
-    owners = _balanced([_cost(group) for group in groups], processes.size)
+    owners = balanced([_cost(group) for group in groups], processes.size)
     for statistic, count, owner in zip(statistics, tokens, owners, strict=True):
         processes.sum_to(owner, statistic.total)
         statistic.summed(count, owner, processes.rank)
@@ -125,7 +125,7 @@ def _cost(linears: Sequence[PrunableLinear]) -> float:
     return in_features**3 / 3 + sum(linear.weight_OI.shape[0] for linear in linears) * in_features**2
 
 
-def _balanced(costs: Sequence[float], processes: int) -> list[int]:
+def balanced(costs: Sequence[float], processes: int) -> list[int]:
     """Give the most costly piece of work first, each to the process that has the least so far."""
     load, owners = [0.0] * processes, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):

@@ -90,7 +90,7 @@ def prune_model(
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
             if activations overflow in a later layer and not already in the first sequence, with which that is tried.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from wanda_lightning import Unstructured, Wanda

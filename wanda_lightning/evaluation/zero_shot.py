@@ -33,7 +33,7 @@ class ZeroShotResult:
 
     Attributes:
         metrics: By ``task/metric``; standard errors as ``task/metric_stderr``; ``mean/acc`` over all that have ``acc``.
-            Of a group with a figure of its own only that figure.
+            A group that has a figure of its own gives only that figure.
         details: lm-eval's own results, every task and metric, with versions, settings and seeds; plain JSON types.
     """
 
@@ -110,6 +110,11 @@ def evaluate_zero_shot(
 
 def check_settings(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
     """Refuse numbers out of range.
+
+    Args:
+        num_fewshot: Examples in the prompt, >= 0, or None.
+        limit: Number of questions, >= 1, or a fraction of them in (0, 1), or None.
+        batch_size: Sequences in a batch, >= 1.
 
     Raises:
         ValueError: Names the value and what is accepted.

@@ -103,6 +103,10 @@ def count_matches(layers: Sequence[DecoderLayer], patterns: Iterable[str]) -> di
 def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:
     """Refuse a pattern over names that matches none of some linears.
 
+    Args:
+        pattern: A shell-style pattern.
+        linears: The linears, one of which it has to match.
+
     Raises:
         ValueError: If it does not, with names that there are.
     """

@@ -84,8 +84,8 @@ def own_modules(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and all it holds by name, as ``named_modules`` does, but look through wrappers.
 
-    What torch.compile wraps goes by the name it had before. Of a layer with adapters (peft) only the layer itself is
-    visited: the matrices of an adapter are small, and trained.
+    A module that torch.compile wraps keeps the name it had before. If a layer has adapters (peft), only the layer
+    itself is visited: the matrices of an adapter are small, and they are trained.
     """
     seen = set() if seen is None else seen
     children = module._modules

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PruningReport:
-    """All that is worth knowing of one pruning, and of the evaluations around it.
+    """Everything that is worth knowing about one pruning and the evaluations around it.
 
     Attributes:
         method: The method and its settings, such as ``"Wanda(variant=False)"``.
@@ -33,8 +33,9 @@ class PruningReport:
         not_pruned: Linears of the decoder left dense, by name with the reason.
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
         seconds: Time of the whole pruning.
-        seconds_by_phase: What of it went where, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
-        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`peak_memory`.
+        seconds_by_phase: How that time was spent, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
+        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see
+            :func:`wanda_lightning.report.environment.peak_memory`.
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
