@@ -87,7 +87,6 @@ class PruningRun:
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin anew if the weights are others than those that were pruned."""
         if self.results.report is not None and not self.is_pruned(find_language_model(module)):
-            log.info("these are not the weights that were pruned before")
             self._forget(trainer)
 
     def prune(self, trainer: Trainer, module: LightningModule) -> None:
