@@ -26,7 +26,7 @@ ROOMS = {
     "calibration": {"model", "statistics"},
     "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
-    "training": {"arguments", "model"},
+    "training": {"arguments", "model", "sparsity"},
     "engine": {"allocation", "atomic_files", "calibration", "methods", "model", "report", "sparsity", "statistics"},
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},

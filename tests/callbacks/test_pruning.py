@@ -280,7 +280,7 @@ def test_allocation_and_layers_reach_the_engine(tmp_path):
     report = json.loads((tmp_path / "pruning.json").read_text())
     assert report["matches"] == {"q_proj": 2, "down_proj": 2}
     # Found again, these zeros are all that is asked for; evenly spread they would not be.
-    again, even = (WandaPruning(sparsity=0.5, allocation=a) for a in (allocation, None))
+    again, even = (WandaPruning(sparsity=0.5, allocation=a, overwrite=True) for a in (allocation, None))
     trainer(tmp_path, again, max_steps=1).fit(module, SomebodysData())
     assert again.report.method.startswith("already pruned")
     trainer(tmp_path, even, max_steps=1).fit(module, SomebodysData())

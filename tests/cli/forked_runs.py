@@ -20,7 +20,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 from wanda_lightning.__main__ import main
 from wanda_lightning.cli import lightning_cli  # noqa: F401
 from wanda_lightning.engine import journal, pruner  # noqa: F401
-from wanda_lightning.runs import trainer
+from wanda_lightning.runs import one_shot
 
 
 def crashes(*_: object, **__: object) -> None:
@@ -47,7 +47,7 @@ def run(arguments: list[str], folder: str, seconds: float, step: str | None) -> 
     os.dup2(output, 2)
     slowed_down(seconds, Path(folder) / "solved")
     if step is not None:
-        setattr(trainer, step, crashes)
+        setattr(one_shot, step, crashes)
     sys.argv = ["wanda-lightning", *arguments]
     main()
 

@@ -337,3 +337,20 @@ def test_ctrl_c_outside_of_lightning(wanda_lightning_command, ctrl_c):
     done = wanda_lightning_command("recipes")
     assert done.returncode == 130
     assert done.stderr == ""
+
+
+def test_what_a_failing_command_leaves_alone(wanda_lightning_command, small, tmp_path):
+    results = tmp_path / "results"
+    assert wanda_lightning_command("prune", "-c", RECIPE, *small).returncode == 0
+    before = {file.name: file.read_bytes() for file in results.rglob("*") if file.is_file()}
+    other = "--trainer.callbacks.sparsity=0.75"
+    for more in ([other], [other, "--overwrite", "--trainer.callbacks.targets=[nothing]"]):
+        failed = wanda_lightning_command("prune", "-c", RECIPE, *small, *more)
+        assert failed.returncode != 0
+        assert ("sparsity: 0.5 there, 0.75 now" in failed.stderr) == (len(more) == 1)
+        assert "Traceback" not in failed.stderr
+        assert {file.name: file.read_bytes() for file in results.rglob("*") if file.is_file()} == before
+    done = wanda_lightning_command("prune", "-c", RECIPE, *small, other, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((results / "pruning.json").read_text())["target_sparsity"] == 0.75
+    assert "0.75" in (results / "config.yaml").read_text()

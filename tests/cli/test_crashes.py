@@ -117,6 +117,7 @@ def server():
     yield server
     server.process.stdin.close()
     server.process.wait()
+    server.process.stdout.close()
 
 
 @pytest.fixture(scope="module")

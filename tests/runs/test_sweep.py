@@ -17,6 +17,7 @@ from wanda_lightning import (
     ZeroShotEvaluation,
 )
 from wanda_lightning.cli.lightning_cli import PruningCLI, run
+from wanda_lightning.runs import sweep as sweep_module
 from wanda_lightning.runs.causal_lm import CausalLM as Module
 
 
@@ -62,15 +63,15 @@ def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
     trainer(whole).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
     calls = []
-    original = PruningTrainer.prune
+    original = sweep_module.prune
 
-    def interrupted(self, *args, **kwargs):
+    def interrupted(*args, **kwargs):
         calls.append("prune")
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(PruningTrainer, "prune", interrupted)
+    monkeypatch.setattr(sweep_module, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer(parts).sweep(CausalLM(tiny_model_folder), data(), *asked)
     evaluations = []

@@ -1,17 +1,20 @@
 """Fine-tuning that keeps the zeros of a pruned model."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.language_model import find_language_model
-from wanda_lightning.training.masks import WeightMasks
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.training.masks import WeightMasks, zeros_by_design
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,7 @@ class SparseFinetuning(Callback):
 
     Gradients of pruned weights are dropped before clipping, and the weights are zeroed after every optimizer step.
     The masks are taken from the zeros of the decoder's linears when training starts, after a checkpoint is restored.
+    Matrices that are zero as a whole, as in new blocks that change nothing yet, are trained like dense ones.
     Averages that Lightning's weight averaging callbacks keep are held to the same zeros. The pruning callbacks do all
     this by themselves; use this one to fine-tune a model that was pruned before.
 
@@ -44,10 +48,12 @@ class SparseFinetuning(Callback):
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer's process group in the end."""
         leave_gloo_at_exit()
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Derive the masks; by now every strategy has restored its checkpoint."""
         self.keep_zeros(trainer, pl_module)
@@ -58,12 +64,34 @@ class SparseFinetuning(Callback):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
         layers = decoder_layers(find_language_model(pl_module), targets=["*"], layers=self.layers)
-        self._masks = WeightMasks({name: weight for layer in layers for name, weight in layer.weights.items()})
+        self.mask(trainer, pl_module, [linear for layer in layers for linear in layer.linears])
+        if self._masks is None or not self._masks.masks:
+            log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
+
+    def mask(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        linears: Sequence[PrunableLinear],
+        pruned_to: Mapping[str, Pattern] | None = None,
+    ) -> None:
+        """Keep the zeros of some linears, also in the averages that other callbacks keep.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            linears: Linears of the module's model.
+            pruned_to: By name, what they were pruned to, if that is known; zeros beyond it are trained.
+        """
+        spared, whose = zeros_by_design(linears, pruned_to)
+        if whose:
+            log.warning("zeros that are there by design, not by pruning, are trained: those of %s", ", ".join(whose))
+        masks = self._masks = WeightMasks({linear.parameter_name: linear.weight for linear in linears}, spared)
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):
                 log.warning("a weight averaging callback averages nothing: it copied a module that had no model yet")
-            self._masks.mask_copies({names[name]: copy for name, copy in copies.items() if name in names})
+            masks.mask_copies({names[name]: copy for name, copy in copies.items() if name in names})
 
     def check(self) -> None:
         """Make sure that all zeros are where they were when training started, during training and after it.
@@ -74,6 +102,7 @@ class SparseFinetuning(Callback):
         if self._masks is not None:
             self._masks.check()
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of pruned weights: after accumulation and all-reduce, before clipping."""
         if self._masks is not None:
@@ -83,18 +112,22 @@ class SparseFinetuning(Callback):
         if self._masks is not None:
             self._masks.mask_weights()
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Make sure that no checkpoint of a model that lost its zeros is written."""
         self.check()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make sure that every zero was kept."""
         self.check()
 
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again: other callbacks may have put averaged weights in place when training ended."""
         self.check()
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks, also after an interrupted run; the masks stay, for checks of what is saved later."""
         for hook in self._hooks:

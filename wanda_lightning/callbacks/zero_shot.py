@@ -2,15 +2,15 @@
 
 import json
 import logging
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
 
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.atomic_files import write_text
-from wanda_lightning.callbacks.pruning import PruningCallback
+from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
 from wanda_lightning.model.language_model import find_language_model
@@ -74,6 +74,7 @@ class ZeroShotEvaluation(Callback):
         self.result: ZeroShotResult | None = None
         self._loaded: TaskSet | None = None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the tasks, once, before a model is loaded or pruned."""
         if self._loaded is None:
@@ -83,12 +84,14 @@ class ZeroShotEvaluation(Callback):
                 )
             self._loaded = load_tasks(self.tasks, self.include_path)
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, and log the results with the other metrics of this validation."""
         if trainer.sanity_checking or not self._is_due(trainer):
             return
         self._evaluate(trainer, pl_module, "val")
 
+    @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, and log the results as ``test/zero_shot/...``."""
         self._evaluate(trainer, pl_module, "test")
@@ -112,23 +115,23 @@ class ZeroShotEvaluation(Callback):
             )
         for name, value in self.result.metrics.items():
             pl_module.log(f"{prefix}/zero_shot/{name}", value, sync_dist=True)  # the same on all processes
-        pruning = next((c for c in cast(Any, trainer).callbacks if isinstance(c, PruningCallback)), None)
-        beside = pruning.output_dir if pruning else None  # the report
-        folder = Path(beside or trainer.log_dir or trainer.default_root_dir)  # every process must ask for log_dir
-        if trainer.is_global_zero:
-            file = folder / "zero_shot" / f"{_stage(trainer, pl_module, pruning)}.json"
-            write_text(file, json.dumps(self.result.details, indent=2) + "\n")
+        folder = run_folder(trainer)  # every process must ask for it
+        details = json.dumps(self.result.details, indent=2) + "\n"
+        file = folder / "zero_shot" / f"{_stage(trainer, pl_module)}.json"
+        callbacks = pruning_callbacks(trainer)
+        if callbacks:
+            callbacks[0].run.results.write(file, lambda: write_text(file, details), trainer)
+        elif trainer.is_global_zero:
+            write_text(file, details)
 
 
-def _stage(trainer: Trainer, pl_module: LightningModule, pruning: PruningCallback | None) -> str:
+def _stage(trainer: Trainer, pl_module: LightningModule) -> str:
     """Name the state that the weights are in, as the report does."""
     if trainer.state.fn == "fit":
         return f"step-{trainer.global_step}"
-    if pruning is None:
+    if not (callbacks := pruning_callbacks(trainer)):
         return "test" if trainer.testing else "validate"
-    if getattr(pl_module, "merged", False):
-        return "merged"
-    return "dense" if pruning.report is None else "fine-tuned" if trainer.global_step else "pruned"
+    return callbacks[0].run.stage(pl_module)
 
 
 def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:

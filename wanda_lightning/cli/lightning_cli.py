@@ -1,22 +1,26 @@
 """The command line: LightningCLI with ``prune`` and ``sweep``."""
 
 import sys
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import lightning
-from jsonargparse import ActionConfigFile
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from jsonargparse import ActionConfigFile, ActionYesNo
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
+from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
 from wanda_lightning.cli.recipes import find, is_inline
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
+from wanda_lightning.runs.one_shot import end_if_asked, whole_run
 from wanda_lightning.runs.trainer import PruningTrainer
 
 MORE_HELP = """
@@ -40,6 +44,21 @@ class _RecipeFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         recipe = values if is_inline(values) else str(find(values))
         super().__call__(parser, cfg, recipe, option_string)
+
+
+class SaveConfigWithResults(SaveConfigCallback):
+    """Writes ``config.yaml`` when a run begins; one that an earlier run left, only when this run is through."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, unless there is one."""
+        there = (Path(str(trainer.log_dir)) / self.config_filename).exists()
+        if self.already_saved or not trainer.strategy.broadcast(there):
+            super().setup(trainer, pl_module, stage)
+
+    def replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it now, whatever is there."""
+        super().setup(trainer, pl_module, stage="")
 
 
 class PruningCLI(LightningCLI):
@@ -72,6 +91,12 @@ class PruningCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Use our module and datamodule unless others are named."""
+        parser.add_argument(
+            "--overwrite",
+            action=ActionYesNo,
+            default=False,
+            help="Replace the results in the folder also if they are of another model or of other settings.",
+        )
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
     @override
@@ -81,6 +106,20 @@ class PruningCLI(LightningCLI):
         Lightning would replace them by the checkpoint's hyperparameters, and what is not among these by defaults: a run
         that distils would go on without its teacher.
         """
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave model, report and configuration of an earlier run as they are until this one is through."""
+        for callback in pruning_callbacks(self.trainer):
+            callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
+        if subcommand not in ("prune", "fit", "sweep"):  # which write results
+            super()._run_subcommand(subcommand)
+            return
+        with whole_run(self.trainer, self.model, will_save=subcommand != "sweep"):
+            super()._run_subcommand(subcommand)
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, SaveConfigWithResults):
+                callback.replace(self.trainer, self.model)
 
     def after_prune(self) -> None:
         """Show the report."""
@@ -97,21 +136,23 @@ class PruningCLI(LightningCLI):
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
         if isinstance(self.model, CausalLM):
             self.model.check_trainable()
-        self.trainer.will_save = self.trainer.pruning_callback is not None
         if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
             self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
 
     def after_fit(self) -> None:
         """Evaluate, save and show what training made of the pruned model."""
         if self.trainer.pruning_callback:
+            end_if_asked(self.trainer)
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.trainer.save_pretrained(self.model)
             self._show_report()
 
     def _show_report(self) -> None:
-        callback, folder = self.trainer.pruning_callback, self.trainer.log_dir  # all processes must ask for log_dir
-        if callback and callback.report and self.trainer.is_global_zero:
-            Console().print(callback.report.to_table())
+        folder = run_folder(self.trainer)  # all processes must ask for it
+        reports = [callback.report for callback in pruning_callbacks(self.trainer) if callback.report]
+        if reports and self.trainer.is_global_zero:
+            for report in reports:
+                Console().print(report.to_table())
             Console().print(f"Results are in {folder}", soft_wrap=True)
 
 
@@ -134,6 +175,7 @@ def run(args: ArgsType = None) -> PruningCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=SaveConfigWithResults,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "prog": "wanda-lightning",

@@ -1,6 +1,7 @@
-"""What a model has been pruned to before, such as one loaded from a folder that pruning wrote."""
+"""What a model is pruned to, read back from its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +9,21 @@ from torch import Tensor, nn
 from wanda_lightning.allocation.by_name import Allocation, allocate
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_offloaded
-from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
 
 NOTABLE = 0.05
 """Weights are zero by chance too: quantisation makes some. From this fraction on, somebody pruned them."""
+
+FOUND = "already pruned, not by this run's "
+"""What the method of a report begins with where the zeros were there before."""
+
+SAMPLED = 64
+"""Places of each matrix that are looked at to know its mask again; two masks agree there by chance once in 2^32."""
 
 
 @torch.no_grad()
@@ -41,9 +49,10 @@ def report_as_found(
 
     Returns:
         A report of the linears as they are, which says in its ``method`` that they were pruned before, and whether
-        every one of them has the zeros that the pattern asks for.
+        every one of them has the zeros that the pattern asks for. Matrices that are zero as a whole are so by design,
+        such as the last ones of new blocks that change nothing yet: they tell nothing and are left out.
     """
-    report = PruningReport(f"already pruned, not by this run's {method}", str(pattern), pattern.sparsity)
+    report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
     decoder = decoder_layers(model, targets, ignore, layers)
     patterns = allocate([linear for layer in decoder for linear in layer.linears], pattern, allocation)
     met = any(own.sparsity > 0 for own in patterns.values())
@@ -54,28 +63,108 @@ def report_as_found(
             if weight_OI.is_meta:  # pruning will refuse it
                 return report, False
             shape = (weight_OI.shape[0], weight_OI.shape[1])
-            report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity_of(weight_OI), 0.0))
+            if (sparsity := sparsity_of(weight_OI)) == 1:
+                continue
+            report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity, 0.0))
             met = met and _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape))
     report.whole_model_sparsity = measure_whole_model(model)
     return report, met and bool(report.linears)
 
 
-def sparsity_now(model: nn.Module, report: PruningReport | None, layers: str | None = None) -> float:
-    """Measure the fraction of zeros in the linears that a report says were pruned; 0 without a report."""
-    if report is None:
-        return 0.0
+def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: str | None = None) -> float:
+    """Measure the fraction of zeros in the linears that reports say were pruned; 0 without a report."""
+    weights = [linear.weight_OI for report in reports for linear in linears_of(model, report, layers)]
+    if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
+        return mean_sparsity([row for report in reports for row in report.linears])
+    zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
+    return zeros / max(1, sum(weight.numel() for weight in weights))
+
+
+def linears_of(model: nn.Module, report: PruningReport, layers: str | None = None) -> list[PrunableLinear]:
+    """Find the linears of a model that a report has rows of."""
     pruned = {row.name for row in report.linears}
     decoder = decoder_layers(model, targets=["*"], layers=layers)
-    weights = [
-        linear.weight_OI
-        for layer in decoder
-        for linear in layer.linears
-        if name_without_adapters(linear.name) in pruned
-    ]
-    if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
-        return report.sparsity
-    zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
-    return zeros / sum(weight.numel() for weight in weights)
+    return [linear for layer in decoder for linear in layer.linears if name_without_adapters(linear.name) in pruned]
+
+
+def read_back(model: nn.Module, report: PruningReport, layers: str | None = None) -> list[LinearReport]:
+    """Return the rows of a report with the sparsities that the linears have now."""
+    now = {name_without_adapters(linear.name): linear.weight_OI for linear in linears_of(model, report, layers)}
+    return [replace(row, sparsity=sparsity_of(now[row.name])) for row in report.linears]
+
+
+@torch.no_grad()
+def linears_with_zeros(model: nn.Module, layers: str | None = None) -> list[PrunableLinear]:
+    """Find the linears of a model's decoder that have more zeros than there are by chance."""
+    decoder = decoder_layers(model, targets=["*"], layers=layers)
+    linears = [linear for layer in decoder for linear in layer.linears]
+    return [linear for linear in linears if linear.weight_OI.is_meta or sparsity_of(linear.weight_OI) >= NOTABLE]
+
+
+@torch.no_grad()
+def disagreements(model: nn.Module, report: PruningReport, layers: str | None = None) -> dict[str, str]:
+    """Compare a report with the weights that the layers compute with.
+
+    Zeros that training adds by chance do not count, and neither do matrices that were zero as a whole when they were
+    pruned: the half of them that was not pruned has been trained since.
+
+    Args:
+        model: The model that the report is of.
+        report: What was pruned.
+        layers: Name of the list of decoder layers, where the rule for finding it fails.
+
+    Returns:
+        For each linear that has other zeros than its row says: its name and what is wrong.
+    """
+    found = {name_without_adapters(linear.name): linear.weight_OI for linear in linears_of(model, report, layers)}
+    wrong = {row.name: "the model has no such linear" for row in report.linears if row.name not in found}
+    for row in report.linears:
+        weight_OI = found.get(row.name)
+        if weight_OI is None or weight_OI.is_meta:  # what is on disk has not changed since
+            continue
+        if tuple(weight_OI.shape) != tuple(row.shape):
+            wrong[row.name] = f"its shape is {tuple(weight_OI.shape)}, the report says {tuple(row.shape)}"
+        elif row.sparsity < 1:
+            now = sparsity_of(weight_OI)
+            if now < row.sparsity - 0.5 / weight_OI.numel() or now > row.sparsity + NOTABLE:
+                wrong[row.name] = f"{now:.2%} of its weights are zero, the report says {row.sparsity:.2%}"
+    return wrong
+
+
+@torch.no_grad()
+def sample_zeros(linears: Sequence[PrunableLinear]) -> dict[str, Tensor]:
+    """Note for some places of each matrix whether it is zero there: enough to know its mask again.
+
+    Args:
+        linears: Matrices, pruned just now.
+
+    Returns:
+        By name, without adapters, booleans of shape (``SAMPLED``,). Matrices that are on disk, or zero as a whole, are
+        left out.
+    """
+    return {
+        name_without_adapters(linear.name): zeros
+        for linear in linears
+        if not linear.weight_OI.is_meta and not (zeros := _sampled(linear.weight_OI) == 0).all()
+    }
+
+
+@torch.no_grad()
+def has_zeros_at(linears: Sequence[PrunableLinear], sampled: Mapping[str, Tensor]) -> bool:
+    """Whether matrices are zero where :func:`sample_zeros` found a zero; those that it left out may be anything."""
+    weights = {name_without_adapters(linear.name): linear.weight_OI for linear in linears}
+    return all(
+        not bool(_sampled(weights[name])[zeros.to(weights[name].device)].any())
+        for name, zeros in sampled.items()
+        if name in weights and not weights[name].is_meta
+    )
+
+
+def _sampled(weight_OI: Tensor) -> Tensor:
+    """Pick values that are spread over rows and columns."""
+    place = torch.arange(SAMPLED, device=weight_OI.device)
+    rows, columns = weight_OI.shape
+    return weight_OI[(place * 7919) % rows, (place * 104729 + place // 3) % columns]
 
 
 def _has_zeros_of(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> bool:

@@ -10,7 +10,8 @@ def find_language_model(module: nn.Module) -> nn.Module:
 
     Args:
         module: A model of transformers (also with adapters, or compiled), or any module (such as a LightningModule)
-            that holds exactly one.
+            that holds exactly one. Another form of the same weights beside it, such as a compiled or adapted one, or
+            the model's own decoder, is no second model.
 
     Returns:
         The outermost model; of a compiled one the original.
@@ -18,17 +19,18 @@ def find_language_model(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none, or more than one side by side.
     """
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if _is_causal_lm(child) and not any(name.startswith(f"{outer}.") or outer == "" for outer in found):
-            found[name] = child
-    if len(found) != 1:
-        held = ", ".join(f"{name} ({type(model).__name__})" for name, model in found.items()) or "none"
+    found = {uncompiled(child): name for name, child in module.named_modules() if _is_causal_lm(child)}
+    held = {model: set(model.parameters()) for model in found}
+    # The one that holds the most, and of several forms the outermost, which comes first.
+    model = max(found, key=lambda model: (len(held[model]), len(list(model.modules()))), default=None)
+    if model is None or not all(held[other] <= held[model] for other in found):
+        outermost = [m for m in found if not any(held[m] < held[other] for other in found)]
+        names = ", ".join(f"{found[m]} ({type(m).__name__})" for m in outermost) or "none"
         raise ValueError(
-            f"{type(module).__name__} must hold exactly one transformers model to prune, found: {held}. "
+            f"{type(module).__name__} must hold exactly one transformers model to prune, found: {names}. "
             "Models load in __init__ or configure_model; with several, prune the one you mean with prune_model."
         )
-    return uncompiled(next(iter(found.values())))
+    return model
 
 
 def max_sequence_length(model: nn.Module) -> int | None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,13 @@ TRAINED: dict[Training, str] = {
 }
 
 
-def model_card(report: "PruningReport", base: str | None = None, training: Training = "none", steps: int = 0) -> str:
+def model_card(
+    report: "PruningReport",
+    base: str | None = None,
+    training: Training = "none",
+    steps: int = 0,
+    others: Sequence["PruningReport"] = (),
+) -> str:
     """Write a model card in the hub's format.
 
     Args:
@@ -34,6 +41,7 @@ def model_card(report: "PruningReport", base: str | None = None, training: Train
             part is shown.
         training: How the model was trained after the pruning.
         steps: Number of training steps.
+        others: Reports of other matrices of the same model that were pruned in another way.
 
     Returns:
         Markdown with a YAML header.
@@ -48,8 +56,12 @@ def model_card(report: "PruningReport", base: str | None = None, training: Train
         tags=["pruned", "sparse"],
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {report.title}", ""]
-    if base is not None:
-        lines += [f"Made from `{_without_folder(base)}`.", ""]
+    if named := base or report.model.get("name"):
+        size = f" ({report.model['parameters']:,} parameters)" if report.model else ""
+        revision = f" at revision {report.model['revision']}" if report.model.get("revision") else ""
+        lines += [f"Made from `{_without_folder(named)}`{revision}{size}.", ""]
+    for other in others:
+        lines += [f"Other matrices were pruned in another way: {other.title}. {other.summary}", ""]
     lines += [
         f"{report.summary} The zeros are stored like other numbers, so the files are as large as those of the dense "
         "model; `from_pretrained` loads them.",

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ class PruningReport:
         method: The method and its settings, such as ``"Wanda(variant=False)"``.
         pattern: ``"unstructured"`` or ``"n:m"``.
         target_sparsity: The fraction asked for.
+        model: Which model: its ``name`` or path as given, ``revision`` if one was, and number of ``parameters``.
+        settings: What was asked for, to know the same run again.
         linears: A row for each pruned linear.
         matches: How many linears each name pattern of targets, ignore and allocation fits.
         not_pruned: Linears of the decoder left dense, by name with the reason.
@@ -43,6 +45,8 @@ class PruningReport:
     method: str
     pattern: str
     target_sparsity: float
+    model: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
     matches: dict[str, int] = field(default_factory=dict)
     not_pruned: dict[str, str] = field(default_factory=dict)
@@ -77,7 +81,7 @@ class PruningReport:
 
     def to_markdown(self) -> str:
         """Return the tables as Markdown."""
-        lines = [f"# {self.title}", "", self.summary, ""]
+        lines = [f"# {self.title}", "", *([f"Model: {self.model_name}.", ""] if self.model else []), self.summary, ""]
         for header, rows in self._tables():
             lines += [*markdown_table(header, rows), ""]
         return "\n".join(lines)
@@ -88,7 +92,8 @@ class PruningReport:
 
         # The shortest and most wanted last, where the eye is.
         tables = [terminal_table(header, rows) for header, rows in reversed(list(self._tables()))]
-        return Group(*tables, f"[bold]{self.title}[/bold]", self.summary)
+        model = [f"Model: {self.model_name}."] if self.model else []
+        return Group(*tables, f"[bold]{self.title}[/bold]", *model, self.summary)
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
@@ -100,6 +105,11 @@ class PruningReport:
     def title(self) -> str:
         """The method and what it was asked for."""
         return f"{self.method}, {self.pattern}, sparsity {self.target_sparsity:g}"
+
+    @property
+    def model_name(self) -> str:
+        """The model, its revision and its size, in a few words; empty where a report of an older version lacks it."""
+        return name_of_model(self.model)
 
     @property
     def summary(self) -> str:
@@ -170,6 +180,14 @@ class PruningReport:
                 for name, rows in layers.items()
             ],
         )
+
+
+def name_of_model(model: Mapping[str, Any]) -> str:
+    """Write what a report knows of its model: ``name at revision, 1,234 parameters``."""
+    name = str(model.get("name", ""))
+    revision = f" at {model['revision']}" if model.get("revision") else ""
+    parameters = f", {model['parameters']:,} parameters" if "parameters" in model else ""
+    return f"{name}{revision}{parameters}"
 
 
 def _show_error(rows: list[LinearReport]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.report.pruning_report import name_of_model
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 
 TEXT = (0, 1, 3)
@@ -24,6 +25,7 @@ class Run:
         sparsity: Fraction of zeros in the pruned linears.
         evaluations: Metrics by stage, such as dense, pruned and fine-tuned.
         data: What it was calibrated and evaluated on.
+        model: Which model was pruned, and its size; empty in reports of older versions.
     """
 
     folder: Path
@@ -32,6 +34,7 @@ class Run:
     sparsity: float
     evaluations: dict[str, dict[str, float]]
     data: dict[str, Any]
+    model: str = ""
 
 
 class Comparison:
@@ -80,9 +83,17 @@ class Comparison:
                 )
         return sorted(rows, key=lambda row: row["stage"] != "dense")  # the others stay in the order given
 
+    def models(self) -> list[str]:
+        """Return which models the runs are of, as far as the reports say."""
+        return sorted({run.model for run in self.runs if run.model})
+
     def notes(self) -> list[str]:
-        """Say what keeps the figures from being comparable."""
-        return [
+        """Name the model, and say what keeps the figures from being comparable."""
+        models = self.models()
+        named = [f"the model is {models[0]}"] if len(models) == 1 else []
+        if len(models) > 1:
+            named = [f"the runs are of different models, so their figures do not compare: {'; '.join(models)}"]
+        return named + [
             f"the runs differ in {what}, so their figures do not compare: {', '.join(map(str, sorted(found, key=str)))}"
             for what in ("sequence_length", "evaluation", "source", "num_samples")
             if len(found := {run.data[what] for run in self.runs if what in run.data}) > 1
@@ -132,6 +143,7 @@ def _read(folder: Path) -> Run:
             plain["sparsity"],
             plain["evaluations"],
             plain["calibration"],
+            name_of_model(plain.get("model") or {}),
         )
     except OSError as error:
         raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error

@@ -102,6 +102,8 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     axes.set_ylabel(metric.removeprefix("val/"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    if models := comparison.models():
+        figure.text(0.01, 0.01, "; ".join(models), fontsize="x-small")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished)
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -14,20 +14,19 @@ from torch import Tensor
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
+from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
+from wanda_lightning.runs.one_shot import prune
 from wanda_lightning.sparsity import Pattern, parse_pattern
-
-if TYPE_CHECKING:
-    from wanda_lightning.runs.trainer import PruningTrainer
 
 
 def sweep(
-    trainer: "PruningTrainer",
+    trainer: Trainer,
     model: LightningModule,
     datamodule: LightningDataModule | None,
     methods: Sequence[PruningMethod],
@@ -35,7 +34,7 @@ def sweep(
     patterns: Sequence[str],
 ) -> Comparison:
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = run_folder(trainer)
     if getattr(model, "stream", False):
         raise ValueError("a sweep keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
     callbacks = _callbacks(trainer, methods, sparsities, patterns, folder)
@@ -55,7 +54,7 @@ def sweep(
         rank_zero_info(name)
         callback.evaluations["dense"] = dense
         with _with_callbacks(trainer, weights, callback):
-            trainer.prune(model, datamodule=datamodule, evaluate=False, save=False)
+            prune(trainer, model, datamodule=datamodule, evaluate=False, save=False)
             trainer.validate(model, datamodule=datamodule, verbose=False)
     comparison = Comparison([callback.output_dir for callback in callbacks if callback.output_dir])
     if trainer.is_global_zero:
@@ -83,14 +82,14 @@ class _DenseWeights(Callback):
 
 
 def _callbacks(
-    trainer: "PruningTrainer",
+    trainer: Trainer,
     methods: Sequence[PruningMethod],
     sparsities: Sequence[float],
     patterns: Sequence[str],
     folder: Path,
 ) -> list[PruningCallback]:
     """Make a pruning callback for every run; all settings are checked here, before the first."""
-    if trainer.pruning_callback is not None:
+    if pruning_callbacks(trainer):
         raise ValueError("a sweep brings its own pruning callbacks: name methods, and leave callbacks like it out")
     asked: list[Pattern] = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
     asked += [parse_pattern(pattern) for pattern in patterns]

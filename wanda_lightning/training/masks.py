@@ -1,13 +1,20 @@
 """Masks that keep the zeros of a pruned model while it is trained.
 
 They are derived from the weights (zero = pruned) and live outside the model: nothing is renamed, wrapped or saved.
+Zeros that are there by design, such as a new block's last matrix, are not taken for pruned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.sparsity import Pattern, sparsity_of
+
+BY_CHANCE = 0.02
+"""Half precision makes zeros while a model is trained, and some methods prune a little more than they were asked to."""
 
 
 class WeightMasks:
@@ -17,15 +24,20 @@ class WeightMasks:
 
     Args:
         weights: Parameters by name. Those without zeros need no mask and are left out.
+        spared: Of some of the parameters, booleans of their shape: True where a zero was not pruned and may be trained.
 
     Attributes:
         masks: For each masked parameter its name, the parameter and the mask (True = kept).
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], spared: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> None:
         self.masks: list[tuple[str, nn.Parameter, Tensor]] = []
         for name, weight in weights.items():
             mask = _local(weight) != 0
+            if spared and weight in spared:
+                mask |= _local(spared[weight])
             if not mask.all():
                 self.masks.append((name, weight, mask))
 
@@ -74,6 +86,54 @@ class WeightMasks:
                 "If it was an adapter's merge: merge under the masks, as LoraSettings(merge='masked') does, or save "
                 "the adapter alone"
             )
+
+
+@torch.no_grad()
+def zeros_by_design(
+    linears: Iterable[PrunableLinear], pruned_to: Mapping[str, Pattern] | None = None
+) -> tuple[dict[nn.Parameter, Tensor], list[str]]:
+    """Find zeros that nobody pruned.
+
+    Where it is known what the matrices were pruned to, they are the zeros beyond that; which of a row's zeros were
+    pruned goes by position, as in the methods, whose scores are the same for all zeros. Where it is not known, they are
+    the matrices that are zero as a whole.
+
+    Args:
+        linears: Matrices of a model.
+        pruned_to: By name, what they were pruned to, if it is known.
+
+    Returns:
+        Booleans of the shapes of parameters, True where such a zero is; and the names of the matrices.
+    """
+    spared: dict[nn.Parameter, Tensor] = {}
+    names = []
+    for linear in linears:
+        weight_OI = linear.weight_OI
+        if weight_OI.is_meta or (hasattr(weight_OI, "placements") and linear.expert is not None):
+            continue
+        if pruned_to is None:
+            zero_OI = torch.ones_like(weight_OI, dtype=torch.bool) if _is_zero(weight_OI) else None
+        else:
+            zero_OI = _beyond(weight_OI, pruned_to[linear.name])
+        if zero_OI is not None:
+            names.append(linear.name)
+            whole = spared.setdefault(linear.weight, torch.zeros_like(linear.weight, dtype=torch.bool))
+            linear.view(whole).copy_(zero_OI)
+    return spared, names
+
+
+def _beyond(weight_OI: Tensor, pattern: Pattern) -> Tensor | None:
+    """Mark the zeros of a matrix that its pattern does not ask for, if there are more than chance and methods make."""
+    if sparsity_of(weight_OI) <= pattern.sparsity + BY_CHANCE:
+        return None
+    zero_OI = (weight_OI == 0) & pattern.mask(weight_OI.float().abs())
+    return zero_OI if zero_OI.any() else None
+
+
+def _is_zero(weight_OI: Tensor) -> bool:
+    """Whether a matrix, which may be sharded over processes, is zero as a whole."""
+    largest = torch.linalg.vector_norm(weight_OI, ord=float("inf"))
+    return not bool(cast(Any, largest).full_tensor() if hasattr(largest, "full_tensor") else largest)
 
 
 def _local(tensor: Tensor) -> Tensor:

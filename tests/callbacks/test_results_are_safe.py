@@ -1,0 +1,120 @@
+"""Results of a run: where they lie, that they name their model, and that a later run does not spoil them."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from helpers import SomebodysData, SomebodysModule, tiny_llama, trainer
+
+from wanda_lightning import CausalLM, TextDataModule, ZeroShotEvaluation
+from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.runs import one_shot
+from wanda_lightning.runs.trainer import PruningTrainer
+
+
+def data() -> TextDataModule:
+    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4)
+
+
+def contents(folder) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def run(folder, module=None, save=True, **settings):
+    return trainer(folder, WandaPruning(**settings), cls=PruningTrainer).prune(
+        module or SomebodysModule(), SomebodysData(), save=save
+    )
+
+
+def test_with_output_dir_everything_lies_there(tmp_path, tiny_model_folder):
+    callback = WandaPruning(sparsity=0.5, output_dir=str(tmp_path / "mine"))
+    zero_shot = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+    one = trainer(tmp_path / "logs", callback, zero_shot, cls=PruningTrainer)
+    one.prune(CausalLM(tiny_model_folder), data())
+    written = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert written == {"pruning.json", "pruning.md", "report.html", "model", "zero_shot"}
+    assert {path.name for path in (tmp_path / "mine/zero_shot").iterdir()} == {"dense.json", "pruned.json"}
+    assert not (tmp_path / "logs").exists() or not [*(tmp_path / "logs").iterdir()]
+
+
+def test_a_model_that_comes_with_zeros_has_one_stage_name_everywhere(tmp_path, tiny_model_folder):
+    trainer(tmp_path / "a", WandaPruning(sparsity=0.3), cls=PruningTrainer).prune(CausalLM(tiny_model_folder), data())
+    zero_shot = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+    two = trainer(tmp_path / "b", WandaPruning(sparsity=0.5), zero_shot, cls=PruningTrainer)
+    report = two.prune(CausalLM(tmp_path / "a/model"), data())
+    assert list(report.evaluations) == ["as loaded", "pruned"]
+    assert {path.name for path in (tmp_path / "b/zero_shot").iterdir()} == {"as loaded.json", "pruned.json"}
+
+
+@pytest.mark.parametrize(("step", "number"), [("_evaluate", 1), ("_evaluate", 2), ("save_pretrained", 1)])
+def test_a_run_that_fails_leaves_the_results_of_the_one_before(tmp_path, monkeypatch, step, number):
+    run(tmp_path, sparsity=0.5)
+    before, calls, original = contents(tmp_path), [], getattr(one_shot, step)
+
+    def fails(*args):
+        calls.append(step)
+        if len(calls) == number:
+            raise OSError("the disk is full")
+        original(*args)
+
+    monkeypatch.setattr(one_shot, step, fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, sparsity=0.75, overwrite=True)
+    assert {name: digest for name, digest in contents(tmp_path).items() if "unfinished" not in name} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"sparsity": 0.75}, "sparsity: 0.5 there, 0.75 now"), ({"ignore": ["q_proj"]}, "ignore: None there, ")],
+)
+def test_results_of_other_settings_are_not_overwritten_silently(tmp_path, settings, named):
+    run(tmp_path, sparsity=0.5)
+    before, module = contents(tmp_path), SomebodysModule()
+    with pytest.raises(ValueError, match=f"(?s){named}.*overwrite=True"):
+        run(tmp_path, module, **settings)
+    assert contents(tmp_path) == before
+    assert all(map(torch.equal, module.parameters(), SomebodysModule().parameters()))
+    run(tmp_path, overwrite=True, **settings)
+    assert contents(tmp_path)["pruning.json"] != before["pruning.json"]
+
+
+def test_results_of_another_model_are_not_overwritten_silently(tmp_path):
+    run(tmp_path, sparsity=0.5)
+    before, other = contents(tmp_path), SomebodysModule()
+    other.net = tiny_llama(layers=3)
+    with pytest.raises(ValueError, match=r"parameters: .* there, .* now"):
+        run(tmp_path, other, sparsity=0.5)
+    assert contents(tmp_path) == before
+
+
+def test_the_same_run_again_replaces_its_results(tmp_path):
+    run(tmp_path, sparsity=0.5)
+    before = contents(tmp_path)
+    (tmp_path / "pruning.md").unlink()
+    run(tmp_path, sparsity=0.5)
+    assert contents(tmp_path).keys() == before.keys()
+    assert contents(tmp_path)["model/model.safetensors"] == before["model/model.safetensors"]
+
+
+def test_every_page_names_the_model(tmp_path, tiny_model_folder):
+    module = CausalLM(tiny_model_folder)
+    report = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, data())
+    count = sum(p.numel() for p in module.model.parameters())
+    assert report.model == {"name": str(tiny_model_folder), "parameters": count}
+    for page in ("pruning.md", "report.html", "pruning.json"):
+        assert str(tiny_model_folder) in (tmp_path / page).read_text()
+    assert f"{count:,} parameters" in (tmp_path / "model/README.md").read_text()
+    assert f"{count:,} parameters" in (tmp_path / "pruning.md").read_text()
+
+
+def test_a_report_of_an_older_version_loads_and_is_compared_by_what_it_says(tmp_path):
+    report = run(tmp_path, sparsity=0.5, save=False)
+    plain = {key: value for key, value in report.to_dict().items() if key not in ("model", "settings")}
+    assert PruningReport.from_dict(plain).model == {}
+    (tmp_path / "pruning.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"sparsity: 0\.5 there, 0\.75 now"):
+        run(tmp_path, sparsity=0.75)
+    run(tmp_path, sparsity=0.5, save=False)

@@ -1,0 +1,112 @@
+"""What a run has on disk while it is not through: its finished layers, and what it will write over earlier results."""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningModule, Trainer
+
+from wanda_lightning.callbacks.plumbing.run_identity import (
+    describe_calibration,
+    describe_model,
+    describe_settings,
+    name_of,
+)
+from wanda_lightning.callbacks.plumbing.run_report import RunReport
+from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.offload import is_on_disk
+
+if TYPE_CHECKING:
+    from wanda_lightning.callbacks.pruning import PruningCallback
+
+
+class RunFiles:
+    """Begins and ends runs in their folder.
+
+    Args:
+        callback: Says which folder, and what is asked for.
+        results: What is to be written.
+
+    Attributes:
+        all_finished: Whether no layer is left to prune.
+        will_save: Whether the model is to be saved in the end.
+    """
+
+    def __init__(self, callback: "PruningCallback", results: RunReport) -> None:
+        self.asked, self.results = callback, results
+        self.all_finished = self.will_save = False
+        self._unfinished: UnfinishedLayers | None = None
+
+    def begin(self, trainer: Trainer, module: LightningModule, loaded: bool = True) -> None:
+        """Begin a run: refuse a folder with the results of something else, and leave what is there until the end.
+
+        Args:
+            trainer: The Trainer.
+            module: Its module.
+            loaded: Whether the model and the data are there; else only what was asked for is looked at.
+
+        Raises:
+            ValueError: If it holds such, and they are not to be overwritten.
+        """
+        folder = self.asked.folder(trainer)
+        if loaded:
+            now = {"model": describe_model(module, find_language_model(module))}
+            now["calibration"] = describe_calibration(trainer)
+        else:
+            now = {"model": {"name": name} if (name := name_of(module)) else {}}
+        if not self.asked.overwrite:
+            self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
+        self.results.begin(folder)
+
+    def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
+        """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results."""
+        until_saved = self._unfinished is not None and self._unfinished.until_saved
+        if self.asked.resume is None and not until_saved and not is_on_disk(find_language_model(module)):
+            self.forget_layers(trainer)
+        self.end_run()
+
+    def end_run(self) -> None:
+        """End a run: write the results, unless it is part of a longer one."""
+        if self.results.end():
+            self.will_save = False
+
+    def abandon(self) -> None:
+        """End a run that failed: earlier results stay, and others may go on with the layers that are finished."""
+        self.results.drop()
+        self.will_save = False
+        if self._unfinished is not None:
+            self._unfinished.release()
+
+    def open_layers(self, trainer: Trainer, until_saved: bool = False, streamed: bool = False) -> Journal | None:
+        """Keep other runs out of the folder from now on, if finished layers are to be kept there.
+
+        Args:
+            trainer: The Trainer.
+            until_saved: Keep them, unless the callback says otherwise, until :meth:`forget_layers` is called.
+            streamed: Whether the model is on disk.
+
+        Returns:
+            Where they are kept, or None.
+        """
+        asked = self.asked
+        if asked.schedule is not None:
+            return None
+        if self._unfinished is None:
+            by_default = until_saved or asked.output_dir is not None
+            keep = by_default if asked.resume is None else asked.resume
+            if not (keep or streamed or asked.resume is False):
+                return None
+            self._unfinished = UnfinishedLayers(asked.folder(trainer), keep, until_saved)
+        self._unfinished.open(trainer)
+        return self._unfinished.journal(streamed)
+
+    def forget_finished(self, trainer: Trainer) -> None:
+        """Delete the layers of a pruning that is through: other weights are to be pruned."""
+        if self.all_finished:
+            self.forget_layers(trainer)
+
+    def forget_layers(self, trainer: Trainer) -> None:
+        """Delete the finished layers on disk: the model is saved, or nobody asked for them."""
+        if self._unfinished is not None:
+            self._unfinished.forget(trainer)
+        self._unfinished, self.all_finished = None, False

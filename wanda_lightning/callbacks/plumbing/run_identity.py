@@ -1,0 +1,58 @@
+"""What tells runs apart: the model, the settings and the data, as a report tells them."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from wanda_lightning.model.linears import own_modules
+
+if TYPE_CHECKING:
+    from wanda_lightning.callbacks.pruning import PruningCallback
+
+
+def name_of(module: LightningModule) -> str | None:
+    """Return the name or path that a LightningModule was given for its model, if it was given one as ``pretrained``."""
+    name = getattr(module, "pretrained", None) or getattr(module.hparams, "pretrained", None)
+    return None if name is None else str(name)
+
+
+def describe_model(module: LightningModule, model: nn.Module) -> dict[str, Any]:
+    """Describe a model for a report.
+
+    Args:
+        module: The LightningModule that holds it.
+        model: The model of transformers.
+
+    Returns:
+        Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; and the number of
+        its ``parameters``, where shared ones count once and those of adapters do not.
+    """
+    config: Any = model.config
+    asked = getattr(module, "model_kwargs", None) or {}
+    revision = asked.get("revision") or getattr(config, "_commit_hash", None)
+    parameters = {p for _, part in own_modules(model) for p in part.parameters(recurse=False)}
+    return {
+        "name": name_of(module) or getattr(config, "_name_or_path", "") or type(model).__name__,
+        **({"revision": str(revision)} if revision else {}),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+    }
+
+
+def describe_calibration(trainer: Trainer) -> dict[str, Any]:
+    """Return what the datamodule says of its calibration set, if it says anything."""
+    describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
+    return describe() if describe else {}
+
+
+def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
+    """Return what a callback asks for, as plain types."""
+    return {
+        "method": str(asked.method),
+        "pattern": str(asked.pattern),
+        "sparsity": asked.pattern.sparsity,
+        "targets": asked.targets,
+        "ignore": asked.ignore,
+        "allocation": asked.allocation,
+        "schedule": str(asked.schedule) if asked.schedule else None,
+    }

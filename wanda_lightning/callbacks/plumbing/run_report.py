@@ -1,0 +1,164 @@
+"""The report of a run: what was pruned, the stages that were evaluated, and where that is written and logged."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
+from wanda_lightning.callbacks.plumbing.stage import Stage
+from wanda_lightning.engine.fingerprint import differences
+from wanda_lightning.engine.measured_sparsity import FOUND, disagreements, has_zeros_at, linears_of, sample_zeros
+from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.report.pruning_report import PruningReport
+
+REPORT = "pruning.json"
+
+
+class RunReport:
+    """What is known of the weights of one run; it belongs to these weights, not to the callback that holds it.
+
+    Where the folder holds the results of an earlier run, they stay until this one is through: see :meth:`begin`.
+
+    Attributes:
+        report: What was pruned; None before that.
+        evaluations: Metrics by stage.
+        trained: Whether the weights were trained since they were pruned.
+        came_with_zeros: Whether they had zeros of an earlier pruning.
+    """
+
+    def __init__(self) -> None:
+        self.report: PruningReport | None = None
+        self.evaluations: dict[str, dict[str, float]] = {}
+        self.trained = self.came_with_zeros = False
+        self._zeros: dict[str, Tensor] = {}  # samples of them, to know the weights again
+        self._begun = 0
+        self._held: dict[Path, Callable[[], None]] | None = None  # what is to be written in the end
+
+    def is_of(self, model: nn.Module, layers: str | None) -> bool:
+        """Whether there is a report, and the weights are those that it was made of, trained or not."""
+        if self.report is None or disagreements(model, self.report, layers):
+            return False
+        return has_zeros_at(linears_of(model, self.report, layers), self._zeros)
+
+    def forget(self) -> None:
+        """Begin anew, for other weights."""
+        self.report, self.evaluations, self._zeros = None, {}, {}
+        self.trained = self.came_with_zeros = False
+
+    def take(self, report: PruningReport, model: nn.Module, layers: str | None) -> None:
+        """Take a new report of a model as it is now."""
+        report.linears = [replace(row, name=name_without_adapters(row.name)) for row in report.linears]
+        report.magnitudes = {name_without_adapters(kind): counts for kind, counts in report.magnitudes.items()}
+        report.evaluations = self.evaluations
+        self.report, self._zeros = report, sample_zeros(linears_of(model, report, layers))
+
+    def add_evaluation(self, stage: Stage, metrics: dict[str, float], trainer: Trainer, folder: Path) -> None:
+        """Put metrics under the stage that the weights are in; into loggers and folder where there is a report."""
+        self.evaluations[stage] = metrics
+        if self.report is not None:
+            log_evaluation(self.report, stage, trainer)
+            self.save(trainer, folder)
+
+    def publish(self, trainer: Trainer, folder: Path, whole: bool = True) -> None:
+        """Bring the report to the loggers, of a pruning that is not over yet only its totals, and to its folder."""
+        assert self.report is not None
+        (log_report if whole else log_totals)(self.report, trainer)
+        self.save(trainer, folder)
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write the report into its folder."""
+        report = self.report
+        if report is not None:
+            self.write(folder / REPORT, lambda: report.save(folder), trainer)
+
+    def check_folder(self, folder: Path, **now: dict[str, Any]) -> None:
+        """Refuse a folder with results of another model or of other settings.
+
+        Args:
+            folder: Of the results.
+            now: The ``model``, ``settings`` and ``calibration`` of this run, as far as they are known yet.
+
+        Raises:
+            ValueError: If it holds such.
+        """
+        if (folder / REPORT).exists():
+            _refuse_others(folder, now)
+
+    def begin(self, folder: Path) -> None:
+        """Hold back what is written where the folder has results of an earlier run, until this one is through.
+
+        A run within a run ends with the outer one.
+        """
+        self._begun += 1
+        if self._held is None and (folder / REPORT).exists():
+            self._held = {}
+
+    def end(self) -> bool:
+        """Write what was held back, unless this run is within another; return whether it is not."""
+        self._begun = max(0, self._begun - 1)
+        if self._begun:
+            return False
+        held, self._held = self._held or {}, None
+        for write in held.values():
+            write()
+        return True
+
+    def drop(self) -> None:
+        """Leave the results of the earlier run as they are: this one failed."""
+        self._begun, self._held = 0, None
+
+    def write(self, file: Path, write: Callable[[], None], trainer: Trainer) -> None:
+        """Write a file on the first process, now or in the end; of several writings of one file the last counts."""
+        if not trainer.is_global_zero:
+            return
+        if self._held is None:
+            write()
+        else:
+            self._held[file] = write
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors for a checkpoint."""
+        report = self.report.to_dict() if self.report else None
+        return {
+            "report": report,
+            "evaluations": self.evaluations,
+            "trained": self.trained,
+            "came_with_zeros": self.came_with_zeros,
+            "zeros": self._zeros,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave, also in an older version."""
+        self.evaluations, self.trained = state["evaluations"], state["trained"]
+        self.came_with_zeros = state.get("came_with_zeros", "as loaded" in self.evaluations)
+        self._zeros = state.get("zeros", {})
+        self.report = PruningReport.from_dict(state["report"]) if state["report"] else None
+        if self.report is not None:
+            self.report.evaluations = self.evaluations
+
+
+def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
+    try:
+        there = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        before = {"method": there["method"], "pattern": there["pattern"], "sparsity": there["target_sparsity"]}
+        before["method"] = before["method"].removeprefix(FOUND)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / REPORT} is no report of a pruning ({error!r}): choose another folder") from error
+    there["settings"] = there.get("settings") or before  # a report of an older version says less
+    now = json.loads(json.dumps(now, default=str))  # as it will be read back
+    other = [
+        difference
+        for part, values in now.items()
+        for name, difference in differences(there.get(part) or {}, values).items()
+        if name in values and name in (there.get(part) or {})
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds the results of another run: {'; '.join(other)}. Choose another folder, or say "
+            "overwrite=True to the pruning callback (--overwrite on the command line) to replace them"
+        )

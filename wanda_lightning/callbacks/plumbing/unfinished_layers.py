@@ -1,0 +1,40 @@
+"""Finished layers of a pruning that is not through: kept on disk, so that after a crash the same run goes on there."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from wanda_lightning.engine.journal import Journal
+
+
+class UnfinishedLayers:
+    """Finished layers in ``unfinished/`` of a run's folder.
+
+    Args:
+        folder: The run's folder.
+        keep: True keeps them, locks the folder for this run, and goes on behind those that are there. False deletes
+            those that are there.
+        until_saved: Whether they are kept until the model is saved, rather than until ``fit`` ends.
+    """
+
+    def __init__(self, folder: Path, keep: bool, until_saved: bool) -> None:
+        self.keep, self.until_saved = keep, until_saved
+        self._journal = Journal(folder / "unfinished")
+
+    def journal(self, streamed: bool = False) -> Journal | None:
+        """Return where layers are recorded; those of a model that is on disk have to be in any case."""
+        return self._journal if self.keep or streamed else None
+
+    def open(self, trainer: Trainer) -> None:
+        """Keep other runs out of the folder, or delete what an earlier run left there."""
+        if trainer.is_global_zero:
+            (self._journal.lock if self.keep else self._journal.remove)()
+
+    def release(self) -> None:
+        """Let others go on with what is finished."""
+        self._journal.release()
+
+    def forget(self, trainer: Trainer) -> None:
+        """Delete the layers: the model is saved, or nobody asked for them."""
+        if trainer.is_global_zero:
+            self._journal.remove()

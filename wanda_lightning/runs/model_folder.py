@@ -1,0 +1,85 @@
+"""Saving the model of a run beside its report: the weights, the tokenizer, a model card, adapters."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.callbacks import SparseFinetuning
+from wanda_lightning.callbacks.plumbing.run_identity import name_of
+from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
+from wanda_lightning.checkpoints import saving
+from wanda_lightning.engine.measured_sparsity import disagreements
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.offload import is_on_disk
+from wanda_lightning.report.model_card import Training, model_card
+from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
+
+
+def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
+    """Save the module's language model, tokenizer and a model card; see :meth:`PruningTrainer.save_pretrained`."""
+    for callback in cast(Any, trainer).callbacks:
+        if isinstance(callback, SparseFinetuning):
+            callback.check()
+    if getattr(getattr(module, "lora", None), "merge", "none") == "masked":
+        _merge(trainer, cast(Any, module))
+    language_model: Any = find_language_model(module)
+    check_reports(trainer, language_model)
+    folder = run_folder(trainer)
+    if trainer.is_global_zero:
+        with without_adapters(language_model) as plain:
+            saving.save_pretrained(cast(Any, plain), getattr(module, "tokenizer", None), folder / "model")
+        _write_card(trainer, module, folder / "model")
+        if has_adapters(language_model):
+            save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
+    trainer.strategy.barrier("save_pretrained")
+    if reopen := cast(Any, getattr(module, "reopen", None)):
+        reopen(folder / "model")
+    if reopen or not is_on_disk(language_model):
+        for pruning in pruning_callbacks(trainer):
+            pruning.run.files.forget_layers(trainer)
+
+
+def check_reports(trainer: Trainer, model: Any) -> None:
+    """Make sure that the reports of a run are true of the model that is to be saved.
+
+    Raises:
+        RuntimeError: If one is not, with the linears and what is wrong.
+    """
+    for callback in pruning_callbacks(trainer):
+        if callback.report is not None and (wrong := disagreements(model, callback.report, callback.layers)):
+            names = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:3])
+            raise RuntimeError(
+                f"the report is not of these weights, {len(wrong)} linears differ ({names}"
+                f"{'; ...' if len(wrong) > 3 else ''}): something changed them, or this is another model. Prune it "
+                "with fit or PruningTrainer.prune before it is saved"
+            )
+
+
+def _write_card(trainer: Trainer, module: LightningModule, folder: Path) -> None:
+    callbacks = pruning_callbacks(trainer)
+    reports = [callback.report for callback in callbacks if callback.report is not None]
+    if reports:
+        card = model_card(reports[0], name_of(module), _training(trainer, module), trainer.global_step, reports[1:])
+        write_text(folder / "README.md", card)
+
+
+def _training(trainer: Trainer, module: LightningModule) -> Training:
+    callbacks = pruning_callbacks(trainer)
+    if not any(callback.run.results.trained for callback in callbacks):
+        return "none"
+    if getattr(module, "merged", False):
+        return "merged"
+    if has_adapters(module):
+        return "adapter"
+    return "whole" if all(callback.schedule is None for callback in callbacks) else "gradual"
+
+
+def _merge(trainer: Trainer, module: Any) -> None:
+    if module.merged:
+        return
+    module.merge_adapters()
+    evaluated = any("fine-tuned" in callback.evaluations for callback in pruning_callbacks(trainer))
+    if evaluated and (datamodule := getattr(trainer, "datamodule", None)) is not None:
+        trainer.validate(module, datamodule=datamodule, verbose=False)

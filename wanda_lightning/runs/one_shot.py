@@ -1,0 +1,95 @@
+"""Pruning without training: evaluate, prune, evaluate, save."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from wanda_lightning.callbacks.pruning import pruning_callbacks
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.runs.model_folder import save_pretrained
+
+
+def prune(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    evaluate: bool = True,
+    save: bool = True,
+) -> PruningReport:
+    """Prune once with the pruning callbacks of a Trainer; see :meth:`PruningTrainer.prune`."""
+    callbacks = pruning_callbacks(trainer)
+    if not callbacks:
+        raise ValueError(
+            "nothing to prune with: give the Trainer a pruning callback such as WandaPruning; on the command line "
+            "a recipe has one, such as -c wanda"
+        )
+    gradual = any(callback.schedule is not None for callback in callbacks)
+    if gradual and save:
+        raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+    with whole_run(trainer, module, save):
+        for callback in callbacks:
+            callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
+        if evaluate:
+            _evaluate(trainer, module, datamodule)
+        if gradual:
+            first = callbacks[0]
+            return PruningReport(str(first.method), str(first.pattern), first.pattern.sparsity)
+        with _no_training(trainer):
+            trainer.fit(module, datamodule=datamodule)
+        if evaluate:
+            _evaluate(trainer, module, datamodule)
+        if save:
+            save_pretrained(trainer, module)
+    report = callbacks[0].report
+    assert report is not None
+    return report
+
+
+@contextmanager
+def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Iterator[None]:
+    """Leave the results of an earlier run as they are until all within is done; for good, if it fails.
+
+    Args:
+        trainer: The Trainer.
+        module: The LightningModule.
+        will_save: Whether the model will be saved: then one that cannot be is refused before it is pruned.
+
+    Raises:
+        ValueError: If these results are of another model or of other settings, and are not to be overwritten.
+    """
+    runs = [callback.run.files for callback in pruning_callbacks(trainer)]
+    for run in runs:
+        run.begin(trainer, module, loaded=False)
+        run.will_save |= will_save
+    try:
+        yield
+    except BaseException:
+        for run in runs:
+            run.abandon()
+        raise
+    for run in runs:
+        run.end_run()
+
+
+def end_if_asked(trainer: Trainer) -> None:
+    """End after a SIGTERM that came during the last batch; the next run would forget about it."""
+    if trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+        raise SIGTERMException(143)
+
+
+def _evaluate(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+    trainer.validate(module, datamodule=datamodule, verbose=False)
+    end_if_asked(trainer)
+
+
+@contextmanager
+def _no_training(trainer: Trainer) -> Iterator[None]:
+    """Make ``fit`` stop before the first training step, after ``on_fit_start``."""
+    before = trainer.limit_train_batches, trainer.num_sanity_val_steps
+    trainer.limit_train_batches, trainer.num_sanity_val_steps = 0, 0
+    try:
+        yield
+    finally:
+        trainer.limit_train_batches, trainer.num_sanity_val_steps = before
