@@ -6,6 +6,7 @@ Shapes: O out features, I in features.
 import math
 
 from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.methods.checks import check_positive, check_whole_number
 from wanda_lightning.sparsity import Pattern, SemiStructured
 from wanda_lightning.statistics import InputHessian
 
@@ -23,11 +24,9 @@ class SecondOrderMethod(PruningMethod):
     damping: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size must be an integer of at least 1, got {self.block_size!r}")
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not number or not math.isfinite(self.damping) or self.damping <= 0:
-            raise ValueError(f"damping must be a finite number above 0, got {self.damping!r}")
+        check_whole_number("block_size", self.block_size, 1)
+        check_positive("damping", self.damping)
+        check_whole_number("refine", self.refine, 0)
 
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M groups that would straddle two blocks.

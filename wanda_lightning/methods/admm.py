@@ -1,0 +1,57 @@
+"""ADMM: mask and weights are found together (Boza 2024, arXiv:2401.02938).
+
+Shapes: O out features, I in features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.methods.checks import check_positive, check_whole_number
+from wanda_lightning.methods.refinement import refined
+from wanda_lightning.solvers import prune_with_admm
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputHessian, InputStatistic
+
+
+@dataclass(frozen=True)
+class ADMM(PruningMethod):
+    """Alternate between weights that fit the outputs and weights that obey a growing mask; then fit what stays.
+
+    Weights compete by their size times the norm of their input, as in Wanda, but once the others have adapted: within
+    their output row, or for N:M within each group of m. See :mod:`wanda_lightning.solvers.admm` for the iteration.
+
+    Args:
+        steps: Steps in all, at least ``mask_steps``.
+        mask_steps: Steps in which the mask grows to its full sparsity, >= 1; it is fixed in those that follow.
+        rho: How strongly weights are drawn to the mask, relative to the curvature of a single weight, > 0.
+        damping: Fraction of the Hessian's diagonal that is added to it, > 0.
+        refine: Steps of conjugate gradients at the end, on the weights that stay, >= 0.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    statistic = InputHessian
+    steps: int = 30
+    mask_steps: int = 20
+    rho: float = 1.0
+    damping: float = 0.01
+    refine: int = 20
+
+    def __post_init__(self) -> None:
+        check_whole_number("mask_steps", self.mask_steps, 1)
+        check_whole_number("steps", self.steps, self.mask_steps)
+        check_positive("rho", self.rho)
+        check_positive("damping", self.damping)
+        check_whole_number("refine", self.refine, 0)
+
+    @refined
+    def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
+        """Prune and update one weight in place and return the mask (True = kept)."""
+        assert isinstance(statistic, InputHessian)
+        hessian_II = statistic.compute().to(weight_OI.device)
+        settings = (self.steps, self.mask_steps, self.rho, self.damping)
+        return prune_with_admm(weight_OI, hessian_II, pattern, *settings)
