@@ -5,7 +5,6 @@ Shapes: O out features, I in features.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.methods.base import PruningMethod
@@ -20,8 +19,8 @@ from wanda_lightning.statistics import InputHessian, InputStatistic
 class ADMM(PruningMethod):
     """Alternate between weights that fit the outputs and weights that obey a growing mask; then fit what stays.
 
-    Weights compete by their size times the norm of their input, as in Wanda, but once the others have adapted: within
-    their output row, or for N:M within each group of m. See :mod:`wanda_lightning.solvers.admm` for the iteration.
+    Weights compete by their size times the norm of their input, as in Wanda, but once the others have adapted: over the
+    whole matrix, or for N:M within each group of m. See :mod:`wanda_lightning.solvers.admm` for the iteration.
 
     Args:
         steps: Steps in all, at least ``mask_steps``.
@@ -55,3 +54,7 @@ class ADMM(PruningMethod):
         hessian_II = statistic.compute().to(weight_OI.device)
         settings = (self.steps, self.mask_steps, self.rho, self.damping)
         return prune_with_admm(weight_OI, hessian_II, pattern, *settings)
+
+    def tolerance(self, shape: tuple[int, int]) -> float:
+        """How far a mask may lie from the asked sparsity: less than one weight of the matrix."""
+        return 1 / (shape[0] * shape[1])

@@ -22,9 +22,7 @@ def refined(prune: Prune) -> Prune:
 
     @wraps(prune)
     @torch.no_grad()
-    def prune_and_refine(
-        self: Any, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern
-    ) -> Tensor:
+    def prune_and_refine(self: Any, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         if not self.refine:
             return prune(self, weight_OI, statistic, pattern)
         assert isinstance(statistic, InputHessian)

@@ -1,15 +1,15 @@
 """Mask and weights together, by the alternating direction method of multipliers (ADMM) with a mask that grows.
 
 Fast and Effective Weight Update for Pruned Large Language Models (Boza 2024, arXiv:2401.02938); see also ALPS (Meng et
-al. 2024, arXiv:2406.07831). With inputs scaled to norm 1, V the weights and C the correlations of the inputs, the outputs
-lose (V - V_dense) C (V - V_dense)^T. Three steps in turn lower it over all V that are zero outside the mask M:
+al. 2024, arXiv:2406.07831). With inputs scaled to norm 1, V the weights and C the correlations of the inputs, the
+outputs lose (V - V_dense) C (V - V_dense)^T. Three steps in turn lower it over all V that are zero outside the mask M:
 
     Z = M (V + U)        the nearest weights that obey the mask; M keeps the largest |V + U|
-    U = U + V - Z        by how much V disobeyed so far
+    U = U + V - Z        by how much V has disobeyed so far
     V = (V_dense C + rho (Z - U)) (C + rho 1)^-1
 
-The mask prunes few weights first and all of them by the end of the schedule, which the paper describes (section 3.2) and
-its code leaves out. |V| at the start is Wanda's score. One inverse serves all steps, each of which is a matrix product.
+The mask prunes few weights at first and all of them at the end of a cubic schedule. |V| at the start is Wanda's score.
+One inverse serves all steps; each step is a matrix product.
 
 Shapes: O out features, I in features.
 """
@@ -36,7 +36,7 @@ def prune_with_admm(
     Args:
         weight_OI: Weight, shape (out_features, in_features), any floating dtype and any strides.
         hessian_II: X^T X up to a scale, symmetric, shape (in_features, in_features), float32 or float64.
-        pattern: How many weights stay; unstructured weights compete within their output row.
+        pattern: How many weights stay; unstructured weights compete over the whole matrix.
         steps: How many in all, at least ``mask_steps``.
         mask_steps: In so many of them the mask grows to its full sparsity; it is fixed afterwards.
         rho: How strongly weights are drawn to the mask, relative to the curvature of a single weight, > 0.
@@ -70,14 +70,10 @@ def prune_with_admm(
 
 
 def _growing_mask(score_OI: Tensor, pattern: Pattern, progress: float) -> Tensor:
-    """Prune by a cubic schedule: of the lowest scores a share that starts with many and ends, at 1, with few more.
-
-    For N:M those go first, over the whole matrix, which are not among the n highest of their group.
-    """
-    if progress == 1:
-        return pattern.mask(score_OI)
-    sparsity = pattern.sparsity * (1 - (1 - progress) ** 3)
-    if isinstance(pattern, Unstructured):
-        return Unstructured(sparsity).mask(score_OI)
-    safe_OI = score_OI.masked_fill(pattern.mask(score_OI), torch.inf)
-    return Unstructured(sparsity).mask(safe_OI.reshape(1, -1)).view_as(safe_OI)
+    """Prune, of what the pattern would prune, the lowest of the matrix: a share 1 - (1 - progress)^3 of it."""
+    score_1N = score_OI.reshape(1, -1)
+    mask_1N = pattern.mask(score_1N)
+    if progress < 1:
+        share = Unstructured(pattern.sparsity * (1 - (1 - progress) ** 3))
+        mask_1N = share.mask(score_1N.masked_fill_(mask_1N, torch.inf))
+    return mask_1N.view_as(score_OI)

@@ -1,0 +1,70 @@
+"""The method as the engine uses it: on models, with exact patterns; what the solver does is in tests/solvers."""
+
+import pytest
+import torch
+from helpers import tiny_llama, tiny_mixtral, token_batches
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from wanda_lightning import ADMM, RIA, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning.sparsity import max_kept_per_group
+
+METHODS = [ADMM(), RIA(), Wanda(refine=10), SparseGPT(refine=10)]
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize("make", [tiny_llama, gpt2, tiny_mixtral])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_with_linears_conv1d_and_fused_experts(make, method, pattern, dtype):
+    model = make().to(dtype)
+    report = prune_model(model, token_batches(), method, pattern)
+    assert report.sparsity == pytest.approx(0.5, abs=0.02)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    if pattern == SemiStructured(2, 4):
+        stored = [weight for name, weight in model.named_parameters() if "mlp" in name and weight.dim() > 1]
+        inputs_last = [
+            weight.mT if make is gpt2 else weight for weight in stored if "gate.weight" not in name_of(model, weight)
+        ]
+        assert inputs_last
+        assert all(max_kept_per_group(weight != 0, 4) == 2 for weight in inputs_last)
+
+
+def name_of(model: torch.nn.Module, wanted: torch.Tensor) -> str:
+    return next(name for name, weight in model.named_parameters() if weight is wanted)
+
+
+def test_errors_in_the_report_fall_from_wanda_to_admm(batches):
+    errors = [
+        sum(
+            row.error for row in prune_model(tiny_llama(), batches, method, Unstructured(0.5), exact_error=True).linears
+        )
+        for method in (Wanda(), Wanda(refine=20), ADMM())
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_steps": 0}, "mask_steps must be an integer of at least 1, got 0"),
+        ({"steps": 19}, "steps must be an integer of at least 20, got 19"),
+        ({"steps": 30.0}, r"steps must be an integer of at least 20, got 30\.0"),
+        ({"rho": 0}, "rho must be a finite number above 0, got 0"),
+        ({"damping": float("nan")}, "damping must be a finite number above 0, got nan"),
+        ({"refine": -1}, "refine must be an integer of at least 0, got -1"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ADMM(**settings)
+
+
+def test_prints_its_settings():
+    assert str(ADMM()) == "ADMM(steps=30, mask_steps=20, rho=1.0, damping=0.01, refine=20)"
+    assert str(ADMM(refine=0)).endswith("refine=0)")
