@@ -12,7 +12,7 @@ class MagnitudePruning(PruningCallback):
     Args:
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
-        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; more than 0 needs calibration.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; they need calibration.
         kwargs: As of :class:`PruningCallback`.
 
     Example::

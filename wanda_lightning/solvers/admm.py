@@ -48,8 +48,7 @@ def prune_with_admm(
     norm_I = hessian_II.diagonal().sqrt()
     dead_I = norm_I == 0
     scale_I = norm_I.masked_fill(dead_I, 1)
-    correlation_II = hessian_II / scale_I / scale_I.unsqueeze(1) / (1 + damping)
-    correlation_II.fill_diagonal_(1)
+    correlation_II = (hessian_II / scale_I).div_(scale_I.unsqueeze(1) * (1 + damping)).fill_diagonal_(1)
     v_OI = weight_OI.to(hessian_II) * norm_I
     u_OI, mask_OI = torch.zeros_like(v_OI), torch.ones_like(v_OI, dtype=torch.bool)
     with full_float32(hessian_II.device):

@@ -33,26 +33,26 @@ def fit_kept_weights(
             row's dense weights, both weighted with the norms of their inputs.
     """
     diagonal_I = hessian_II.diagonal()
-    support_OI = mask_OI & (diagonal_I > 0)
-    inverse_OI = support_OI / diagonal_I.clamp_min(torch.finfo(diagonal_I.dtype).tiny)
+    fixed_OI = ~mask_OI | (diagonal_I == 0)
+    inverse_I = diagonal_I.masked_fill(diagonal_I == 0, 1).reciprocal()
     dense_OI = dense_OI.to(hessian_II)
     w_OI = weight_OI.to(hessian_II, copy=True)
     enough_O1 = tolerance**2 * _row_sum(dense_OI.square(), diagonal_I)
     with full_float32(hessian_II.device):
         gradient_OI = (dense_OI - w_OI) @ hessian_II
         error_O1 = _row_sum(dense_OI - w_OI, gradient_OI)
-        residual_OI = gradient_OI.mul_(support_OI)
-        scaled_OI = residual_OI * inverse_OI
+        residual_OI = gradient_OI.masked_fill_(fixed_OI, 0)
+        scaled_OI = residual_OI * inverse_I
         direction_OI = scaled_OI.clone()
         size_O1 = _row_sum(residual_OI, scaled_OI)
         for _ in range(steps):
             if bool((size_O1 <= enough_O1).all()):
                 break
-            image_OI = (direction_OI @ hessian_II).mul_(support_OI)
+            image_OI = (direction_OI @ hessian_II).masked_fill_(fixed_OI, 0)
             step_O1 = _ratio(size_O1, _row_sum(direction_OI, image_OI))
             w_OI.addcmul_(step_O1, direction_OI)
             residual_OI.addcmul_(step_O1, image_OI, value=-1)
-            torch.mul(residual_OI, inverse_OI, out=scaled_OI)
+            torch.mul(residual_OI, inverse_I, out=scaled_OI)
             before_O1, size_O1 = size_O1, _row_sum(residual_OI, scaled_OI)
             direction_OI.mul_(_ratio(size_O1, before_O1)).add_(scaled_OI)
         change_OI = dense_OI - w_OI.to(weight_OI.dtype).to(w_OI)
