@@ -15,25 +15,26 @@ PACKAGE = Path(wanda_lightning.__file__).parent
 # What each room may import, from the ground up: a room stands on rooms above it in this list only, so there is no
 # circle. The doors, ``__init__`` and ``__main__``, lead everywhere.
 ROOMS = {
-    "sparsity": set(),
+    "arguments": set(),
+    "sparsity": {"arguments"},
     "atomic_files": set(),
     "solvers": {"sparsity"},
     "statistics": {"solvers"},
-    "methods": {"sparsity", "statistics", "solvers"},
+    "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
     "calibration": {"model", "statistics"},
-    "allocation": {"model", "methods", "sparsity", "statistics"},
+    "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
-    "training": {"model"},
+    "training": {"arguments", "model"},
     "engine": {"allocation", "atomic_files", "calibration", "methods", "model", "report", "sparsity", "statistics"},
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
-    "data": {"checkpoints"},
-    "evaluation": {"checkpoints", "data"},
+    "data": {"arguments", "checkpoints", "model"},
+    "evaluation": {"arguments", "checkpoints", "data"},
     "callbacks": {
-        "allocation", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods", "model",
-        "report", "sparsity", "training",
+        "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods",
+        "model", "report", "sparsity", "training",
     },
     "runs": {
         "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
@@ -43,8 +44,8 @@ ROOMS = {
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [
-    "sparsity", "atomic_files", "solvers", "statistics", "methods", "model", "calibration", "allocation", "report",
-    "training", "engine", "export",
+    "arguments", "sparsity", "atomic_files", "solvers", "statistics", "methods", "model", "calibration", "allocation",
+    "report", "training", "engine", "export",
 ]  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"}
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanda_lightning.arguments import is_whole
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -68,8 +70,7 @@ class SemiStructured:
     m: int
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.n, self.m))
-        if not whole or not 1 <= self.n < self.m:
+        if not is_whole(self.n, 1) or not is_whole(self.m, self.n + 1):
             raise ValueError(f"an N:M pattern keeps n of every m weights with 1 <= n < m, got {self.n!r}:{self.m!r}")
 
     @property

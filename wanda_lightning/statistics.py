@@ -51,6 +51,14 @@ class InputStatistic(ABC):
         self.total += other.total.to(self.total)
         self.tokens += other.tokens
 
+    def summed(self, tokens: int) -> None:
+        """Note how many tokens all processes have seen; their sums are, or will be, in :attr:`total`."""
+        self.tokens = tokens
+
+    def let_go(self) -> None:
+        """Free the sums: another process has them now."""
+        self.total = self.total.new_empty(0)
+
     @abstractmethod
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor: ...
 
@@ -104,8 +112,11 @@ class InputHessian(InputStatistic):
     chunk = 16384
     """Tokens at a time, so that a converted copy of the inputs stays small."""
 
-    def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
+    def __init__(self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(in_features, device, dtype)
         self._factors: dict[float, Factor] = {}
+
+    def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.in_features, self.in_features, device=device, dtype=dtype)
 
     def _add(self, x_TI: Tensor) -> None:

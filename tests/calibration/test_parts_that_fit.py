@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers import tiny_llama, tiny_mixtral, token_batches
 
+from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.layer_pruning import prune_layer
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.methods import SparseGPT
 from wanda_lightning.model.decoder import decoder_layers
@@ -29,17 +31,22 @@ class Counted(InputHessian):
         Counted.peak = max(Counted.peak, sum(each.total.nbytes for each in Counted.alive))
 
 
+class Counting(SparseGPT):
+    statistic = Counted
+
+
 def pruned(model, memory):
     """Prune the first layer; return its weights and how many bytes Hessians took at a time."""
     Counted.alive.clear()
     Counted.peak = 0
     layers = decoder_layers(model)
-    method = SparseGPT(block_size=16)
+    method = Counting(block_size=16)
     with torch.no_grad():
         step = next(iter(walk(model, layers, token_batches())))
-        patterns = {linear.name: Unstructured(0.5) for linear in step.layer.linears}
-        rows = prune_layer(step.layer, step, method, patterns, Counted, Processes.alone(), memory)
-    assert [row.name for row in rows] == [linear.name for linear in step.layer.linears]
+        step.memory = memory
+        plan = Plan.of(model, method, Unstructured(0.5), Selection(), exact_error=False)
+        done = prune_layer(step.layer, step, plan, Processes.alone())
+    assert [linear.row.name for linear in done] == [linear.name for linear in step.layer.linears]
     return {name: weight.clone() for name, weight in layers[0].module.named_parameters()}, Counted.peak
 
 
@@ -56,13 +63,14 @@ def pruned(model, memory):
 def test_linears_of_a_pass_fit_in_memory(memory, names):
     model = tiny_llama()
     step = next(iter(walk(model, decoder_layers(model), token_batches())))
+    step.memory = memory
     short = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": " o ", "gate_proj": "gate ", "up_proj": "up "}
     parts = [
         "".join(short.get(linear.name.rpartition(".")[2], "down") for linear in part).strip()
-        for part in step.passes(InputHessian, memory)
+        for part in step.parts(InputHessian)
     ]
     assert parts == names
-    assert len(step.passes(InputNorm, 1)) == 1
+    assert len(step.parts(InputNorm)) == 1
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral])

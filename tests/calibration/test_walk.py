@@ -2,9 +2,13 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 from torch import nn
+from transformers import BartConfig, BartForCausalLM
 
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import Wanda
 from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.sparsity import Unstructured
 from wanda_lightning.statistics import InputNorm
 
 
@@ -265,3 +269,23 @@ def test_batches_may_be_tuples(llama, batches):
     tuples = [(batch, batch) for batch in batches]
     given = [n.compute() for n in next(iter(walk(llama, decoder_layers(llama), tuples))).collect(InputNorm).values()]
     assert all(map(torch.equal, given, expected))
+
+
+@pytest.mark.parametrize("ignore", [None, ["encoder_attn.*"]])
+def test_a_decoder_of_an_encoder_decoder_says_what_is_not_called(ignore, batches):
+    """Its cross-attention waits for an encoder: more samples would not help."""
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=300, d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = BartForCausalLM(config).eval()
+    before = [parameter.clone() for parameter in model.parameters()]
+    if ignore:
+        report = prune_model(model, batches, Wanda(), Unstructured(0.5), ignore=["*encoder_attn*"])
+        assert report.sparsity == 0.5
+        return
+    with pytest.raises(ValueError, match=r"does not call .*layers\.0\.encoder_attn\.k_proj.*with ignore") as error:
+        prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert "samples" not in str(error.value)
+    assert all(map(torch.equal, model.parameters(), before))

@@ -254,7 +254,7 @@ def test_prune_needs_a_pruning_callback(tmp_path):
         ({"pattern": "2:4", "sparsity": 0.7}, "sparsity of 0.5, got sparsity=0.7"),
         ({"pattern": 124}, 'write pattern: "2:4"'),
         ({"pattern": "2:4", "variant": True}, "variant prunes unstructured"),
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused_at_once(arguments, message):

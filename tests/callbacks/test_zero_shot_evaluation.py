@@ -151,7 +151,7 @@ def test_two_processes_give_the_numbers_of_one(tiny_model_folder, tmp_path):
 
 
 def test_bad_values_are_named():
-    with pytest.raises(ValueError, match="every_n_epochs must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="every_n_epochs must be a whole number of at least 0, got -1"):
         ZeroShotEvaluation(every_n_epochs=-1)
     with pytest.raises(ValueError, match=r"limit must be .* got 1.5"):
         ZeroShotEvaluation(limit=1.5)

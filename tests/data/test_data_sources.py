@@ -4,7 +4,8 @@ import json
 import datasets
 import pytest
 
-from wanda_lightning.data.sources import SHARES, open_source
+from wanda_lightning.data.source import SHARES
+from wanda_lightning.data.sources import open_source
 
 PARAGRAPHS = [f"Paragraph {number} says {number * number}." for number in range(400)]
 
@@ -78,7 +79,9 @@ def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
     ("content", "message"),
     [
         (b'{"text": "a"}\n\n{oops\n', "line 3 is not JSON"),
-        (b'{"text": "a"}\n{"text": null}\n', "line 2 has no text"),
+        (b'{"text": "a"}\n{"other": "b"}\n', "line 2 has no text"),
+        (b'{"text": "a"}\n{"text": 3}\n', "line 2 has no text"),
+        (b'{"text": null}\n{"text": null}\n', "null in all 2 records"),
         (b"[1, 2]\n", "line 1 has no text"),
         (b'{"text": "\xff"}\n', "not UTF-8"),
     ],
@@ -136,10 +139,21 @@ def test_a_slice_of_a_split(tmp_path):
     assert open_source(str(tmp_path / "rows"), train_split="train[:2]").text("train") == "\n\n".join(PARAGRAPHS[:2])
 
 
-def test_rows_without_text_are_an_error(tmp_path):
-    datasets.Dataset.from_dict({"text": ["a", None]}).save_to_disk(tmp_path / "rows")
-    with pytest.raises(ValueError, match="not text"):
+@pytest.mark.parametrize(("rows", "message"), [([1, 2], "not text"), ([None, None], "null in all 2 records")])
+def test_rows_without_text_are_an_error(tmp_path, rows, message):
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path / "rows")).text("train")
+
+
+def test_null_is_left_out_and_counted(tmp_path, caplog):
+    rows = ["a", None, "", "b", None]
+    datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    for name in ("rows", "rows.jsonl"):
+        caplog.clear()
+        assert open_source(str(tmp_path / name), whole=True).text("train") == "a\n\n\n\nb"
+        assert "2 of 5 records have null for text" in caplog.text
 
 
 def test_a_folder_never_runs_code(tmp_path):

@@ -259,3 +259,17 @@ def test_progress_sees_every_layer(llama, batches):
 
     prune_model(llama, batches, Wanda(), Unstructured(0.5), progress=progress)
     assert seen == [3, 3, 3]
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(block_size=16)], ids=str)
+def test_under_autocast_the_next_layer_sees_the_pruned_weights(batches, method):
+    """autocast keeps copies of weights in half precision, which must not outlive a pruning."""
+
+    def pruned(**autocast):
+        model = tiny_llama()
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            prune_model(model, batches, method, Unstructured(0.5))
+        return model
+
+    with_cache, without = pruned(), pruned(cache_enabled=False)
+    assert all(map(torch.equal, with_cache.parameters(), without.parameters()))

@@ -196,11 +196,11 @@ def test_bars_only_where_asked_for(model, tokenizer, folder, capfd):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_fewshot": -1}, "num_fewshot must be at least 0, got -1"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number of at least 0, got -1"),
         ({"limit": 0}, "limit must be .* got 0"),
         ({"limit": 1.0}, "limit must be .* got 1.0"),
         ({"limit": 2.5}, "limit must be .* got 2.5"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"tasks": []}, "no tasks to evaluate"),
         ({"include_path": "missing"}, "include_path must be a folder of task YAMLs, 'missing' is none"),
     ],

@@ -57,5 +57,5 @@ def test_methods_without_a_hessian_ask_for_one():
 @pytest.mark.parametrize("cls", METHODS)
 @pytest.mark.parametrize("steps", [-1, 2.5, True, "20"])
 def test_bad_steps(cls, steps):
-    with pytest.raises(ValueError, match=f"refine must be an integer of at least 0, got {steps!r}"):
+    with pytest.raises(ValueError, match=f"refine must be a whole number of at least 0, got {steps!r}"):
         cls(refine=steps)

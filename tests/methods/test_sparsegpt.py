@@ -109,7 +109,7 @@ def test_autocast_changes_nothing():
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, True, "128"])
 def test_bad_block_size(block_size):
-    with pytest.raises(ValueError, match=f"block_size must be an integer of at least 1, got {block_size!r}"):
+    with pytest.raises(ValueError, match=f"block_size must be a whole number of at least 1, got {block_size!r}"):
         SparseGPT(block_size=block_size)
 
 

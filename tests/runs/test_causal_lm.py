@@ -2,10 +2,14 @@ import os
 
 import pytest
 import torch
-from helpers import loader, trainer
+from helpers import loader, tiny_llama, trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.checkpoints.loading import load_tokenizer
+from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
+from wanda_lightning.runs.trainer import PruningTrainer
 
 
 def reference_perplexity(model, batches) -> float:
@@ -53,6 +57,49 @@ def test_scheduler_steps_with_the_optimizer(tiny_model_folder, tmp_path):
     run = trainer(tmp_path)
     run.fit(module, loader())
     assert run.optimizers[0].param_groups[0]["lr"] == 0.5**3
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "val/perplexity"])
+def test_a_scheduler_waits_for_the_metric_that_it_names(tiny_model_folder, tmp_path, monitor):
+    """With patience 0 and a rate that moves nothing, each epoch after the first is one without progress."""
+    module = CausalLM(
+        str(tiny_model_folder),
+        optimizer=lambda params: torch.optim.SGD(params, lr=1e-30),
+        lr_scheduler=lambda optimizer: ReduceLROnPlateau(optimizer, monitor, factor=0.5, patience=0, eps=0),
+    )
+    run = trainer(tmp_path, max_steps=-1, max_epochs=3)
+    run.fit(module, loader(), loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-30 * 0.5**2)
+
+
+def test_a_scheduler_that_names_no_metric_is_refused(tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau needs a metric.*lightning\.pytorch\.cli"):
+        trainer(tmp_path).fit(module, loader(), loader())
+
+
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_a_tokenizer_apart_from_the_model(tmp_path, tokenizer, given):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    named = str(tmp_path / "tokenizer") if given == "folder" else tokenizer
+    data = TextDataModule(tokenizer=named, sequence_length=16, num_samples=2, max_evaluation_windows=2)
+    module = CausalLM(str(tmp_path / "model"))
+    run = trainer(tmp_path / "out", WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    assert run.prune(module, data).sparsity == 0.5
+    saved = load_tokenizer(str(tmp_path / "out/model"))
+    assert saved("some text").input_ids == tokenizer("some text").input_ids
+
+
+def test_without_a_tokenizer_only_text_is_refused(tmp_path, caplog):
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"{folder}.*no tokenizer.*TextDataModule\(tokenizer="):
+        trainer(tmp_path, WandaPruning()).fit(CausalLM(str(folder)), TextDataModule(sequence_length=16))
+    assert "goes without a tokenizer" in caplog.text
+    callback = WandaPruning(sparsity=0.5, num_samples=8)
+    trainer(tmp_path, callback, max_steps=1).fit(CausalLM(str(folder)), loader())
+    assert callback.report.sparsity == 0.5
 
 
 def test_settings_reach_the_model(tiny_model_folder):

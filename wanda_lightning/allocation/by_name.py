@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from wanda_lightning.arguments import is_whole
 from wanda_lightning.model.decoder import check_pattern
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
@@ -42,5 +43,5 @@ def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Al
 
 def _read(value: float | str) -> Pattern:
     # A whole number may be what YAML made of an unquoted 2:4: the parser's message says so.
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    return parse_pattern(cast(str, value)) if isinstance(value, str) or whole else Unstructured(value)
+    readable = isinstance(value, str) or is_whole(value, 1)
+    return parse_pattern(cast(str, value)) if readable else Unstructured(cast(float, value))

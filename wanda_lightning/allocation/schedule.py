@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from wanda_lightning.allocation.by_name import Allocation
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
@@ -46,11 +47,7 @@ class Gradual:
 
     def __post_init__(self) -> None:
         for name, least in (("start", 0), ("end", self.start + 1), ("every", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name} of a gradual schedule must be a whole number of at least {least}, got {value!r}"
-                )
+            whole_number(f"{name} of a gradual schedule", getattr(self, name), least)
         if self.curve not in get_args(Curve):
             raise ValueError(f"curve must be one of {', '.join(get_args(Curve))}, got {self.curve!r}")
         if not 0 <= self.initial < 1:

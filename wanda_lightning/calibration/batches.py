@@ -23,18 +23,8 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If there are no input_ids, or their type, shape, length or values are not the model's.
     """
-    inputs: dict[str, Any]
-    if isinstance(batch, Mapping):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
-    else:
-        inputs = {"input_ids": batch[0] if isinstance(batch, tuple | list) and batch else batch}
-    ids_BT = inputs.get("input_ids")
-    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point() or ids_BT.numel() == 0:
-        given = (
-            f"a {ids_BT.dtype} tensor of shape {tuple(ids_BT.shape)}" if isinstance(ids_BT, Tensor) else repr(ids_BT)
-        )
-        keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
-        raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
+    inputs = _read(batch)
+    ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
     if mask_BT is not None and mask_BT.shape != ids_BT.shape:
         raise ValueError(
@@ -49,4 +39,33 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
             f"input_ids must lie in [0, {vocabulary}), the model's vocabulary, "
             f"got {int(ids_BT.min())} to {int(ids_BT.max())}: is this the model's tokenizer?"
         )
+    return inputs
+
+
+def count(batch: Batch) -> tuple[int, int]:
+    """Return the number of sequences in a calibration batch, and of tokens that are no padding.
+
+    Raises:
+        ValueError: If there are no input_ids in it.
+    """
+    inputs = _read(batch)
+    ids_BT = inputs["input_ids"]
+    mask_BT = inputs.get("attention_mask")
+    return len(ids_BT), ids_BT.numel() if mask_BT is None else int((mask_BT != 0).sum())
+
+
+def _read(batch: Batch) -> dict[str, Tensor]:
+    """Find the tensors of a batch that calibration needs; whatever else is in it, such as labels, is left alone."""
+    inputs: dict[str, Any]
+    if isinstance(batch, Mapping):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+    else:
+        inputs = {"input_ids": batch[0] if isinstance(batch, tuple | list) and batch else batch}
+    ids_BT = inputs.get("input_ids")
+    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point() or ids_BT.numel() == 0:
+        given = (
+            f"a {ids_BT.dtype} tensor of shape {tuple(ids_BT.shape)}" if isinstance(ids_BT, Tensor) else repr(ids_BT)
+        )
+        keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
     return inputs

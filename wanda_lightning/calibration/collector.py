@@ -3,20 +3,25 @@
 Shapes: B batch, T tokens, I in features.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.early_stop import EarlyStop
 from wanda_lightning.model.convolutions import convolution_patches
 from wanda_lightning.model.experts import expert_inputs
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputStatistic
 
 
-class _AllInputsSeenError(Exception):
-    """The last linear of a layer has its input: its product and what follows are not needed."""
+def by_module(linears: Sequence[PrunableLinear]) -> dict[nn.Module, list[PrunableLinear]]:
+    """Group linears by the module whose call shows their inputs: their own, or that of the fused experts."""
+    modules: dict[nn.Module, list[PrunableLinear]] = {}
+    for linear in linears:
+        modules.setdefault(linear.module, []).append(linear)
+    return modules
 
 
 class Collector:
@@ -27,32 +32,24 @@ class Collector:
         linears: Those of one layer.
     """
 
-    def __init__(self, statistic: type[InputStatistic], linears: list[PrunableLinear]) -> None:
+    def __init__(self, statistic: type[InputStatistic], linears: Sequence[PrunableLinear]) -> None:
         self._new = statistic
         self._linears = linears
         self._statistics: dict[str, InputStatistic] = {}
         self._owners: set[str] = set()  # linears that feed their statistic; the others share one of these
-        self._fused: dict[nn.Module, list[PrunableLinear]] = {}
-        for linear in linears:
-            if linear.expert is not None:
-                self._fused.setdefault(linear.module, []).append(linear)
-        self._single = [linear for linear in linears if linear.expert is None]
-        # A layer may be cut short after its last linear, if it calls each exactly once: so it did before with inputs
-        # of this shape, and no router decides which it calls.
-        self._modules = {linear.module for linear in linears}
-        self._is_static = all(linear.experts is None for linear in self._single)
-        self._once_each: set[tuple[int, ...]] = set()
-        self._calls: list[nn.Module] = []  # in this batch
         self._inputs: list[tuple[Tensor, str]] = []  # seen in this batch, kept alive so that `is` holds
         self._mask_BT: Tensor | None = None
-        self._shape: tuple[int, ...] = ()
+        self._modules = by_module(linears)
+        self._stop = EarlyStop(self._modules, works=all(x.experts is None or x.expert is not None for x in linears))
 
     def __enter__(self) -> "Collector":
-        def hook(see: Callable[..., None], of: Any) -> Callable[..., None]:
-            return lambda module, args: see(of, *args)
+        def hook(linears: list[PrunableLinear]) -> Callable[..., None]:
+            return lambda module, args, kwargs: self._called(module, linears, [*args, *kwargs.values()])
 
-        self._hooks = [linear.module.register_forward_pre_hook(hook(self._see, linear)) for linear in self._single]
-        self._hooks += [module.register_forward_pre_hook(hook(self._see_experts, module)) for module in self._fused]
+        self._hooks = [
+            module.register_forward_pre_hook(hook(linears), with_kwargs=True)
+            for module, linears in self._modules.items()
+        ]
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -67,75 +64,107 @@ class Collector:
             shape: Of the hidden states that enter it.
             mask_BT: Which tokens are real; None where all are.
         """
-        self._shape, self._mask_BT = shape, mask_BT
-        self._calls.clear()
-        with suppress(_AllInputsSeenError):
+        self._mask_BT = mask_BT
+        with self._stop.after_the_last_call(shape):
             yield
         self._inputs.clear()
-        if self._is_static and len(self._calls) == len(self._modules) == len(set(self._calls)):
-            self._once_each.add(shape)
 
     def statistics(self) -> dict[str, InputStatistic]:
         """Return the statistics by name, in the order of the linears whatever the order of calls.
 
-        An expert that saw no token has an empty one.
+        The statistic of an expert that got no tokens is empty.
 
         Raises:
             ValueError: If a linear was never called, though no router could have passed it by.
         """
         called = {linear.experts for linear in self._linears if linear.name in self._statistics}
-        missing = []
-        for linear in self._linears:
-            if linear.name not in self._statistics:
-                if linear.experts is None or linear.experts not in called:
-                    missing.append(linear.name)
-                else:
-                    self._statistics[linear.name] = self._new(linear.weight_OI.shape[1], linear.weight.device)
-        if missing:
-            raise ValueError(
-                f"no calibration token reached {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}: "
-                "use more samples, or leave them out with ignore"
-            )
+        unseen = [linear for linear in self._linears if linear.name not in self._statistics]
+        refuse_uncalled([linear.name for linear in unseen if linear.experts is None])
+        refuse_unreached([linear.name for linear in unseen if linear.experts not in called])
+        for linear in unseen:
+            self._statistics[linear.name] = self._empty(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
+
+    def _called(self, module: nn.Module, linears: list[PrunableLinear], inputs: list[Any]) -> None:
+        if linears[0].expert is None:
+            self._see(linears[0], inputs[0])
+        else:
+            self._see_experts(linears, *inputs[:2])
+        self._stop.called(module)
 
     def _see(self, linear: PrunableLinear, x: Tensor) -> None:
         name = linear.name
-        x = convolution_patches(linear.module, x) if isinstance(linear.module, nn.Conv2d) else x
         if name not in self._statistics:
             sharing = None
             if linear.experts is None:  # which experts share an input may differ by batch and by process
                 sharing = next((owner for seen, owner in self._inputs if seen is x), None)
             if sharing is None:
                 self._owners.add(name)
-            self._statistics[name] = self._statistics[sharing] if sharing else self._new(x.shape[-1], x.device)
+            self._statistics[name] = self._statistics[sharing] if sharing else self._empty(linear)
         if name in self._owners:
             if linear.experts is None:
                 self._inputs.append((x, name))
-            self._statistics[name].update(_real_tokens(x, self._mask_BT, linear))
-        self._called(linear.module)
+            self._statistics[name].update(real_inputs(x, self._mask_BT, linear))
 
-    def _see_experts(self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, *_: Any) -> None:
-        linears = self._fused[module]
+    def _see_experts(self, linears: list[PrunableLinear], hidden: Tensor, top_k_index: Tensor) -> None:
         for linear in linears:
             if linear.name not in self._statistics:
-                self._statistics[linear.name] = self._new(linear.weight_OI.shape[1], linear.weight.device)
+                self._statistics[linear.name] = self._empty(linear)
         for linear, x_TI in expert_inputs(linears, hidden, top_k_index, self._mask_BT):
             self._statistics[linear.name].update(x_TI)
-        self._called(module)
 
-    def _called(self, module: nn.Module) -> None:
-        self._calls.append(module)
-        if self._shape in self._once_each and len(set(self._calls)) == len(self._modules):
-            raise _AllInputsSeenError
+    def _empty(self, linear: PrunableLinear) -> InputStatistic:
+        return self._new(linear.weight_OI.shape[1], linear.weight.device)
 
 
-def _real_tokens(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Tensor:
-    """Drop the padding from a linear's inputs, shape (B, T, I) or flattened (B * T, I)."""
+def real_inputs(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Tensor:
+    """Return what a linear sees of the real tokens.
+
+    Args:
+        x: What enters its module: (B, T, I), flattened (B * T, I), or images for a convolution.
+        mask_BT: Which tokens are real; None where all are.
+        linear: The linear.
+
+    Returns:
+        Its inputs without those of padding, shape (..., I).
+
+    Raises:
+        ValueError: If it cannot be told which inputs are of padding.
+    """
+    is_convolution = isinstance(linear.module, nn.Conv2d)
+    x = convolution_patches(linear.module, x) if isinstance(linear.module, nn.Conv2d) else x
     if mask_BT is None:
         return x
-    if x.shape[:-1].numel() != mask_BT.numel() or isinstance(linear.module, nn.Conv2d):
+    if x.shape[:-1].numel() != mask_BT.numel() or is_convolution:
         raise ValueError(
             f"{linear.name} has {x.shape[:-1].numel()} inputs for {mask_BT.numel()} tokens, and which of them are "
             "padding cannot be told: calibrate without padding, on sequences of equal length"
         )
     return x.reshape(-1, x.shape[-1])[mask_BT.reshape(-1).to(x.device)]
+
+
+def refuse_uncalled(names: Sequence[str]) -> None:
+    """Refuse linears that the model does not call, whatever the tokens.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    if names:
+        raise ValueError(
+            f"the model does not call {_few(names)} on token ids alone, as cross-attention is not called without an "
+            "encoder: leave them out with ignore"
+        )
+
+
+def refuse_unreached(names: Sequence[str]) -> None:
+    """Refuse experts to whose whole list no token came.
+
+    Raises:
+        ValueError: If there are such.
+    """
+    if names:
+        raise ValueError(f"no calibration token reached {_few(names)}: use more samples, or leave them out with ignore")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)

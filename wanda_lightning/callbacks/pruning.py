@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.callbacks.plumbing.calibration_batches import calibration_batches
+from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
@@ -87,8 +87,7 @@ class PruningCallback(SparseFinetuning):
         self.method = method
         self.pattern = parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
         self.schedule = schedule
@@ -176,7 +175,7 @@ class PruningCallback(SparseFinetuning):
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             self.report = prune_model(
                 model,
-                calibration_batches(trainer, self.num_samples) if self.method.statistic or self.exact_error else None,
+                self.calibration.of(trainer) if self.method.statistic or self.exact_error else None,
                 self.method,
                 pattern,
                 targets=self.targets,
@@ -189,8 +188,7 @@ class PruningCallback(SparseFinetuning):
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),
             )
-        describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
-        self.report.calibration |= describe() if describe else {}
+        self.report.calibration |= self.calibration.describe(trainer)
         self._publish(trainer)
 
     def open_journal(self, trainer: Trainer, streamed: bool = False) -> None:

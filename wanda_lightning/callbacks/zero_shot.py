@@ -8,6 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
@@ -59,8 +60,7 @@ class ZeroShotEvaluation(Callback):
         every_n_epochs: int = 1,
     ) -> None:
         check_settings(num_fewshot, limit, batch_size)
-        if every_n_epochs < 0:
-            raise ValueError(f"every_n_epochs must be at least 0, got {every_n_epochs}")
+        whole_number("every_n_epochs", every_n_epochs, 0)
         self.tasks = tasks
         self.include_path = include_path
         self.every_n_epochs = every_n_epochs

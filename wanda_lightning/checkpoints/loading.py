@@ -123,14 +123,24 @@ def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
 
 
 def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that belongs to a model; see :func:`load_model`."""
+    """Load the tokenizer that belongs to a model, see :func:`load_model`, or one that is in a folder by itself.
+
+    Raises:
+        ValueError: If there is none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
-    folder = _folder(pretrained)
+    local = Path(pretrained).expanduser().is_dir()
+    folder = str(Path(pretrained).expanduser()) if local else _folder(pretrained)
     try:
         return AutoTokenizer.from_pretrained(folder, **kwargs)
-    except OSError as error:
-        raise _not_found("tokenizer", pretrained, error) from error
+    except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, OSError) and not local:
+            raise _not_found("tokenizer", pretrained, error) from error
+        raise ValueError(
+            f"{pretrained!r} holds no tokenizer that can be loaded: save one there, or name another with "
+            f"TextDataModule(tokenizer=...) or --data.tokenizer ({str(error).strip().splitlines()[0]})"
+        ) from error
 
 
 def _auto_class(config: "PreTrainedConfig") -> Any:

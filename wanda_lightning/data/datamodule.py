@@ -3,19 +3,20 @@
 Shapes: B batch, T tokens in a window, N windows.
 """
 
-import os.path
-
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
-from wanda_lightning.data.sources import Source, Split, open_source
-from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+from wanda_lightning.data.source import Split
+from wanda_lightning.data.sources import open_source
+from wanda_lightning.data.windowed_text import windowed_text
+from wanda_lightning.model.language_model import max_sequence_length
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -83,13 +84,15 @@ class TextDataModule(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
-        _check("num_samples", num_samples, 1)
-        _check("sequence_length", sequence_length, 2, optional=True)
-        _check("seed", seed, 0)
-        _check("calibration_batch_size", calibration_batch_size, 1)
-        _check("batch_size", batch_size, 1)
-        _check("max_evaluation_windows", max_evaluation_windows, 1, optional=True)
-        _check("num_workers", num_workers, 0)
+        whole_number("num_samples", num_samples, 1)
+        if sequence_length is not None:
+            whole_number("sequence_length", sequence_length, 2)
+        whole_number("seed", seed, 0)
+        whole_number("calibration_batch_size", calibration_batch_size, 1)
+        whole_number("batch_size", batch_size, 1)
+        if max_evaluation_windows is not None:
+            whole_number("max_evaluation_windows", max_evaluation_windows, 1)
+        whole_number("num_workers", num_workers, 0)
         self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
         self.num_samples, self.sequence_length, self.seed = num_samples, sequence_length, seed
         self.calibration_batch_size, self.batch_size, self.num_workers = calibration_batch_size, batch_size, num_workers
@@ -194,37 +197,26 @@ class TextDataModule(LightningDataModule):
             name = self._sets[number].location if evaluation else self.source
             source = (self._sets[number].source or self._source) if evaluation else self._source
             try:
-                self._windows[key] = self._build(source, split, tokenizer, length)
+                self._windows[key] = windowed_text(
+                    source,
+                    split,
+                    tokenizer,
+                    length,
+                    num_samples=self.num_samples,
+                    seed=self.seed,
+                    max_evaluation_windows=self.max_evaluation_windows,
+                    keep_last_window=self.keep_last_window,
+                )
             except ValueError as error:
                 raise ValueError(f"{split} part of {name!r}: {error}") from error
         return self._windows[key]
-
-    def _build(
-        self, source: Source, split: Split, tokenizer: PreTrainedTokenizerBase, length: int
-    ) -> tuple[Tensor, Tensor | None]:
-        text = source.text(split)
-        if not isinstance(text, str):
-            return document_windows(text, tokenizer, self.num_samples, length, self.seed), None
-        token_ids_L = tokenize(tokenizer, text)
-        if split == "calibration":
-            return random_windows(token_ids_L, self.num_samples, length, self.seed), None
-        if split == "train":
-            return consecutive_windows(token_ids_L, length), None
-        most = self.max_evaluation_windows or source.max_evaluation_windows
-        windows_NT = consecutive_windows(token_ids_L, length, most)
-        rest = token_ids_L[len(windows_NT) * length :]
-        # One token alone has nothing to predict; and more than a window is left where windows are limited.
-        kept = self.keep_last_window and 2 <= len(rest) < length and len(windows_NT) != most
-        return windows_NT, rest if kept else None
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
         wanted = self._wanted_tokenizer()
         if not isinstance(wanted, str):
             return wanted
         if self._loaded is None or self._loaded[0] != wanted:
-            # A folder may hold a tokenizer only; load_tokenizer is for models, GGUF files among them.
-            load = AutoTokenizer.from_pretrained if os.path.isdir(wanted) else load_tokenizer
-            self._loaded = wanted, load(wanted)
+            self._loaded = wanted, load_tokenizer(wanted)
         return self._loaded[1]
 
     def _wanted_tokenizer(self) -> str | PreTrainedTokenizerBase:
@@ -258,23 +250,11 @@ class TextDataModule(LightningDataModule):
 
 
 def _model_limit(module: LightningModule | None) -> int | None:
-    """Find max_position_embeddings of the Hugging Face model that the module holds, whatever it calls it."""
-    for part in () if module is None else module.modules():
-        config = getattr(part, "config", None)
-        if config is not None and hasattr(config, "get_text_config"):
-            limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-            if limit:
-                return int(limit)
-    return None
+    """Return the limit of the first Hugging Face model that the module holds, whatever it calls it."""
+    limits = (max_sequence_length(part) for part in (module.modules() if module else ()) if hasattr(part, "config"))
+    return next((limit for limit in limits if limit), None)
 
 
 def _rows(windows_NT: Tensor) -> list[dict[str, Tensor]]:
     # A list of dicts is a map-style data set: the default collation makes {"input_ids": (B, T)} of it.
     return [{"input_ids": window_T} for window_T in windows_NT]
-
-
-def _check(name: str, value: int | None, least: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}{' or None' * optional}, got {value!r}")

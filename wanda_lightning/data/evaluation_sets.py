@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanda_lightning.data.sources import Source, open_source
+from wanda_lightning.data.source import Source
+from wanda_lightning.data.sources import open_source
 
 Evaluation = dict[str, str] | list[str] | str | None
 

@@ -6,44 +6,57 @@ import torch
 from torch import nn
 
 from wanda_lightning.engine.journal import Journal
-from wanda_lightning.methods.base import PruningMethod
-from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk, names_without_values
-from wanda_lightning.sparsity import Pattern
+
+PRUNABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
-def check_pruning(
-    model: nn.Module,
-    layers: list[DecoderLayer],
-    method: PruningMethod,
-    patterns: dict[str, Pattern],
-    calibrated: bool,
-    journal: "Journal | None",
-) -> None:
-    """Refuse what cannot work before any weight has changed."""
-    for pattern in set(patterns.values()):
-        method.check(pattern)
-    if not calibrated:
-        raise ValueError(f"{method} needs calibration batches, got None")
-    linears = [linear for layer in layers for linear in layer.linears]
+def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Journal) -> None:
+    """Refuse what cannot work before any weight has changed.
+
+    Args:
+        model: The model.
+        plan: What is to be done to it.
+        has_batches: Whether there is a calibration set.
+        journal: Where finished layers are kept.
+
+    Raises:
+        ValueError: If something cannot work.
+    """
+    for pattern in {plan.pattern, *plan.patterns.values()}:
+        plan.method.check(pattern)
+    if plan.statistic is not None and not has_batches:
+        raise ValueError(f"{plan.method} needs calibration batches, got None")
+    linears = [linear for layer in plan.layers for linear in layer.linears]
     if not linears:
         raise ValueError("nothing is left to prune: targets and ignore exclude every linear of the decoder")
     if absent := names_without_values(model):
         raise ValueError(f"{len(absent)} weights were never loaded ({absent[0]}, ...): load the model with its weights")
-    if journal is None and any(is_on_disk(layer.module) for layer in layers):
+    if journal.file(0) is None and any(is_on_disk(layer.module) for layer in plan.layers):
         raise ValueError(
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
     for linear in linears:
-        weight_OI = linear.weight_OI
-        if not weight_OI.is_floating_point():
-            raise ValueError(
-                f"{linear.name} holds {weight_OI.dtype}, not floating-point weights: prune before quantising"
-            )
-        patterns[linear.name].check_in_features(weight_OI.shape[1], linear.name)
+        _check_stored(linear)
+        plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in linears if not linear.weight.is_meta)
+
+
+def _check_stored(linear: PrunableLinear) -> None:
+    """Refuse a weight that is computed for every call, or packed: what is written to it would be lost."""
+    if not linear.is_stored:
+        raise ValueError(
+            f"the weight of {linear.name} is computed from other parameters, and the next call would undo the pruning: "
+            "make it an ordinary weight first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove), or leave it out with ignore"
+        )
+    if linear.weight.dtype not in PRUNABLE:
+        raise ValueError(
+            f"{linear.name} holds {linear.weight.dtype}, not floating-point weights: prune before quantising"
+        )
 
 
 def check_finite(linears: Iterable[PrunableLinear]) -> None:

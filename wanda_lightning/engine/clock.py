@@ -1,42 +1,55 @@
 """Where the time of a pruning goes."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+Step = TypeVar("Step")
 
 
 class PhaseClock:
-    """Seconds by phase: forwards between layers, forwards with statistics, and solving.
+    """Seconds by phase: forwards between layers, forwards with statistics, and solving."""
 
-    Layers that were only restored count in none of them.
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(("forward", "statistics", "solve"), 0.0)
+        self._started = time.perf_counter()
 
-    Args:
-        calibrated: Whether there are forwards at all.
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of those phases that there were."""
+        return {phase: seconds for phase, seconds in self._seconds.items() if seconds}
 
-    Attributes:
-        seconds: By phase.
-    """
+    @property
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._started
 
-    def __init__(self, calibrated: bool) -> None:
-        self.seconds = dict.fromkeys(("forward", "statistics", "solve") if calibrated else ("solve",), 0.0)
-        self._last = time.perf_counter()
-        self._forward = 0.0
+    def forwards(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Yield what is given, and count the time that it takes to come."""
+        remaining = iter(steps)
+        while True:
+            with self._counted("forward"):
+                try:
+                    step = next(remaining)
+                except StopIteration:
+                    return
+            yield step
 
-    def reached(self) -> None:
-        """Note that the inputs of a layer are there."""
-        self._forward = self._lap()
+    def statistics(self) -> AbstractContextManager[None]:
+        """Count the time of a block."""
+        return self._counted("statistics")
 
-    def pruned(self, solving: Iterable[float]) -> None:
-        """Note that a layer is pruned, and how long solving its linears took."""
-        solved, elapsed = sum(solving), self._lap()
-        self.seconds["solve"] += solved
-        if "forward" in self.seconds:
-            self.seconds["forward"] += self._forward
-            self.seconds["statistics"] += max(0.0, elapsed - solved)
+    def solved(self, seconds: Iterable[float]) -> None:
+        """Note how much of the time that was counted last went into solving."""
+        solving = sum(seconds)
+        self._seconds["statistics"] = max(0.0, self._seconds["statistics"] - solving)
+        self._seconds["solve"] += solving
 
-    def left(self) -> None:
-        """Note that a layer is done with: what comes next are forwards."""
-        self._lap()
-
-    def _lap(self) -> float:
-        before, self._last = self._last, time.perf_counter()
-        return self._last - before
+    @contextmanager
+    def _counted(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - started

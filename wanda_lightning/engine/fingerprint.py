@@ -47,23 +47,28 @@ class HashedBatches:
     """Calibration batches that are hashed as they pass.
 
     Args:
-        batches: The batches.
+        batches: The batches; None where none are needed.
         model: The model that they are for.
     """
 
-    def __init__(self, batches: Iterable[Batch], model: nn.Module) -> None:
+    def __init__(self, batches: Iterable[Batch] | None, model: nn.Module) -> None:
         self._batches, self._model = batches, model
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches:
+        for batch in self._batches or ():
             self._digest.update(hashed(model_inputs(batch, self._model)).encode())
             yield batch
 
     @property
     def digest(self) -> str:
-        """Of the batches that have passed."""
-        return self._digest.hexdigest()[:16]
+        """Of the batches that have passed; empty where none are needed."""
+        return self._digest.hexdigest()[:16] if self.are_there else ""
+
+    @property
+    def are_there(self) -> bool:
+        """Whether batches are needed."""
+        return self._batches is not None
 
 
 def _numerics(model: nn.Module) -> dict[str, Any]:

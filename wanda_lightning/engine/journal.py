@@ -20,9 +20,11 @@ from torch import Tensor
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.engine.fingerprint import differences, hashed
+from wanda_lightning.engine.linear_pruning import PrunedLinear
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +70,28 @@ class Journal:
                 self.folder.parent.rmdir()
         self._lock.release(force=True)
 
-    def start(self, fingerprint: Mapping[str, Any]) -> None:
+    @classmethod
+    def none(cls) -> "Journal":
+        """Return a journal that keeps nothing."""
+        return _NoJournal()
+
+    def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
         """Begin a run, or go on with it.
 
         Args:
             fingerprint: What decides its results, by name; plain types.
+            processes: Those that take part; the first of them writes. Default: this one alone.
 
         Raises:
             ValueError: If the folder holds another run (it says where they differ), or another process is writing
                 there.
         """
+        processes = processes or Processes.alone()
+        with processes.together():
+            if processes.rank == 0:
+                self._start(fingerprint)
+
+    def _start(self, fingerprint: Mapping[str, Any]) -> None:
         self.lock()
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
@@ -89,11 +103,14 @@ class Journal:
         if finished := len(self._files()):
             log.warning("layers finished before: %d, in %s; the run goes on behind them", finished, self.folder)
 
-    def file(self, layer: int) -> Path:
-        """Name the file of a layer."""
+    def file(self, layer: int) -> Path | None:
+        """Name the file of a layer; None where nothing is kept."""
+        return self._file(layer)
+
+    def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
-    def record(self, number: int, layer: DecoderLayer, rows: list[LinearReport], processes: Processes) -> None:
+    def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
         """Make a pruned layer durable; no process goes on before it is.
 
         Raises:
@@ -101,16 +118,16 @@ class Journal:
         """
         with processes.together():
             if processes.rank == 0:
-                self._save(number, layer.weights, rows)
+                self._save(number, layer.weights, done)
 
-    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> list[LinearReport] | None:
-        """Put a layer in the state in which it was recorded; return its rows, or None if it was not."""
+    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> list[PrunedLinear] | None:
+        """Put a layer in the state in which it was recorded; return what was done, or None if it was not recorded."""
         found = self._load(number) if processes.rank == 0 else None
-        rows = processes.gather(found[1] if found else None)[0]
-        if rows is not None:
+        done = processes.gather(found[1] if found else None)[0]
+        if done is not None:
             for name, weight in layer.weights.items():
                 weight.copy_(processes.send(0, found[0][name].to(weight.device) if found else weight.detach()))
-        return rows
+        return done
 
     def remove(self) -> None:
         """Delete everything: the model is saved, or the layers are not wanted.
@@ -146,19 +163,19 @@ class Journal:
     def _drop(self, number: int) -> None:
         """Delete the files of a layer and of those behind it: their inputs came out of it."""
         for file in self._files():
-            if file >= self.file(number):
+            if file >= self._file(number):
                 file.unlink()
 
-    def _save(self, number: int, weights: Mapping[str, Tensor], rows: list[LinearReport]) -> None:
+    def _save(self, number: int, weights: Mapping[str, Tensor], done: list[PrunedLinear]) -> None:
         """Write a file under a temporary name, to the disk, and rename it."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        described = json.dumps([asdict(row) for row in rows])
+        described = json.dumps([asdict(row) | {"magnitudes": asdict(magnitudes)} for row, magnitudes in done])
         metadata = {"rows": described, "sha256": hashed(tensors, described)}
         unfinished = self.folder / ".unfinished"
         try:
             save_file(tensors, unfinished, metadata=metadata)
             _to_disk(unfinished)
-            os.replace(unfinished, self.file(number))
+            os.replace(unfinished, self._file(number))
             _to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
@@ -167,9 +184,9 @@ class Journal:
                 "there: make room, and the same run goes on behind them"
             ) from error
 
-    def _load(self, number: int) -> tuple[dict[str, Tensor], list[LinearReport]] | None:
+    def _load(self, number: int) -> tuple[dict[str, Tensor], list[PrunedLinear]] | None:
         """Read a file, if there is one; if it is damaged, drop it and all later ones."""
-        file = self.file(number)
+        file = self._file(number)
         if file.exists():
             try:
                 return _read(file)
@@ -179,14 +196,36 @@ class Journal:
         return None
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], list[LinearReport]]:
+class _NoJournal(Journal):
+    """Keeps nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
+        pass
+
+    def file(self, layer: int) -> None:
+        return None
+
+    def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
+        pass
+
+    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> None:
+        return None
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], list[PrunedLinear]]:
     with safe_open(file, "pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         metadata = stored.metadata() or {}
     if hashed(tensors, metadata["rows"]) != metadata["sha256"]:
         raise ValueError("its content is not what was written")
-    rows = [LinearReport.from_dict(row) for row in json.loads(metadata["rows"])]
-    return tensors, rows
+    done = [
+        PrunedLinear(LinearReport.from_dict(row), Magnitudes.from_dict(row["magnitudes"]))
+        for row in json.loads(metadata["rows"])
+    ]
+    return tensors, done
 
 
 def _to_disk(path: Path) -> None:

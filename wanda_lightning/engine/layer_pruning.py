@@ -3,131 +3,115 @@
 Shapes: O out features, I in features.
 """
 
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration.walk import CalibratedLayer
+from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.engine.checks import check_finite
-from wanda_lightning.engine.processes import Processes, combine
-from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.engine.linear_pruning import PrunedLinear, prune_linear
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.processes import Processes, share_statistics
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.report.linear_report import LinearReport
-from wanda_lightning.report.weight_magnitudes import Magnitudes
-from wanda_lightning.sparsity import Pattern, sparsity_of
-from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
+from wanda_lightning.model.offload import is_offloaded
+from wanda_lightning.sparsity import sparsity_of
+from wanda_lightning.statistics import InputStatistic
 
 
 def prune_layer(
     layer: DecoderLayer,
-    calibrated: CalibratedLayer | None,
-    method: PruningMethod,
-    patterns: Mapping[str, Pattern],
-    wanted: type[InputStatistic] | None,
+    inputs: CalibratedLayer | None,
+    plan: Plan,
     processes: Processes,
-    memory: int | None = None,
-) -> list[LinearReport]:
+) -> list[PrunedLinear]:
     """Prune the linears of a layer in place.
 
     Args:
         layer: The layer; its weights are in memory.
-        calibrated: The layer with what enters it; None for methods without calibration.
-        method: The pruning method.
-        patterns: By linear name.
-        wanted: The statistic to gather.
+        inputs: What enters it; None for methods without calibration.
+        plan: What its linears are pruned to, and by what.
         processes: Those that have the other parts of the calibration set.
-        memory: Of layers that are not always in memory, bytes that Hessians may take at a time; see
-            :meth:`CalibratedLayer.passes`.
 
     Returns:
-        A row for each linear.
+        What was done to each linear.
 
     Raises:
         ValueError: If weights or inputs are not finite, or a Hessian cannot be factorised; the layer has not changed
             then.
     """
     with processes.together():
-        if memory is not None:  # weights that were in memory all the time were looked at before the first layer
+        if is_offloaded(layer.module):  # others were looked at before the first layer
             check_finite(layer.linears)
-        passes = calibrated.passes(wanted, memory) if calibrated and wanted else [layer.linears]
-    rows: dict[str, LinearReport] = {}
-    pruned: dict[str, Tensor] = {}  # put in place at the end: every pass sees the layer as it was
-    for linears in passes:
-        statistics: dict[str, InputStatistic] = {}
-        with processes.together():
-            if calibrated and wanted:
-                statistics = calibrated.collect(wanted, linears)
-        owners = combine(statistics, linears, processes)
-        with processes.together():
-            for linear in linears:
-                pruned[linear.name] = linear.weight_OI.clone()
-                if owners.get(linear.name, processes.rank) == processes.rank:
-                    rows[linear.name] = _prune_linear(
-                        layer,
-                        linear,
-                        pruned[linear.name],
-                        statistics.get(linear.name),
-                        method,
-                        patterns[linear.name],
-                    )
-        for name, owner in owners.items():
-            pruned[name] = processes.send(owner, pruned[name])
-        if linears is not passes[-1]:
-            pruned = {name: weight_OI.cpu() for name, weight_OI in pruned.items()}
-    for linear in layer.linears:
-        linear.weight_OI.copy_(pruned[linear.name])
-    for others in processes.gather(rows):
-        rows |= others
-    return [rows[linear.name] for linear in layer.linears]
+        parts = inputs.parts(plan.statistic) if inputs and plan.statistic else [layer.linears]
+    done: dict[str, PrunedLinear] = {}
+    pruned: dict[str, Tensor] = {}
+    for linears in parts:  # each of them sees the layer as it was
+        weights, rows = _prune_part(layer, linears, inputs, plan, processes)
+        done |= rows
+        pruned |= weights if len(parts) == 1 else {name: weight_OI.cpu() for name, weight_OI in weights.items()}
+    put_in_place(layer.linears, pruned)
+    return [_as_it_is_now(linear, done[linear.name]) for linear in layer.linears]
 
 
-def _prune_linear(
+def _prune_part(
     layer: DecoderLayer,
-    linear: PrunableLinear,
-    weight_OI: Tensor,
-    statistic: InputStatistic | None,
-    method: PruningMethod,
-    pattern: Pattern,
-) -> LinearReport:
-    """Prune a copy of a linear's weight, in place."""
-    started = time.perf_counter()
-    tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
-    try:
-        if method.statistic is not None and statistic is not None and statistic.tokens == 0:
-            mask_OI = pattern.mask(weight_OI.float().abs())
-            weight_OI.masked_fill_(~mask_OI, 0)
-            tolerance = 1 / weight_OI.shape[1]
-        else:
-            given = statistic
-            if method.statistic is InputNorm and isinstance(statistic, InputHessian):  # gathered for exact errors
-                given = statistic.norm()
-            mask_OI = method.prune(weight_OI, given, pattern)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
-    pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
-    seconds = time.perf_counter() - started
-    assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
-    seen = statistic is not None and statistic.tokens > 0
-    magnitudes = Magnitudes()
-    magnitudes.count(linear.weight_OI, mask_OI)
-    return LinearReport(
-        name=linear.name,
-        layer=layer.name,
-        shape=(weight_OI.shape[0], weight_OI.shape[1]),
-        sparsity=sparsity_of(weight_OI),
-        seconds=seconds,
-        tokens=statistic.tokens if statistic else None,
-        error=_relative_error(linear.weight_OI, weight_OI, statistic) if statistic and seen else None,
-        error_is_exact=isinstance(statistic, InputHessian),
-        damping=statistic.damping if isinstance(statistic, InputHessian) else None,
-        magnitudes=magnitudes,
-    )
+    linears: list[PrunableLinear],
+    inputs: CalibratedLayer | None,
+    plan: Plan,
+    processes: Processes,
+) -> tuple[dict[str, Tensor], dict[str, PrunedLinear]]:
+    """Gather the statistics of some linears and solve these; return their new weights and what was done, by name."""
+    with processes.together():
+        statistics = inputs.collect(plan.statistic, linears) if inputs and plan.statistic else {}
+    return solve(layer, linears, statistics, plan, processes)
 
 
-def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:
-    """Compute ||(W - W') X||^2 / ||W X||^2 over the calibration set, from the statistic alone."""
-    lost = statistic.output_energy(dense_OI - pruned_OI).sum()
-    return float(lost / statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny))
+def solve(
+    layer: DecoderLayer,
+    linears: list[PrunableLinear],
+    statistics: dict[str, InputStatistic],
+    plan: Plan,
+    processes: Processes,
+) -> tuple[dict[str, Tensor], dict[str, PrunedLinear]]:
+    """Prune copies of linears: add statistics up over the processes, solve those of this one, exchange the results.
+
+    Args:
+        layer: The layer that the linears are of.
+        linears: The linears; they do not change.
+        statistics: Of what this process has seen, by name; empty for methods without calibration.
+        plan: What they are pruned to, and by what.
+        processes: Those that have the other parts of the calibration set.
+
+    Returns:
+        The pruned weights, and what was done, both by name.
+    """
+    owners = share_statistics(statistics, linears, processes)
+    weights = {linear.name: linear.weight_OI.clone() for linear in linears}
+    done: dict[str, PrunedLinear] = {}
+    with processes.together():
+        for linear in linears:
+            name = linear.name
+            if owners.get(name, processes.rank) == processes.rank:
+                done[name] = prune_linear(
+                    layer.name, linear, weights[name], statistics.get(name), plan.method, plan.patterns[name]
+                )
+    for name, owner in owners.items():
+        weights[name] = processes.send(owner, weights[name])
+    for others in processes.gather(done):
+        done |= others
+    return weights, done
+
+
+def put_in_place(linears: list[PrunableLinear], pruned: Mapping[str, Tensor]) -> None:
+    """Change the weights that a layer computes with."""
+    for linear in linears:
+        linear.weight_OI.copy_(pruned[linear.name])
+    torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
+
+
+def _as_it_is_now(linear: PrunableLinear, done: PrunedLinear) -> PrunedLinear:
+    """Report the zeros that the layer computes with, whatever they were to be."""
+    return done._replace(row=replace(done.row, sparsity=sparsity_of(linear.weight_OI)))

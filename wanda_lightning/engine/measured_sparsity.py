@@ -9,6 +9,7 @@ from wanda_lightning.allocation.by_name import Allocation, allocate
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
@@ -85,17 +86,35 @@ def _has_zeros_of(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> bool
     return bool(((weight_OI != 0).reshape(-1, pattern.m).sum(-1) <= pattern.n).all())
 
 
-def measure_whole_model(model: nn.Module, kept_elsewhere: int = 0) -> float:
-    """Measure the fraction of zeros over all parameters; shared ones count once.
+def measure_whole_model(model: nn.Module) -> float:
+    """Measure the fraction of zeros over all parameters; shared ones count once."""
+    return ZeroCount(model).sparsity
+
+
+class ZeroCount:
+    """Counts the zeros of a model, also of layers that are in memory one at a time.
 
     Args:
         model: The model.
-        kept_elsewhere: How many weights are not zero among those that are offloaded.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return 1 - (count_kept(model) + kept_elsewhere) / max(1, total)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._total = sum(parameter.numel() for parameter in model.parameters())
+        self._is_offloaded = is_offloaded(model)
+        self._kept_elsewhere = 0
+
+    def visit(self, layer: nn.Module) -> None:
+        """Count the weights of a layer, if they are in memory for a while only."""
+        if self._is_offloaded:
+            self._kept_elsewhere += _count_kept(layer)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over all parameters; shared ones count once."""
+        return 1 - (_count_kept(self._model) + self._kept_elsewhere) / max(1, self._total)
 
 
-def count_kept(module: nn.Module) -> int:
+def _count_kept(module: nn.Module) -> int:
     """Count the weights in memory that are not zero."""
     return sum(int(torch.count_nonzero(p)) for p in module.parameters() if not p.is_meta)

@@ -73,7 +73,7 @@ class Processes:
             raise failure or found[0]
 
 
-def combine(
+def share_statistics(
     statistics: dict[str, InputStatistic], linears: Sequence[PrunableLinear], processes: Processes
 ) -> dict[str, int]:
     """Add statistics up over all processes, and say who is to prune which linear.
@@ -99,7 +99,7 @@ def combine(
     tokens = torch.tensor([statistic.tokens for statistic in shared], device=shared[0].total.device)
     processes.sum([tokens])
     for statistic, count in zip(shared, tokens.tolist(), strict=True):
-        statistic.tokens = count
+        statistic.summed(count)
     if not isinstance(shared[0], InputHessian):
         processes.sum([statistic.total for statistic in shared])
         return {}
@@ -107,7 +107,7 @@ def combine(
     for statistic, owner in zip(shared, owners, strict=True):
         processes.sum_to(owner, statistic.total)
         if owner != processes.rank:
-            statistic.total = statistic.total.new_empty(0)  # the owner's business now; its memory is not
+            statistic.let_go()
     return {linear.name: owner for group, owner in zip(groups.values(), owners, strict=True) for linear in group}
 
 

@@ -12,7 +12,7 @@ import re
 from textwrap import shorten
 from typing import Any
 
-from wanda_lightning.data.sources import BuiltinText
+from wanda_lightning.data.builtin_text import BuiltinText
 
 NAME = "builtin_continuation"
 SEED = 0

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
+from wanda_lightning.arguments import is_whole, whole_number
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 
 if TYPE_CHECKING:
@@ -112,14 +113,12 @@ def check_settings(num_fewshot: int | None, limit: int | float | None, batch_siz
     Raises:
         ValueError: Names the value and what is accepted.
     """
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ValueError(f"num_fewshot must be at least 0, got {num_fewshot}")
+    if num_fewshot is not None:
+        whole_number("num_fewshot", num_fewshot, 0)
     # lm-eval takes 1.0 for one question and rounds 2.5 down.
-    whole = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
-    if limit is not None and not whole and not (isinstance(limit, float) and 0 < limit < 1):
+    if limit is not None and not is_whole(limit, 1) and not (isinstance(limit, float) and 0 < limit < 1):
         raise ValueError(f"limit must be a whole number of at least 1 or a fraction in (0, 1), got {limit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    whole_number("batch_size", batch_size, 1)
 
 
 def seed_as_lm_eval() -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.methods.base import PruningMethod
-from wanda_lightning.methods.checks import check_positive, check_whole_number
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.solvers import prune_with_admm
 from wanda_lightning.sparsity import Pattern
@@ -41,11 +41,11 @@ class ADMM(PruningMethod):
     refine: int = 20
 
     def __post_init__(self) -> None:
-        check_whole_number("mask_steps", self.mask_steps, 1)
-        check_whole_number("steps", self.steps, self.mask_steps)
-        check_positive("rho", self.rho)
-        check_positive("damping", self.damping)
-        check_whole_number("refine", self.refine, 0)
+        whole_number("mask_steps", self.mask_steps, 1)
+        whole_number("steps", self.steps, self.mask_steps)
+        positive_number("rho", self.rho)
+        positive_number("damping", self.damping)
+        whole_number("refine", self.refine, 0)
 
     @refined
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:

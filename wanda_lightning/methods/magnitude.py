@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
-from wanda_lightning.methods.checks import check_whole_number
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
 
@@ -25,7 +25,7 @@ class Magnitude(ScoreMethod):
     refine: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_number("refine", self.refine, 0)
+        whole_number("refine", self.refine, 0)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:

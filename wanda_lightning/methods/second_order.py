@@ -5,8 +5,8 @@ Shapes: O out features, I in features.
 
 import math
 
+from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.methods.base import PruningMethod
-from wanda_lightning.methods.checks import check_positive, check_whole_number
 from wanda_lightning.sparsity import Pattern, SemiStructured
 from wanda_lightning.statistics import InputHessian
 
@@ -24,9 +24,9 @@ class SecondOrderMethod(PruningMethod):
     damping: float
 
     def __post_init__(self) -> None:
-        check_whole_number("block_size", self.block_size, 1)
-        check_positive("damping", self.damping)
-        check_whole_number("refine", self.refine, 0)
+        whole_number("block_size", self.block_size, 1)
+        positive_number("damping", self.damping)
+        whole_number("refine", self.refine, 0)
 
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M groups that would straddle two blocks.

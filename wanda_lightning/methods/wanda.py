@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
-from wanda_lightning.methods.checks import check_whole_number
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
@@ -29,7 +29,7 @@ class Wanda(ScoreMethod):
     refine: int = 0
 
     def __post_init__(self) -> None:
-        check_whole_number("refine", self.refine, 0)
+        whole_number("refine", self.refine, 0)
 
     @property
     def statistic(self) -> type[InputStatistic]:

@@ -157,7 +157,7 @@ def _uncovered(modules: nn.ModuleList, linears: dict[str, list[PrunableLinear]])
     total = 0
     uncovered: dict[str, dict[str, nn.Parameter]] = {}
     for module, (name, layer) in zip(modules, linears.items(), strict=True):
-        covered = {linear.weight for linear in layer}
+        covered = {parameter for linear in layer for parameter in linear.module.parameters()}
         matrices = matrix_parameters(module, name)
         uncovered[name] = {matrix: p for p, matrix in matrices.items() if p not in covered}
         total += sum(p.numel() for p in matrices)

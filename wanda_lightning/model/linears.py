@@ -44,6 +44,11 @@ class PrunableLinear:
         return cast(nn.Parameter, getattr(self.module, self.parameter))
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the weight is a parameter of the module, and not computed from others for every call."""
+        return self.parameter in self.module._parameters
+
+    @property
     def parameter_name(self) -> str:
         """The parameter's name in the model."""
         return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]

@@ -1,10 +1,9 @@
 """What a report says of one pruned linear, and of several together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from wanda_lightning.model.names import kind_of
-from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class LinearReport:
         error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
         error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
         damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
-        magnitudes: How large its kept and pruned weights were; the finished report has them by kind.
     """
 
     name: str
@@ -33,14 +31,12 @@ class LinearReport:
     error: float | None = None
     error_is_exact: bool = False
     damping: float | None = None
-    magnitudes: Magnitudes | None = None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":
-        """Read back what ``asdict`` and JSON made of a row."""
-        counts = plain.get("magnitudes")
-        magnitudes = Magnitudes.from_dict(counts) if counts else None
-        return cls(**{**plain, "shape": tuple(plain["shape"]), "magnitudes": magnitudes})
+        """Read back what ``asdict`` and JSON made of a row; names that it does not have now are left out."""
+        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
+        return cls(**{**known, "shape": tuple(plain["shape"])})
 
     @property
     def kind(self) -> str:

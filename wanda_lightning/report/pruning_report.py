@@ -125,12 +125,16 @@ class PruningReport:
                 [[r, str(n)] for r, n in Counter(self.not_pruned.values()).items()],
             )
 
-    def sum_magnitudes(self) -> None:
-        """Add the rows' magnitudes up by kind; the rows do not keep them."""
-        for row in self.linears:
-            if row.magnitudes is not None:
-                self.magnitudes.setdefault(row.kind, Magnitudes()).add(row.magnitudes)
-        self.linears = [replace(row, magnitudes=None) for row in self.linears]
+    def add(self, done: Iterable[tuple[LinearReport, Magnitudes]]) -> None:
+        """Add the rows of pruned linears, and how large their weights were, by kind of linear."""
+        for row, magnitudes in done:
+            self.linears.append(row)
+            self.magnitudes.setdefault(row.kind, Magnitudes()).add(magnitudes)
+
+    def repeat(self, repeats: Iterable[tuple[str, str, str]]) -> None:
+        """Add rows of linears whose matrix another linear has: their name, their layer, and that other linear."""
+        rows = {row.name: row for row in self.linears}
+        self.linears += [replace(rows[first], name=name, layer=layer, seconds=0.0) for name, layer, first in repeats]
 
     def costs(self) -> dict[str, float]:
         """Return seconds by phase; what is left of the whole time comes last, as ``"other"``."""

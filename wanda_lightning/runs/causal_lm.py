@@ -1,5 +1,6 @@
 """A Hugging Face causal language model as a LightningModule."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -14,6 +15,8 @@ from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
 
+log = logging.getLogger(__name__)
+
 
 class CausalLM(LightningModule):
     """Loads a causal language model, validates it by perplexity and fine-tunes it.
@@ -25,7 +28,8 @@ class CausalLM(LightningModule):
         gradient_checkpointing: Trade time for memory in training.
         trust_remote_code: Run code that the model's author put on the hub.
         optimizer: Optimizer of all parameters, or of the adapters.
-        lr_scheduler: Learning-rate scheduler, stepped after every optimizer step.
+        lr_scheduler: Learning-rate scheduler, stepped after every optimizer step; ``ReduceLROnPlateau`` of
+            ``lightning.pytorch.cli`` after every epoch.
         lora: Train low-rank adapters instead of the weights.
         distillation: Learn from the dense model's predictions too.
         stream: Leave the decoder layers on disk and load them one at a time, to prune and evaluate models that are
@@ -77,7 +81,7 @@ class CausalLM(LightningModule):
     def configure_model(self) -> None:
         """Load the model; called by the Trainer before every run."""
         if self.model is None:
-            self.tokenizer = load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+            self.tokenizer = self._find_tokenizer()
             if self.stream:
                 self._open_streamed(self.pretrained)
                 return
@@ -138,18 +142,39 @@ class CausalLM(LightningModule):
         self._evaluate(batch, "test/perplexity", dataloader_idx)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and the scheduler that were asked for."""
+        """Build the optimizer and the scheduler that were asked for.
+
+        Raises:
+            ValueError: If the scheduler waits for a metric, and does not say which.
+        """
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if not hasattr(scheduler, "monitor"):
+            raise ValueError(
+                "ReduceLROnPlateau needs a metric: use that of lightning.pytorch.cli, with monitor='val/perplexity' or "
+                "'train/loss'"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
 
     def reopen(self, folder: str | Path) -> None:
         """Stream from the folder of a saved model from now on."""
         if self.stream:
             with without_progress_bars():
                 self._open_streamed(str(folder))
+
+    def _find_tokenizer(self) -> Any:
+        """Load the model's own tokenizer; where it has none, take that of the datamodule."""
+        try:
+            return load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+            if given is None:
+                log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
+            return load_tokenizer(given) if isinstance(given, str) else given
 
     def _open_streamed(self, pretrained: str) -> None:
         self.model = load_streamed(pretrained, device=self.trainer.strategy.root_device, **self.model_kwargs)

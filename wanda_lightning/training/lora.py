@@ -9,6 +9,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
+from wanda_lightning.arguments import whole_number
+
 Merge = Literal["none", "masked"]
 
 
@@ -38,8 +40,7 @@ class LoraSettings:
     merge: Merge = "none"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        whole_number("rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.merge not in get_args(Merge):

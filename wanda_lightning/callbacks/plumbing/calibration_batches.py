@@ -1,47 +1,155 @@
-"""Where a pruning callback gets its calibration batches from, and which of them are this process's."""
+"""Where a pruning callback gets its calibration batches from, which are this process's, and how much they hold."""
 
+import logging
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
-from torch import Tensor
+from lightning.pytorch.utilities import CombinedLoader
+
+from wanda_lightning.arguments import is_whole, whole_number
+from wanda_lightning.calibration.batches import count
+from wanda_lightning.callbacks.plumbing.loaders import each_batch, loaders_in, starts_anew
+from wanda_lightning.engine.processes import Processes
+
+log = logging.getLogger(__name__)
 
 
-def calibration_batches(trainer: Trainer, num_samples: int) -> Iterator[Any]:
-    """Yield this process's share of the calibration batches.
+class CalibrationBatches:
+    """The calibration batches of a run, counted as they pass.
 
     They come from the ``calibration_dataloader()`` of the datamodule or of the module, else from the train dataloader.
+    Either may be several loaders. Training loses nothing of a train dataloader that can be read only once: what was
+    read is given back.
 
     Args:
-        trainer: The Trainer, in ``fit``.
-        num_samples: How many sequences to take from a train dataloader.
+        num_samples: How many sequences to take from a train dataloader, >= 1; also beyond ``limit_train_batches``, but
+            not if it can be read only once.
 
     Raises:
-        ValueError: If there are fewer batches than processes.
+        ValueError: If ``num_samples`` is out of range.
     """
-    for source in (getattr(trainer, "datamodule", None), trainer.lightning_module):
-        if hasattr(source, "calibration_dataloader"):
-            batches = cast(Any, source).calibration_dataloader()
-            if hasattr(batches, "__len__") and 0 < len(batches) < trainer.world_size:
-                raise ValueError(
-                    f"{len(batches)} calibration batches cannot be shared by {trainer.world_size} processes: use more "
-                    "samples, a smaller calibration_batch_size, or fewer devices"
-                )
-            return islice(iter(batches), trainer.global_rank, None, trainer.world_size)
-    limit, trainer.limit_train_batches = trainer.limit_train_batches, trainer.limit_train_batches or 1.0
-    try:  # the train dataloader is otherwise made later, or never; distributed ones are sharded here
-        trainer.fit_loop.setup_data()
-    finally:
-        trainer.limit_train_batches = limit
-    return _first_sequences(cast(Any, trainer.train_dataloader), -(-num_samples // trainer.world_size))
+
+    def __init__(self, num_samples: int) -> None:
+        whole_number("num_samples", num_samples, 1)
+        self.num_samples = num_samples
+        self._source: str | None = None
+        self._sequences = self._tokens = 0
+
+    def of(self, trainer: Trainer) -> Iterator[Any]:
+        """Yield this process's share of the calibration batches.
+
+        Args:
+            trainer: The Trainer, in ``fit``.
+
+        Raises:
+            ValueError: If there are fewer batches than processes, or a train dataloader can be read only once and
+                ``training_step`` reads it by itself.
+        """
+        self._sequences = self._tokens = 0
+        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+            if hasattr(owner, "calibration_dataloader"):
+                self._source = f"{type(owner).__name__}.calibration_dataloader()"
+                return self._counted(_share(cast(Any, owner).calibration_dataloader(), trainer))
+        self._source = "train dataloader"
+        return self._first(trainer, -(-self.num_samples // trainer.world_size))
+
+    def describe(self, trainer: Trainer) -> dict[str, Any]:
+        """Say where the batches of all processes came from, how much was asked for, and how much they held.
+
+        Too few sequences are a warning. To be called by every process.
+
+        Args:
+            trainer: The Trainer. What its datamodule says of itself by ``describe()`` comes first.
+
+        Returns:
+            ``source``, ``num_samples`` (sequences asked for), ``sequences``, ``tokens`` (padding does not count), and
+            what the datamodule adds. Without calibration what the datamodule says alone.
+        """
+        describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
+        told = describe() if describe else {}
+        if self._source is None:
+            return told
+        counts = Processes().gather((self._sequences, self._tokens))
+        sequences, tokens = (sum(each) for each in zip(*counts, strict=True))
+        own = told.get("num_samples")
+        asked = own if is_whole(own, 1) else self.num_samples
+        if trainer.is_global_zero:
+            log.log(
+                logging.WARNING if sequences < asked else logging.INFO,
+                "calibrated with %d sequences (%d tokens) from %s; num_samples asks for %d",
+                sequences,
+                tokens,
+                self._source,
+                asked,
+            )
+        used = {"sequences": sequences, "tokens": tokens}
+        return {"source": self._source, "num_samples": asked, **told, **used}
+
+    def _counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            sequences, tokens = count(batch)
+            self._sequences += sequences
+            self._tokens += tokens
+            yield batch
+
+    def _first(self, trainer: Trainer, sequences: int) -> Iterator[Any]:
+        """Return whole batches of the train dataloader, until they hold so many sequences."""
+        limit, trainer.limit_train_batches = trainer.limit_train_batches, trainer.limit_train_batches or 1.0
+        try:  # the train dataloader is otherwise made later, or never; distributed ones are sharded here
+            trainer.fit_loop.setup_data()
+        finally:
+            trainer.limit_train_batches = limit
+        combined = cast(CombinedLoader, trainer.fit_loop._combined_loader)
+        items: Iterable[Any]
+        if all(map(starts_anew, combined.flattened)):
+            items = CombinedLoader(combined.iterables, combined._mode)
+        else:
+            items = _read_ahead(trainer.fit_loop._data_fetcher, combined, sequences)
+        return self._until(sequences, each_batch(items, combined))
+
+    def _until(self, sequences: int, batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in self._counted(batches):
+            yield batch
+            if self._sequences >= sequences:
+                return
 
 
-def _first_sequences(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Yield whole batches until they hold ``count`` sequences."""
-    for batch in batches:
-        if count <= 0:
-            return
-        yield batch
-        ids = batch["input_ids"] if isinstance(batch, dict) else batch
-        count -= len(ids) if isinstance(ids, Tensor) else len(ids[0])
+def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[Any]:
+    """Return what training will read next, up to so many sequences; it is given back to the fetcher, which reads it.
+
+    It is kept with the fetcher: when a schedule prunes for the last time, there may be nothing left to read.
+    """
+    if not hasattr(fetcher, "batches"):
+        raise ValueError(
+            "this train dataloader may be one that can be read only once, and a training_step with dataloader_iter "
+            "reads it by itself: give the datamodule or the module a calibration_dataloader()"
+        )
+    kept: dict[int, list[Any]] = fetcher.__dict__.setdefault("read_for_calibration", {})
+    if sequences not in kept:
+        items: list[Any] = []
+        held = 0
+        while held < sequences and not fetcher.done:
+            items.append(next(fetcher))
+            held += sum(count(batch)[0] for batch in each_batch(items[-1:], combined))
+        fetcher.batches[:0] = items
+        fetcher.fetched -= len(items)
+        fetcher.done = not fetcher.batches
+        kept[sequences] = items
+    return kept[sequences]
+
+
+def _share(loader: Any, trainer: Trainer) -> Iterator[Any]:
+    """Return this process's share of a loader, of several one after the other, or of a CombinedLoader in its mode."""
+    loaders = loaders_in(loader)
+    if isinstance(loader, CombinedLoader):
+        loader = each_batch(loader, loader)
+    elif loaders is not None:
+        loader = chain.from_iterable(loaders)
+    if hasattr(loader, "__len__") and 0 < len(loader) < trainer.world_size:
+        raise ValueError(
+            f"{len(loader)} calibration batches cannot be shared by {trainer.world_size} processes: use more "
+            "samples, a smaller calibration_batch_size, or fewer devices"
+        )
+    return islice(iter(loader), trainer.global_rank, None, trainer.world_size)

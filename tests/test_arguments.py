@@ -1,0 +1,15 @@
+import pytest
+
+from wanda_lightning.arguments import is_whole, whole_number
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
+def test_what_is_no_whole_number_is_refused_by_name(value):
+    assert not is_whole(value, 1)
+    with pytest.raises(ValueError, match=f"rows must be a whole number of at least 1, got {value!r}"):
+        whole_number("rows", value, 1)
+
+
+def test_whole_numbers_pass():
+    assert is_whole(1, 1)
+    whole_number("rows", 0, 0)

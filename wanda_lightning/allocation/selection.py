@@ -1,0 +1,48 @@
+"""Which linears of a model are pruned, and to what."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from wanda_lightning.allocation.by_name import Allocation, allocate
+from wanda_lightning.model.decoder import DecoderLayer, count_matches, decoder_layers
+from wanda_lightning.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What users say of linears, by patterns over their names.
+
+    Attributes:
+        targets: Linears to prune; None for all but routers and thin ones.
+        ignore: Linears to leave dense.
+        layers: Name of the list of decoder layers, where the rule for finding it fails.
+        allocation: Sparsities or ``"n:m"`` patterns that hold for some linears.
+    """
+
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] | None = None
+    layers: str | None = None
+    allocation: Allocation | None = None
+
+    def choose(self, model: nn.Module, pattern: Pattern) -> tuple[list[DecoderLayer], dict[str, Pattern]]:
+        """Find the linears in a model.
+
+        Args:
+            model: The causal language model.
+            pattern: For the linears that the allocation does not mention.
+
+        Returns:
+            The decoder layers with the linears that are to be pruned, and the pattern of each by name.
+
+        Raises:
+            ValueError: If a name pattern matches nothing, or a value of the allocation cannot be read.
+        """
+        decoder = decoder_layers(model, self.targets, self.ignore, self.layers)
+        linears = [linear for layer in decoder for linear in layer.linears]
+        return decoder, allocate(linears, pattern, self.allocation)
+
+    def matches(self, decoder: Sequence[DecoderLayer]) -> dict[str, int]:
+        """Count the linears that each of the name patterns fits."""
+        return count_matches(decoder, [*(self.targets or ()), *(self.ignore or ()), *(self.allocation or ())])

@@ -1,0 +1,39 @@
+"""Numbers that users give, checked in one way everywhere."""
+
+import math
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Tell whether a value is a whole number of at least ``least``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def whole_number(name: str, value: object, least: int) -> None:
+    """Refuse what is no whole number, or too small.
+
+    Args:
+        name: What users call the value.
+        value: What they gave.
+        least: The smallest that is accepted.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> whole_number("batch_size", 0, least=1)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size must be a whole number of at least 1, got 0
+    """
+    if not is_whole(value, least):
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def positive_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Raises:
+        ValueError: If it is not, with its name and what was given.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")

@@ -1,0 +1,116 @@
+"""A decoder layer with everything that enters it. Shapes: B batch, T tokens, D hidden size."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.calibration.collector import Collector
+from wanda_lightning.calibration.dry_run import Arguments
+from wanda_lightning.calibration.hidden_states import HiddenStates
+from wanda_lightning.calibration.parts_that_fit import parts_that_fit
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
+
+OVERFLOW = (
+    "the model overflows on this calibration set; load it in bfloat16 or float32, or check its weights and the batches"
+)
+
+
+class CalibratedLayer:
+    """A decoder layer with everything that enters it, batch by batch.
+
+    Attributes:
+        layer: The decoder layer.
+        hidden_BTD: The hidden states entering it, one tensor a batch.
+        arguments: What else the model passes to it, a pair of args and kwargs a batch.
+        masks_BT: Which tokens are real, one boolean tensor a batch; None where all are.
+        memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
+    """
+
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        hidden_BTD: HiddenStates,
+        arguments: list[Arguments],
+        masks_BT: list[Tensor | None],
+        memory: int | None = None,
+    ) -> None:
+        self.layer = layer
+        self.hidden_BTD = hidden_BTD
+        self.arguments = arguments
+        self.masks_BT = masks_BT
+        self.memory = memory
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run the layer as it is now; yield its hidden states (B, T, D) a batch at a time."""
+        for hidden_BTD, (args, kwargs) in zip(self.hidden_BTD, self.arguments, strict=True):
+            out = self.layer.module(hidden_BTD, *args, **kwargs)
+            yield out[0] if isinstance(out, tuple | list) else out
+
+    def parts(self, statistic: type[InputStatistic]) -> list[list[PrunableLinear]]:
+        """Split the pruned linears so that the statistics of each part fit in memory together.
+
+        Args:
+            statistic: The kind of statistic.
+
+        Returns:
+            The linears of each pass over the calibration set. Linears that share an input are in one.
+        """
+        linears = self.layer.linears
+        if not linears or self.memory is None or not issubclass(statistic, InputHessian):
+            return [linears] if linears else []
+        shared = self.collect(InputNorm, batches=1)
+        groups: dict[object, list[PrunableLinear]] = {}
+        for linear in linears:
+            # Which experts of a list are called differs from batch to batch: they stay together.
+            alike = linear.experts if linear.experts and linear.expert is None else id(shared[linear.name])
+            groups.setdefault(alike, []).append(linear)
+        sizes = [
+            4 * sum({id(shared[linear.name]): linear.weight_OI.shape[1] ** 2 for linear in group}.values())
+            for group in groups.values()
+        ]
+        return parts_that_fit([*groups.values()], sizes, self.memory)
+
+    def collect(
+        self,
+        statistic: type[InputStatistic],
+        linears: list[PrunableLinear] | None = None,
+        batches: int | None = None,
+    ) -> dict[str, InputStatistic]:
+        """Run the layer and gather a statistic of every pruned linear's inputs; padding does not count.
+
+        Args:
+            statistic: The kind of statistic.
+            linears: Those of the layer whose inputs are wanted. Default: all that are pruned.
+            batches: Use the first so many only. Default: all.
+
+        Returns:
+            The statistics by linear name. Linears fed by the same tensor share one object. The statistic of an expert
+            that got no tokens is empty: its ``tokens`` are 0.
+
+        Raises:
+            ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
+        """
+        collector = Collector(statistic, self.layer.linears if linears is None else linears)
+        seen = zip(self.hidden_BTD, self.arguments, self.masks_BT, strict=True)
+        with collector:
+            for hidden_BTD, (args, kwargs), mask_BT in islice(seen, batches):
+                with collector.batch(tuple(hidden_BTD.shape), mask_BT):
+                    self.layer.module(hidden_BTD, *args, **kwargs)
+        statistics = collector.statistics()
+        check_statistics(statistics)
+        return statistics
+
+
+def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:
+    """Refuse inputs that are NaN or infinite.
+
+    Raises:
+        ValueError: If there are such, with the linear's name.
+    """
+    for name, gathered in statistics.items():
+        if not torch.isfinite(gathered.total).all():
+            raise ValueError(f"the inputs of {name} are NaN or infinite: {OVERFLOW}")

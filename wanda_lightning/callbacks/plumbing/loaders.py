@@ -1,0 +1,61 @@
+"""Dataloaders as Lightning takes them: one, or a list, tuple or dict of several, or a CombinedLoader."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+
+def loaders_in(collection: Any) -> list[Any] | None:
+    """Return the loaders of a list, tuple or dict of loaders; None where it is something else, such as batches."""
+    parts = [*collection.values()] if isinstance(collection, Mapping) else collection
+    if not isinstance(parts, list | tuple) or not parts:
+        return None
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, list | tuple | Mapping):
+            inner = loaders_in(part)
+            if inner is None:
+                return None
+            found += inner
+        elif isinstance(part, Iterable) and not isinstance(part, Tensor | str):
+            found.append(part)
+        else:
+            return None
+    return found
+
+
+def each_batch(items: Iterable[Any], combined: CombinedLoader) -> Iterator[Any]:
+    """Yield the batches of single loaders that are in what a CombinedLoader yields.
+
+    Args:
+        items: A batch of every loader, an index and the number of a loader: what iterating over ``combined`` yields.
+        combined: The loader. Sequentially it yields batches of single loaders; in the other modes a list or dict of
+            them, and None in place of those of a loader that has ended.
+    """
+    for batch, _, _ in items:
+        parts = [batch] if combined._mode == "sequential" else _parts(batch, combined.iterables)
+        yield from (part for part in parts if part is not None)
+
+
+def starts_anew(loader: Any) -> bool:
+    """Tell whether reading a loader once more certainly takes nothing from those who read it already.
+
+    Generators can be read once only, and so can many data sets that are iterated over: nothing shows which. Persistent
+    workers have one iterator, which starts anew for all.
+    """
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return indexed and not loader.persistent_workers
+
+
+def _parts(batch: Any, loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, Mapping):
+        for name, loader in loaders.items():
+            yield from _parts(batch[name], loader)
+    elif isinstance(loaders, list | tuple):
+        for part, loader in zip(batch, loaders, strict=True):
+            yield from _parts(part, loader)
+    else:
+        yield batch

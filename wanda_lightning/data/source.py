@@ -1,0 +1,63 @@
+"""What a source of text is, and how one without splits of its own is divided.
+
+Nothing is read or downloaded before a split of it is asked for.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Literal
+
+log = logging.getLogger(__name__)
+
+Split = Literal["calibration", "train", "evaluation"]
+
+WITHOUT_HUB = 'without a hub these work: "builtin", a .txt, .md, .jsonl or .json file, or a local folder of a data set'
+
+# A text without splits of its own is divided 3 : 4 : 3 into calibration, training and evaluation.
+SHARES: dict[Split, tuple[int, int]] = {"calibration": (0, 3), "train": (3, 7), "evaluation": (7, 10)}
+
+
+class Source(ABC):
+    """Text for calibration, training and evaluation.
+
+    Attributes:
+        max_evaluation_windows: How many windows the usual evaluation on this text has, None = all.
+    """
+
+    max_evaluation_windows: int | None = None
+
+    def prepare(self) -> None:
+        """Download what is not there yet; called on one process only."""
+
+    @abstractmethod
+    def text(self, split: Split) -> str | Iterable[str]:
+        """Return one long text, or documents from each of which one window is to be taken."""
+
+
+def divide(text: str, split: Split) -> str:
+    """Cut a split's share out of a text, at the ends of lines where there are any nearby."""
+
+    def position(tenths: int) -> int:
+        at = len(text) * tenths // 10
+        return text.find("\n", at, at + len(text) // 10) + 1 or at
+
+    first, last = SHARES[split]
+    return text[position(first) if first else 0 : position(last)]
+
+
+def without_nulls(documents: Iterable[str | None], name: str, field: str) -> list[str]:
+    """Leave out the documents that are null, as data sets have them, and say how many.
+
+    Raises:
+        ValueError: If all are.
+    """
+    every = list(documents)
+    kept = [document for document in every if document is not None]
+    if every and not kept:
+        raise ValueError(f"{name} has no text in field {field!r}: it is null in all {len(every)} records")
+    if len(kept) < len(every):
+        log.warning(
+            "%s: %d of %d records have null for %s and are left out", name, len(every) - len(kept), len(every), field
+        )
+    return kept

@@ -1,0 +1,52 @@
+"""Which windows of a source a split has. Shapes: L tokens of a text, N windows, T tokens in a window."""
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from wanda_lightning.data.source import Source, Split
+from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+
+
+def windowed_text(
+    source: Source,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    num_samples: int,
+    seed: int,
+    max_evaluation_windows: int | None,
+    keep_last_window: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Read a split of a source as windows: random ones for calibration, else consecutive ones.
+
+    Args:
+        source: The text.
+        split: The part of it.
+        tokenizer: A Hugging Face tokenizer.
+        sequence_length: Tokens in a window, T.
+        num_samples: Number of calibration windows.
+        seed: Of the choice of these.
+        max_evaluation_windows: Evaluate on the first so many windows. Default: all, or what is usual for the source.
+        keep_last_window: Return the last, shorter window of evaluation too.
+
+    Returns:
+        Token ids, shape (N, T); and of the last, shorter window, shape (fewer than T,), if it is wanted and there.
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    text = source.text(split)
+    if not isinstance(text, str):
+        return document_windows(text, tokenizer, num_samples, sequence_length, seed), None
+    token_ids_L = tokenize(tokenizer, text)
+    if split == "calibration":
+        return random_windows(token_ids_L, num_samples, sequence_length, seed), None
+    if split == "train":
+        return consecutive_windows(token_ids_L, sequence_length), None
+    most = max_evaluation_windows or source.max_evaluation_windows
+    windows_NT = consecutive_windows(token_ids_L, sequence_length, most)
+    rest = token_ids_L[len(windows_NT) * sequence_length :]
+    # One token alone has nothing to predict; and more than a window is left where windows are limited.
+    kept = keep_last_window and 2 <= len(rest) < sequence_length and len(windows_NT) != most
+    return windows_NT, rest if kept else None

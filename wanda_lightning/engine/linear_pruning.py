@@ -1,0 +1,94 @@
+"""Pruning one linear, and what there is to say of it.
+
+Shapes: O out features, I in features.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.report.weight_magnitudes import Magnitudes
+from wanda_lightning.sparsity import Pattern, sparsity_of
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
+
+
+class PrunedLinear(NamedTuple):
+    """What was done to one linear.
+
+    Attributes:
+        row: Its row in the report.
+        magnitudes: How large its kept and its pruned weights were.
+    """
+
+    row: LinearReport
+    magnitudes: Magnitudes
+
+
+def prune_linear(
+    layer: str,
+    linear: PrunableLinear,
+    weight_OI: Tensor,
+    statistic: InputStatistic | None,
+    method: PruningMethod,
+    pattern: Pattern,
+) -> PrunedLinear:
+    """Prune a copy of a linear's weight, in place.
+
+    Args:
+        layer: Name of the decoder layer.
+        linear: The linear; its own weight does not change.
+        weight_OI: The copy.
+        statistic: Of its inputs; None for methods without calibration. Where it is empty, because the router sent no
+            token to an expert, the smallest weights of each row go, whatever the method.
+        method: The pruning method.
+        pattern: What it is pruned to.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: If the Hessian cannot be factorised.
+    """
+    started = time.perf_counter()
+    unseen = method.statistic is not None and statistic is not None and statistic.tokens == 0
+    tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
+    if unseen:
+        mask_OI = pattern.mask(weight_OI.float().abs())
+        weight_OI.masked_fill_(~mask_OI, 0)
+        tolerance = 1 / weight_OI.shape[1]
+    else:
+        given = statistic
+        if method.statistic is InputNorm and isinstance(statistic, InputHessian):  # gathered for exact errors
+            given = statistic.norm()
+        try:
+            mask_OI = method.prune(weight_OI, given, pattern)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
+    pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
+    seconds = time.perf_counter() - started
+    assert not weight_OI[~mask_OI].any(), f"{linear.name} has weights where its mask has none"
+    magnitudes = Magnitudes()
+    magnitudes.count(linear.weight_OI, mask_OI)
+    row = LinearReport(
+        name=linear.name,
+        layer=layer,
+        shape=(weight_OI.shape[0], weight_OI.shape[1]),
+        sparsity=sparsity_of(weight_OI),
+        seconds=seconds,
+        tokens=statistic.tokens if statistic else None,
+        error=_relative_error(linear.weight_OI, weight_OI, statistic) if statistic and statistic.tokens else None,
+        error_is_exact=isinstance(statistic, InputHessian),
+        damping=statistic.damping if isinstance(statistic, InputHessian) else None,
+    )
+    return PrunedLinear(row, magnitudes)
+
+
+def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:
+    """Compute ||(W - W') X||^2 / ||W X||^2 over the calibration set, from the statistic alone."""
+    lost = statistic.output_energy(dense_OI - pruned_OI).sum()
+    return float(lost / statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny))

@@ -1,0 +1,75 @@
+"""What is to be pruned, to what and by what: made and checked before any weight changes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.engine.shared_weights import Repeat, without_repeats
+from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputHessian, InputStatistic
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pruning of one model.
+
+    Attributes:
+        method: The pruning method.
+        pattern: What linears are pruned to, where the selection says nothing else.
+        selection: What the user said of linears.
+        exact_error: Whether X^T X is gathered whatever the method.
+        layers: The decoder layers, with the linears that are to be pruned.
+        patterns: What each linear is pruned to, by name.
+        repeats: Linears whose matrix an earlier one has.
+    """
+
+    method: PruningMethod
+    pattern: Pattern
+    selection: Selection
+    exact_error: bool
+    layers: list[DecoderLayer]
+    patterns: Mapping[str, Pattern]
+    repeats: list[Repeat]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, method: PruningMethod, pattern: Pattern, selection: Selection, exact_error: bool
+    ) -> "Plan":
+        """Find out what is to be done to a model.
+
+        Raises:
+            ValueError: If the selection does not fit the model.
+        """
+        layers, patterns = selection.choose(model, pattern)
+        layers, repeats = without_repeats(model, layers, patterns)
+        return cls(method, pattern, selection, exact_error, layers, patterns, repeats)
+
+    @property
+    def statistic(self) -> type[InputStatistic] | None:
+        """What is gathered of the inputs of linears; None where nothing is."""
+        return InputHessian if self.exact_error else self.method.statistic
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as plain types."""
+        return {
+            "method": str(self.method),
+            "pattern": str(self.pattern),
+            "sparsity": self.pattern.sparsity,
+            **vars(self.selection),
+            "exact_error": self.exact_error,
+        }
+
+    def new_report(self) -> PruningReport:
+        """Begin the report."""
+        report = PruningReport(str(self.method), str(self.pattern), self.pattern.sparsity)
+        report.matches = self.selection.matches(self.layers)
+        for layer in self.layers:
+            report.not_pruned |= layer.left_dense
+        return report
