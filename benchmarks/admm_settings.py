@@ -29,12 +29,10 @@ def methods() -> Iterator[PruningMethod]:
         yield SparseGPT(refine=steps)
     yield Wanda(refine=20)
     yield ADMM()
-    yield from (ADMM(rho=rho) for rho in (0.1, 0.3, 3.0))
-    yield from (ADMM(damping=damping) for damping in (0.001, 0.03, 0.1, 0.3))
-    yield from (ADMM(refine=steps) for steps in (0, 5, 10, 50))
-    yield from (
-        ADMM(steps, mask_steps) for steps, mask_steps in ((1, 1), (15, 10), (20, 15), (30, 1), (30, 30), (60, 40))
-    )
+    yield from (ADMM(steps=steps) for steps in (10, 20, 80))
+    yield from (ADMM(rho=rho) for rho in (0.3, 0.5, 3.0))
+    yield from (ADMM(damping=damping) for damping in (0.001, 0.1, 0.3))
+    yield from (ADMM(refine=steps) for steps in (0, 30))
 
 
 @torch.no_grad()

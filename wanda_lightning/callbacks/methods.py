@@ -118,9 +118,8 @@ class ADMMPruning(PruningCallback):
     Args:
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
-        steps: Steps in all, at least ``mask_steps``.
-        mask_steps: Steps in which the mask grows to its full sparsity.
-        rho: How strongly weights are drawn to the mask, above 0.
+        steps: In how many the mask grows to its full sparsity, at least 1.
+        rho: How strongly weights are drawn to the mask at the end, above 0.
         damping: Fraction of the Hessian's diagonal that is added to it, above 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
         kwargs: As of :class:`PruningCallback`.
@@ -134,14 +133,13 @@ class ADMMPruning(PruningCallback):
         self,
         sparsity: float | None = None,
         pattern: str = "unstructured",
-        steps: int = 30,
-        mask_steps: int = 20,
+        steps: int = 40,
         rho: float = 1.0,
         damping: float = 0.01,
-        refine: int = 20,
+        refine: int = 10,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ADMM(steps, mask_steps, rho, damping, refine), sparsity, pattern, **kwargs)
+        super().__init__(ADMM(steps, rho, damping, refine), sparsity, pattern, **kwargs)
 
 
 class RIAPruning(PruningCallback):

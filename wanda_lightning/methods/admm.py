@@ -23,9 +23,8 @@ class ADMM(PruningMethod):
     whole matrix, or for N:M within each group of m. See :mod:`wanda_lightning.solvers.admm` for the iteration.
 
     Args:
-        steps: Steps in all, at least ``mask_steps``.
-        mask_steps: Steps in which the mask grows to its full sparsity, >= 1; it is fixed in those that follow.
-        rho: How strongly weights are drawn to the mask, relative to the curvature of a single weight, > 0.
+        steps: In how many the mask grows to its full sparsity, >= 1.
+        rho: How strongly weights are drawn to the mask at the end, relative to the curvature of a single weight, > 0.
         damping: Fraction of the Hessian's diagonal that is added to it, > 0.
         refine: Steps of conjugate gradients at the end, on the weights that stay, >= 0.
 
@@ -34,15 +33,13 @@ class ADMM(PruningMethod):
     """
 
     statistic = InputHessian
-    steps: int = 30
-    mask_steps: int = 20
+    steps: int = 40
     rho: float = 1.0
     damping: float = 0.01
-    refine: int = 20
+    refine: int = 10
 
     def __post_init__(self) -> None:
-        whole_number("mask_steps", self.mask_steps, 1)
-        whole_number("steps", self.steps, self.mask_steps)
+        whole_number("steps", self.steps, 1)
         positive_number("rho", self.rho)
         positive_number("damping", self.damping)
         whole_number("refine", self.refine, 0)
@@ -52,8 +49,7 @@ class ADMM(PruningMethod):
         """Prune and update one weight in place and return the mask (True = kept)."""
         assert isinstance(statistic, InputHessian)
         hessian_II = statistic.compute().to(weight_OI.device)
-        settings = (self.steps, self.mask_steps, self.rho, self.damping)
-        return prune_with_admm(weight_OI, hessian_II, pattern, *settings)
+        return prune_with_admm(weight_OI, hessian_II, pattern, self.steps, self.rho, self.damping)
 
     def tolerance(self, shape: tuple[int, int]) -> float:
         """How far a mask may lie from the asked sparsity: less than one weight of the matrix."""
