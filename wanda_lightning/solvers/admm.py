@@ -87,5 +87,5 @@ def _growing_mask(score_OI: Tensor, pattern: Pattern, progress: float) -> Tensor
     mask_1N = pattern.mask(score_1N)
     if progress < 1:
         share = Unstructured(pattern.sparsity * (1 - (1 - progress) ** 3))
-        mask_1N = share.mask(score_1N.masked_fill_(mask_1N, torch.inf))
+        mask_1N = share.mask(score_1N.masked_fill(mask_1N, torch.inf))
     return mask_1N.view_as(score_OI)
