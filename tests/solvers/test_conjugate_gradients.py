@@ -89,11 +89,12 @@ def test_half_precision_weights(dtype):
 
 
 def test_a_row_that_rounding_makes_worse_goes_back():
-    """The optimum 1.003 lies nearer to bfloat16's 1 than to 1.0078: from 1 there is nowhere better to go."""
-    dense = torch.tensor([[1.003, 0.0], [1.5, 0.0]])
-    weight = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.bfloat16)
-    fit_kept_weights(weight, dense, torch.tensor([[True, False]] * 2), torch.eye(2), steps=5)
-    assert weight.tolist() == [[1.0, 0.0], [1.5, 0.0]]
+    """Both 1.003 round down to 1, in a row whose inputs are alike; up and down would cancel out, as at the start."""
+    dense = torch.tensor([[1.003, 1.003], [1.5, 2.0]])
+    weight = torch.tensor([[1.0078125, 1.0], [1.0, 1.0]], dtype=torch.bfloat16)
+    hessian = torch.tensor([[1.0, 0.99], [0.99, 1.0]])
+    fit_kept_weights(weight, dense, torch.ones(2, 2, dtype=torch.bool), hessian, steps=5)
+    assert weight.tolist() == [[1.0078125, 1.0], [1.5, 2.0]]
 
 
 def test_dead_inputs_keep_what_they_had():
