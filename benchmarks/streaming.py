@@ -115,6 +115,8 @@ def run(model: str, method: str, place: str, windows: int, length: int) -> dict[
     finally:
         if processes.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def peak() -> float:

@@ -40,6 +40,10 @@ def token_batches(batches: int = 4, batch_size: int = 2, length: int = 16, seed:
     return list(torch.randint(0, vocab, (batches, batch_size, length), generator=generator))
 
 
+# Forked processes need not import everything again; where there is a GPU its threads forbid training in them.
+TWO_PROCESSES = {"devices": 2, "strategy": "ddp_spawn" if torch.cuda.is_available() else "ddp_fork"}
+
+
 def digests(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
 

@@ -1,5 +1,6 @@
 """What the pages say runs: Python blocks on a tiny model, commands through the real parser, the quick ones for real."""
 
+import argparse
 import re
 import shlex
 import sys
@@ -16,7 +17,7 @@ from wanda_lightning import __main__
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.lightning_cli import run
-from wanda_lightning.cli.recipes import FOLDER, with_recipes_found
+from wanda_lightning.cli.recipes import FOLDER
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ROOT = PACKAGE.parent
@@ -25,6 +26,7 @@ NEW_METHOD = DOCS / "adding-a-method.md"
 PAGES = {
     "README": ROOT / "README.md",
     "architecture": PACKAGE / "README.md",
+    **{room: PACKAGE / room / "README.md" for room in ("calibration", "solvers", "engine")},
     "benchmarks": ROOT / "benchmarks/README.md",
     "recipes": FOLDER / "README.md",
     **{f"docs-{page.stem}": page for page in sorted(DOCS.glob("*.md"))},
@@ -104,21 +106,42 @@ def test_python_blocks_run(code, new_user, tiny_model_folder):
     reports = [names["report"]] if "report" in names else []
     callbacks = names["trainer"].callbacks if "trainer" in names else []
     reports += [callback.report for callback in callbacks if isinstance(callback, PruningCallback)]
+    assert reports or not re.search(r"prune_model\(|Trainer\(.*Pruning\(", code)
     assert all(report.sparsity > 0.4 for report in reports)
 
 
+class Parsed(BaseException):
+    """Ends a command where it has read its arguments."""
+
+
+def assert_parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command up to where its parser, whichever it is, has understood the arguments."""
+    for kind in (argparse.ArgumentParser, ArgumentParser):
+
+        def parse(self, *args, parse_args=kind.parse_args, **settings):
+            raise Parsed(parse_args(self, *args, **settings))
+
+        monkeypatch.setattr(kind, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", *arguments])
+    with pytest.raises(SystemExit if "--help" in arguments else Parsed) as end:
+        __main__.main()
+    assert "--help" not in arguments or end.value.code == 0
+
+
 @pytest.mark.parametrize("command", every_command())
-def test_commands_are_understood(command, parser, new_user):
+def test_commands_are_understood(command, parser, new_user, monkeypatch):
     _, name, *arguments = shlex.split(command, comments=True)
     if name not in COMMANDS:
         assert name in ("--print_completion", "COMMAND")
-    elif COMMANDS[name].function is None and "--help" not in arguments and "NAME" not in command:
+    elif COMMANDS[name].function is not None:
+        assert_parsed([name, *arguments], monkeypatch)
+    elif "--help" not in arguments and "NAME" not in command:
         arguments = [argument for argument in arguments if argument != "--print_config"]
         if "mine.yaml" in arguments:
             Path("mine.yaml").write_text((FOLDER / "wanda.yaml").read_text())
         if "--model.pretrained" not in arguments:
             arguments += ["--model.pretrained", "MODEL"]
-        parser.parse_args([name, *with_recipes_found(arguments)])
+        parser.parse_args([name, *arguments])
 
 
 def test_the_first_page_from_the_command_line(new_user, monkeypatch, capsys):
@@ -166,7 +189,7 @@ def test_a_new_method_in_under_twenty_lines(new_user):
     model = ["--model.pretrained=MODEL", "--trainer.logger=false", *SMALL]
     assert run(["prune", "-c", "mine.yaml", *model]).trainer.pruning_callback.report.method == "SquaredWanda()"
     (sweep,) = commands_in(NEW_METHOD.read_text())
-    run([*with_recipes_found(shlex.split(sweep)[1:]), *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
+    run([*shlex.split(sweep)[1:], *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
     assert "SquaredWanda" in Path("results/sweep/comparison.md").read_text()
 
 

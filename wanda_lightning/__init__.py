@@ -3,10 +3,11 @@
 Public names are imported when they are first used: ``import wanda_lightning`` costs nothing.
 """
 
-import atexit
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wanda_lightning.moved import MovedModules
 
 __version__ = "0.1.0.dev0"
 
@@ -105,6 +106,9 @@ if TYPE_CHECKING:
     from wanda_lightning.training.lora import LoraSettings, merge_masked
 
 
+sys.meta_path.insert(0, MovedModules())
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -113,12 +117,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-@atexit.register
-def _leave_processes() -> None:
-    """Leave gloo's process group; Lightning leaves NCCL's only, and rank 0 may then abort at its end (issue 20620)."""
-    distributed: Any = sys.modules.get("torch.distributed")
-    together = distributed and distributed.is_available() and distributed.is_initialized()
-    if together and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()

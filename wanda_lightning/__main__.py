@@ -1,9 +1,8 @@
-"""The ``wanda-lightning`` command. ``--help`` and ``--version`` answer before Lightning is imported."""
+"""The ``wanda-lightning`` command. What needs no model is answered before torch or Lightning is imported."""
 
 import os
 import sys
 import warnings
-from importlib import import_module
 from pkgutil import resolve_name
 
 from wanda_lightning import __version__
@@ -29,39 +28,47 @@ options:
 
 
 def main() -> None:
-    """Run the command; errors of the user's making are one short message."""
+    """Run the command; mistakes of the user are one short message and exit code 2, failures exit with 1."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
     elif arguments[0] == "--version":
         print(f"wanda-lightning {__version__}")
     else:
-        _run()
+        try:
+            _run(arguments)
+        except KeyboardInterrupt:  # while Lightning runs it ends the process by itself
+            sys.exit(130)
+        except Exception as error:
+            _explain(error)
 
 
-def _run() -> None:
+def _run(arguments: list[str]) -> None:
+    name = arguments[0]
+    if not name.startswith("-") and name not in COMMANDS:
+        raise ValueError(f"there is no command {name!r}, it is one of {', '.join(COMMANDS)}")
+    if name in COMMANDS:
+        if (function := COMMANDS[name].function) is not None:
+            resolve_name(f"wanda_lightning.cli.{function}")(arguments[1:])
+            return
+        from wanda_lightning.cli.first_look import refuse_at_once
+
+        refuse_at_once(arguments)
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    from wanda_lightning.cli.recipes import with_recipes_found
+    from wanda_lightning.cli.lightning_cli import run
 
-    try:
-        name = sys.argv[1]
-        if not name.startswith("-") and name not in COMMANDS:
-            raise ValueError(f"there is no command {name!r}, it is one of {', '.join(COMMANDS)}")
-        if name in COMMANDS and (function := COMMANDS[name].function) is not None:
-            resolve_name(f"wanda_lightning.{function}")(sys.argv[2:])
-        else:
-            sys.argv[1:] = with_recipes_found(sys.argv[1:])
-            import_module("wanda_lightning.cli.lightning_cli").run()
-    except KeyboardInterrupt:  # while Lightning runs it ends the process by itself
-        sys.exit(130)
-    except Exception as error:
-        from wanda_lightning.cli.messages import explained
+    run()
 
-        message = explained(error)
-        if message is None or os.environ.get("WANDA_LIGHTNING_DEBUG"):
-            raise
-        sys.exit(f"wanda-lightning: error: {message}\n(WANDA_LIGHTNING_DEBUG=1 shows where)")
+
+def _explain(error: Exception) -> None:
+    from wanda_lightning.cli.messages import exit_code, explained
+
+    message = explained(error)
+    if message is None or os.environ.get("WANDA_LIGHTNING_DEBUG"):
+        raise error
+    print(f"wanda-lightning: error: {message}\n(WANDA_LIGHTNING_DEBUG=1 shows where)", file=sys.stderr)
+    sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

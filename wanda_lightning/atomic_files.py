@@ -1,20 +1,69 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there: written beside their place, to the disk, then renamed."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed."""
+    """Write a file whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file to write to, which takes the place of another at the end; an error deletes it.
+
+    Args:
+        path: Where the file goes; folders are made, an older file is replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        yield unfinished
+        unfinished.chmod(0o644)
+        _to_disk(unfinished)
+        os.replace(unfinished, path)
+        _to_disk(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to write to, which takes the place of another at the end; an error deletes it.
+
+    Args:
+        path: Where the folder goes; folders are made, an older one is replaced. There has to be room for both.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    unfinished, old = beside / "new", beside / "old"
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        for part in (*unfinished.rglob("*"), unfinished):  # safetensors makes files that nobody else may read
+            part.chmod(0o755 if part.is_dir() else 0o644)
+            _to_disk(part)
+        if path.exists():
+            path.rename(old)
+        unfinished.rename(path)
+        _to_disk(path.parent)
+    finally:
+        if old.exists() and not path.exists():  # the last step failed
+            old.rename(path)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -92,6 +92,10 @@ class SemiStructured:
     def check_in_features(self, in_features: int, name: str) -> None:
         """Refuse a linear whose inputs do not divide into groups of m.
 
+        Args:
+            in_features: Inputs of the linear.
+            name: Name of the linear.
+
         Raises:
             ValueError: If ``in_features`` is not a multiple of m.
         """
@@ -151,7 +155,7 @@ def sparsity_of(tensor: Tensor) -> float:
 
 
 def max_kept_per_group(mask_OI: Tensor, m: int) -> int:
-    """Count what is kept in that group of m consecutive inputs which keeps most: n:m holds for n as large as this."""
+    """Count the kept weights of the fullest group of m consecutive inputs; n:m holds for every n from there on."""
     return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
 
 

@@ -24,12 +24,16 @@ class InputStatistic(ABC):
     Attributes:
         total: The raw sum so far.
         tokens: How many tokens are in it.
+        is_summed: Whether it has been added up over all processes.
+        owner: The process that has it then; None if all have it.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
         self.in_features = in_features
         self.total = self._zero(device, dtype)
         self.tokens = 0
+        self.is_summed = False
+        self.owner: int | None = None
 
     def update(self, x: Tensor) -> None:
         """Add a batch of inputs.
@@ -51,13 +55,17 @@ class InputStatistic(ABC):
         self.total += other.total.to(self.total)
         self.tokens += other.tokens
 
-    def summed(self, tokens: int) -> None:
-        """Note how many tokens all processes have seen; their sums are, or will be, in :attr:`total`."""
-        self.tokens = tokens
+    def summed(self, tokens: int, owner: int | None = None, rank: int | None = None) -> None:
+        """Note that ``total`` is now the sum over all processes.
 
-    def let_go(self) -> None:
-        """Free the sums: another process has them now."""
-        self.total = self.total.new_empty(0)
+        Args:
+            tokens: How many tokens all of them have seen.
+            owner: The process that has the sum; None if all have it.
+            rank: This process; if another is the owner, its sums are freed.
+        """
+        self.is_summed, self.tokens, self.owner = True, tokens, owner
+        if owner != rank:
+            self.total = self.total.new_empty(0)
 
     @abstractmethod
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor: ...
@@ -103,8 +111,8 @@ class InputNorm(InputStatistic):
 class InputHessian(InputStatistic):
     """Second moments of the inputs, H = 2/T X^T X: the Hessian of the layer's squared error (arXiv:2301.00774, eq. 2).
 
-    X^T X is symmetric. Only the panels of its lower triangle are summed: what ``total`` holds above the diagonal is
-    partial, and :meth:`compute` mirrors the triangle.
+    X^T X is symmetric, so only panels that cover its lower triangle are summed. What ``total`` holds above the
+    diagonal is incomplete; :meth:`compute` mirrors the lower triangle.
     """
 
     panels = 8
@@ -156,6 +164,9 @@ class InputHessian(InputStatistic):
         Args:
             damping: Fraction of the mean diagonal to add, see :func:`~wanda_lightning.solvers.factorize`.
 
+        Returns:
+            The factor.
+
         Raises:
             torch.linalg.LinAlgError: If the Hessian cannot be factorised.
         """
@@ -165,7 +176,7 @@ class InputHessian(InputStatistic):
 
     @property
     def damping(self) -> float | None:
-        """The damping that the factor took, more than asked for where that was not enough; None before."""
+        """The damping that the factor took, larger than asked for if that was not enough; None without a factor."""
         return max((factor.damping for factor in self._factors.values()), default=None)
 
     def output_energy(self, matrix_OI: Tensor) -> Tensor:

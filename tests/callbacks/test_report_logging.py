@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import SomebodysData, SomebodysModule, trainer
+from helpers import TWO_PROCESSES, SomebodysData, SomebodysModule, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 
@@ -131,7 +131,7 @@ class WritesItsRank(CSVLogger):
 
 
 def test_only_rank_zero_logs(tmp_path):
-    settings = {"max_steps": 0, "devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    settings = {"max_steps": 0, **TWO_PROCESSES, "use_distributed_sampler": False}
     run = trainer(tmp_path, WandaPruning(sparsity=0.5), logger=WritesItsRank(tmp_path, name="log"), **settings)
     run.fit(SomebodysModule(), datamodule=SomebodysData())
     assert [path.name for path in tmp_path.glob("*rank*")] == ["log-rank-0.txt"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SomebodysModule, batches, sparsities, tiny_llama, trainer
+from helpers import TWO_PROCESSES, SomebodysModule, batches, sparsities, tiny_llama, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
@@ -244,7 +244,7 @@ def test_two_processes_keep_the_zeros(tmp_path):
     module = pruned_module()
     zeros = [weight == 0 for weight in module.net.parameters()]
     before = [weight.clone() for weight in module.net.parameters()]
-    settings = {"devices": 2, "strategy": "ddp_spawn", "use_distributed_sampler": False}
+    settings = {**TWO_PROCESSES, "use_distributed_sampler": False}
     trainer(tmp_path, SparseFinetuning(), **settings).fit(module, batches())
     assert all(not weight[zero].any() for weight, zero in zip(module.net.parameters(), zeros, strict=True))
     assert sparsities(module) == {0.5}

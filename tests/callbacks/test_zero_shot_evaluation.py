@@ -5,7 +5,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import loader
+from helpers import TWO_PROCESSES, loader
 from lightning.pytorch import Callback
 
 from wanda_lightning.callbacks import WandaPruning, ZeroShotEvaluation
@@ -141,8 +141,7 @@ def test_repeated_validation_keeps_no_memory(tiny_model_folder, tmp_path):
 def test_two_processes_give_the_numbers_of_one(tiny_model_folder, tmp_path):
     """An odd number of questions, and one that leaves a process without any."""
     for limit in (11, 1):
-        settings = {"devices": 2, "strategy": "ddp_spawn"}
-        run = trainer(tmp_path / "two", zero_shot(limit=limit), **settings)
+        run = trainer(tmp_path / "two", zero_shot(limit=limit), **TWO_PROCESSES)
         (two,) = run.validate(module(tiny_model_folder), loader(), verbose=False)
         (one,) = trainer(tmp_path / "one", zero_shot(limit=limit)).validate(module(tiny_model_folder), loader())
         assert {k: v for k, v in two.items() if "zero_shot" in k} == pytest.approx(

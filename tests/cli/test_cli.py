@@ -16,9 +16,11 @@ import yaml
 import wanda_lightning
 from wanda_lightning.__main__ import main
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.messages import explained, shortened
+from wanda_lightning.cli.messages import explained
+from wanda_lightning.cli.parser_messages import shortened
 
 RECIPE = Path(wanda_lightning.__file__).parent / "recipes" / "wanda.yaml"
+MODEL = "--model.pretrained=MODEL"
 
 
 @pytest.fixture
@@ -36,16 +38,22 @@ def wanda_lightning_command(monkeypatch, tmp_path):
                 main()
             except SystemExit as stop:
                 code = stop.code or 0
-                if isinstance(code, str):  # sys.exit(message) prints it and exits with 1
-                    print(code, file=stderr)
-                    code = 1
         return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
     return command
 
 
 def test_the_module_runs_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "wanda_lightning", "prune", "-c", "wanda", "--data.nothing", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "wanda_lightning",
+        "prune",
+        "-c",
+        "wanda",
+        "--model.pretrained=MODEL",
+        "--data.nothing=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "Option 'nothing' is not accepted" in done.stderr
@@ -164,7 +172,7 @@ def edited(tmp_path, old: str, new: str) -> Path:
 def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, small, tmp_path, old, new, message):
     arguments = [option for option in small if "num_samples" not in option]
     done = wanda_lightning_command("prune", "-c", edited(tmp_path, old, new), *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= 8
     assert "Traceback" not in done.stderr
@@ -176,8 +184,8 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
     [
         (["prune"], "no model was given: add --model.pretrained MODEL"),
         (["prune", "-c", RECIPE], "no model was given: add --model.pretrained MODEL"),
-        (["prune", "-c", RECIPE, "--data.num_sample=3"], "what is accepted: --data.help TextDataModule"),
-        (["prune", "-c", RECIPE, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
+        (["prune", "-c", RECIPE, MODEL, "--data.num_sample=3"], "what is accepted: --data.help TextDataModule"),
+        (["prune", "-c", RECIPE, MODEL, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
     ],
 )
 def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, message):
@@ -189,14 +197,14 @@ def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, messag
 
 def test_a_missing_model_says_what_was_tried(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=nobody/nothing")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "cannot load the tokenizer of 'nobody/nothing'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_windows_longer_than_the_model_are_refused_before_pruning(wanda_lightning_command, small, tmp_path):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--data.sequence_length=129")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "sequence_length must be at most 128" in done.stderr
     assert not (tmp_path / "results/pruning.json").exists()
 
@@ -220,7 +228,7 @@ def test_a_saved_model_is_inspected_shipped_and_restored(wanda_lightning_command
     assert done.returncode == 0
     assert "Loads with transformers" in done.stdout
     done = wanda_lightning_command("compress", "nowhere", "small")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: no such folder: nowhere" in done.stderr
     (tmp_path / "again/model.safetensors").write_bytes(b"not this")
     done = wanda_lightning_command("inspect", "again")
@@ -248,7 +256,7 @@ def test_a_wrong_value_on_the_command_line_is_not_blamed_on_the_option(wanda_lig
 
 def test_a_command_that_is_not_there(wanda_lightning_command):
     done = wanda_lightning_command("prun")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "there is no command 'prun', it is one of prune, fit," in done.stderr
 
 
@@ -260,14 +268,14 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(wanda_lightning_c
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--trainer.accelerator=gpu")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: no GPU was found" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_recipe_without_a_pruning_callback(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", *small, "--trainer.logger=false")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "-c wanda" in done.stderr
 
 

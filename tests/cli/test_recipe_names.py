@@ -4,9 +4,11 @@ import sys
 
 import pytest
 import yaml
+from jsonargparse import capture_parser
 
 from wanda_lightning import __main__
-from wanda_lightning.cli.recipes import FOLDER, find, main, with_recipes_found
+from wanda_lightning.cli.lightning_cli import run
+from wanda_lightning.cli.recipes import FOLDER, find, main
 
 
 @pytest.fixture
@@ -39,11 +41,22 @@ def test_what_is_not_there_is_named_with_what_is(elsewhere, name):
         find(name)
 
 
-def test_arguments(elsewhere):
-    wanda, demo = str(FOLDER / "wanda.yaml"), FOLDER / "demo.yaml"
-    assert with_recipes_found(["prune", "-c", "wanda", "--config=demo", "--data.source", "wanda"]) == [
-        "prune", "-c", wanda, f"--config={demo}", "--data.source", "wanda",
-    ]  # fmt: skip
+def test_a_name_is_a_name_after_c_only(elsewhere, tiny_model_folder):
+    """As a text file of that name, ``wanda`` is the user's own."""
+    parser = capture_parser(lambda: run(["prune"]))
+    more = [f"--model.pretrained={tiny_model_folder}", "--data.source", "wanda"]
+    for option in (["-c", "wanda"], ["--config=wanda"], ["--config", "recipes/wanda.yaml"]):
+        config = parser.parse_args(["prune", *option, *more]).prune
+        assert config.trainer.callbacks[0].class_path == "wanda_lightning.WandaPruning"
+        assert config.data.init_args.source == "wanda"
+
+
+def test_settings_instead_of_a_name(elsewhere, tiny_model_folder):
+    parser = capture_parser(lambda: run(["prune"]))
+    model = f"--model.pretrained={tiny_model_folder}"
+    config = parser.parse_args(["prune", "-c", "wanda", "-c", "{trainer: {max_steps: 3}}", model]).prune
+    assert config.trainer.max_steps == 3
+    assert config.trainer.callbacks[0].class_path == "wanda_lightning.WandaPruning"
 
 
 def test_show_prints_the_file(capsys):
@@ -71,7 +84,22 @@ def test_a_run_by_name(elsewhere, tiny_model_folder, monkeypatch):
     assert (elsewhere / "results/wanda/pruning.json").exists()
 
 
-def test_a_recipe_that_is_not_there_is_one_short_message(elsewhere, monkeypatch):
+def test_a_recipe_that_is_not_there_is_one_short_message(elsewhere, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["wanda-lightning", "prune", "-c", "wonda"])
-    with pytest.raises(SystemExit, match=r"^wanda-lightning: error: there is no file 'wonda'"):
+    with pytest.raises(SystemExit) as stop:
         __main__.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("wanda-lightning: error: there is no file 'wonda'")
+
+
+@pytest.mark.parametrize("action", ["show", "copy"])
+def test_which_recipe_is_asked(action):
+    with pytest.raises(ValueError, match=f"which recipe.*recipes {action} NAME"):
+        main([action])
+
+
+def test_an_action_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sho", "wanda"])
+    assert stop.value.code == 2
+    assert "'show'" in capsys.readouterr().err

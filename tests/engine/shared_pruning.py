@@ -73,4 +73,5 @@ def run(rank: int, size: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.spawn(run, (int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))
+    size = int(sys.argv[1])
+    multiprocessing.start_processes(run, (size, sys.argv[2]), nprocs=size, start_method="fork")

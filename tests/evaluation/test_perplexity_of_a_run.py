@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import TWO_PROCESSES
 from lightning.pytorch import Trainer
 
 from wanda_lightning.data import TextDataModule
@@ -116,7 +117,7 @@ def test_the_last_window_counts_by_its_tokens(tiny_model_folder, tmp_path, texts
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_two_processes_equal_float64_in_every_dtype(tiny_model_folder, tmp_path, texts, dtype, batch_size):
     one = data(str(texts["one"]), source=str(texts["two"]), batch_size=batch_size)
-    both = run(tmp_path, devices=2, strategy="ddp_spawn")
+    both = run(tmp_path, **TWO_PROCESSES)
     (metrics,) = both.validate(module(tiny_model_folder, dtype=dtype), one, verbose=False)
     alone = module(tiny_model_folder, dtype=dtype)
     alone.configure_model()
@@ -139,11 +140,11 @@ def test_two_processes_count_every_window_once(tiny_model_folder, tmp_path, text
     (alone,) = run(tmp_path).validate(language_model, one, verbose=False)
     for batch_size in (1, 4):
         sets = data(str(texts["one"]), source=str(texts["two"]), batch_size=batch_size)
-        both = run(tmp_path, devices=2, strategy="ddp_spawn", max_steps=1, num_sanity_val_steps=0)
+        both = run(tmp_path, **TWO_PROCESSES, max_steps=1, num_sanity_val_steps=0)
         (metrics,) = both.validate(module(tiny_model_folder), sets, verbose=False)
         assert metrics["val/perplexity"] == pytest.approx(alone["val/perplexity"], rel=1e-6)
     trained = module(tiny_model_folder)
     trained.optimizer = partial(torch.optim.SGD, lr=0.0)
-    both = run(tmp_path, devices=2, strategy="ddp_spawn", max_steps=1, val_check_interval=1, num_sanity_val_steps=0)
+    both = run(tmp_path, **TWO_PROCESSES, max_steps=1, val_check_interval=1, num_sanity_val_steps=0)
     both.fit(trained, sets)
     assert both.callback_metrics["val/perplexity"].item() == pytest.approx(alone["val/perplexity"], rel=1e-6)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import sys
 
@@ -238,3 +239,16 @@ def test_the_builtin_questions_are_fair():
     assert all(len(set(row["choices"])) == 4 and row["context"] for row in rows)
     counts = [sum(row["label"] == label for row in rows) for label in range(4)]
     assert max(counts) < 0.35 * len(rows)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_the_environment_is_left_as_found(model, tokenizer, folder, monkeypatch, before):
+    from lm_eval.api import task
+
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    if before is not None:
+        monkeypatch.setenv("DISABLE_MULTIPROC", before)
+    bar = task.tqdm
+    evaluate_zero_shot(model, tokenizer, ["local_choice"], limit=1, include_path=str(folder))
+    assert os.environ.get("DISABLE_MULTIPROC") == before
+    assert task.tqdm is bar

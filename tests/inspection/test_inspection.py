@@ -1,3 +1,5 @@
+from io import StringIO
+
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
@@ -78,7 +80,7 @@ def test_experts_see_a_share_of_the_tokens(tmp_path):
 
 
 def test_the_table_reads_well(config_only):
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=StringIO())
     console.print(inspect_model(config_only).to_table())
     text = console.export_text()
     assert "4 decoder layers (model.layers.0 to model.layers.3)" in text

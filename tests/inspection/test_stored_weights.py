@@ -1,6 +1,7 @@
 """What `inspect` says of the weights in a folder."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from wanda_lightning.inspection.inspect_model import inspect_model
 
 @pytest.fixture(autouse=True)
 def nothing_is_timed(monkeypatch):
-    monkeypatch.setattr("wanda_lightning.inspection.estimates._rate", lambda *_: 1e9)
+    monkeypatch.setattr("wanda_lightning.inspection.speed._rate", lambda *_: 1e9)
 
 
 def saved(model, folder: Path, pattern=Unstructured(0.5), **save):  # noqa: B008 (frozen)
@@ -31,7 +32,7 @@ def saved(model, folder: Path, pattern=Unstructured(0.5), **save):  # noqa: B008
 
 
 def text_of(weights) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=StringIO())
     console.print(weights.to_table())
     return console.export_text()
 
@@ -104,9 +105,9 @@ def test_an_exception_that_comes_first_does_not_set_the_pattern(tmp_path):
 def test_layers_that_read_the_same_share_a_row(tmp_path):
     saved(tiny_llama(layers=6), tmp_path, SemiStructured(2, 4))
     change(tmp_path, lambda tensors: tensors["model.layers.3.self_attn.q_proj.weight"].fill_(1))
-    _, rows = inspect_model(str(tmp_path)).weights._by_layer_and_kind()
+    _, rows = inspect_model(str(tmp_path)).weights.by_layer_and_kind()
     assert [row[0] for row in rows] == ["0 to 2", "3", "4 to 5"]
-    header, _ = inspect_model(str(tmp_path)).weights._by_layer_and_kind()
+    header, _ = inspect_model(str(tmp_path)).weights.by_layer_and_kind()
     assert rows[1][header.index("q_proj")] == "0.0%"
 
 

@@ -155,5 +155,7 @@ def test_the_command(runs, tmp_path, capsys):
 
 def test_the_commands_errors_are_short(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["wanda-lightning", "compare", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"^wanda-lightning: error: .* is no finished run"):
+    with pytest.raises(SystemExit) as stop:
         __main__.main()
+    assert stop.value.code == 2
+    assert re.match(r"wanda-lightning: error: .* is no finished run", capsys.readouterr().err)

@@ -5,7 +5,7 @@ import torch
 from brute_force import brute_force, damped
 from torch import Tensor
 
-from wanda_lightning.solvers import factorize, obs, prune_with_mask, prune_with_scores
+from wanda_lightning.solvers import factorize, prune_with_mask, prune_with_scores, triton_obs
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 
 
@@ -145,19 +145,6 @@ def test_threads_change_rounding_only():
     assert (results[0] - results[1]).abs().max() < 1e-5 * results[0].abs().max()
 
 
-def test_a_failing_kernel_is_reported_once_and_replaced(monkeypatch, caplog):
-    class OnGpu:
-        is_cuda, dtype = True, torch.float32
-
-        def __len__(self) -> int:
-            return 128
-
-    monkeypatch.setattr(obs, "_fused_works", True)
-    assert not obs._fused(OnGpu(), None, None)
-    assert not obs._fused(OnGpu(), None, None)
-    assert [record.message.startswith("the fused GPU kernel cannot be used") for record in caplog.records] == [True]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)])
@@ -168,5 +155,6 @@ def test_gpu_agrees_with_cpu(pattern):
         factor, pruned = factorize(hessian.to(device)), weight.to(device, copy=True)
         mask = prune_with_scores(pruned, factor, factor.lower_II.diagonal(), pattern, 128)
         results.append((pruned.cpu(), mask.cpu()))
-    assert obs._fused_works
+    n_of_m = (pattern.n, pattern.m) if isinstance(pattern, SemiStructured) else ()
+    assert triton_obs.works(torch.device("cuda", 0), 128, *n_of_m)
     assert (results[0][1] == results[1][1]).float().mean() > 0.99

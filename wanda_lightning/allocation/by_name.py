@@ -1,4 +1,4 @@
-"""How much to prune of each linear, where it is not the same for all."""
+"""How much of each linear is pruned, if not the same share of all."""
 
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -15,7 +15,7 @@ def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Al
     """Give every linear the pattern it is to be pruned to.
 
     Args:
-        linears: Those that are to be pruned.
+        linears: The linears that are to be pruned.
         pattern: For the linears that the allocation does not mention.
         allocation: For shell-style patterns over names, in the style of ``targets``, a sparsity in [0, 1) or ``"n:m"``.
             Where several match a name, the last one holds.
@@ -26,7 +26,7 @@ def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Al
     Raises:
         ValueError: If a value cannot be read, or a name pattern matches none of the linears.
 
-    Example:
+    Examples:
         >>> allocate([], Unstructured(0.5), None)
         {}
     """

@@ -32,7 +32,7 @@ class Gradual:
     Raises:
         ValueError: If a setting is out of range.
 
-    Example:
+    Examples:
         >>> schedule = Gradual(start=0, end=100, every=25)
         >>> [round(schedule.sparsity(step, final=0.6), 4) for step in (0, 25, 50, 75, 100)]
         [0.0, 0.3469, 0.525, 0.5906, 0.6]

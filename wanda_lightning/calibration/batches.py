@@ -45,6 +45,12 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
 def count(batch: Batch) -> tuple[int, int]:
     """Return the number of sequences in a calibration batch, and of tokens that are no padding.
 
+    Args:
+        batch: The batch.
+
+    Returns:
+        The two numbers.
+
     Raises:
         ValueError: If there are no input_ids in it.
     """

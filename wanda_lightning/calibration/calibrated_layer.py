@@ -22,12 +22,14 @@ OVERFLOW = (
 class CalibratedLayer:
     """A decoder layer with everything that enters it, batch by batch.
 
-    Attributes:
+    Args:
         layer: The decoder layer.
         hidden_BTD: The hidden states entering it, one tensor a batch.
         arguments: What else the model passes to it, a pair of args and kwargs a batch.
         masks_BT: Which tokens are real, one boolean tensor a batch; None where all are.
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
+        is_last: Whether no decoder layer follows, so that nothing needs its outputs.
+        has_advanced: Whether ``hidden_BTD`` holds what enters the next layer.
     """
 
     def __init__(
@@ -37,18 +39,34 @@ class CalibratedLayer:
         arguments: list[Arguments],
         masks_BT: list[Tensor | None],
         memory: int | None = None,
+        is_last: bool = False,
     ) -> None:
         self.layer = layer
         self.hidden_BTD = hidden_BTD
         self.arguments = arguments
         self.masks_BT = masks_BT
         self.memory = memory
+        self.is_last = is_last
+        self.has_advanced = False
+
+    def output(self, batch: int) -> Tensor:
+        """Run the layer as it is now; return the hidden states (B, T, D) of a batch behind it."""
+        args, kwargs = self.arguments[batch]
+        out = self.layer.module(self.hidden_BTD[batch], *args, **kwargs)
+        return out[0] if isinstance(out, tuple | list) else out
 
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer as it is now; yield its hidden states (B, T, D) a batch at a time."""
-        for hidden_BTD, (args, kwargs) in zip(self.hidden_BTD, self.arguments, strict=True):
-            out = self.layer.module(hidden_BTD, *args, **kwargs)
-            yield out[0] if isinstance(out, tuple | list) else out
+        return (self.output(batch) for batch in range(len(self.hidden_BTD)))
+
+    def advance(self, outputs: HiddenStates | None = None) -> None:
+        """Make the inputs of the next layer of this one's: what it gives as it is now, or what it is known to give."""
+        if outputs is not None:
+            self.hidden_BTD.replace(outputs)
+        elif not self.has_advanced:
+            for batch, out_BTD in enumerate(self.outputs()):
+                self.hidden_BTD[batch] = out_BTD
+        self.has_advanced = True
 
     def parts(self, statistic: type[InputStatistic]) -> list[list[PrunableLinear]]:
         """Split the pruned linears so that the statistics of each part fit in memory together.
@@ -107,6 +125,9 @@ class CalibratedLayer:
 
 def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:
     """Refuse inputs that are NaN or infinite.
+
+    Args:
+        statistics: The statistics, by the name of the linear.
 
     Raises:
         ValueError: If there are such, with the linear's name.

@@ -61,7 +61,7 @@ class Collector:
         """Bracket one forward pass of the layer.
 
         Args:
-            shape: Of the hidden states that enter it.
+            shape: Shape of the hidden states that enter it.
             mask_BT: Which tokens are real; None where all are.
         """
         self._mask_BT = mask_BT
@@ -70,9 +70,12 @@ class Collector:
         self._inputs.clear()
 
     def statistics(self) -> dict[str, InputStatistic]:
-        """Return the statistics by name, in the order of the linears whatever the order of calls.
+        """Return the statistics by name, in the order of the linears.
 
         The statistic of an expert that got no tokens is empty.
+
+        Returns:
+            The statistics.
 
         Raises:
             ValueError: If a linear was never called, though no router could have passed it by.
@@ -146,6 +149,9 @@ def real_inputs(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Te
 def refuse_uncalled(names: Sequence[str]) -> None:
     """Refuse linears that the model does not call, whatever the tokens.
 
+    Args:
+        names: The linears of such experts.
+
     Raises:
         ValueError: If there are such.
     """
@@ -157,7 +163,10 @@ def refuse_uncalled(names: Sequence[str]) -> None:
 
 
 def refuse_unreached(names: Sequence[str]) -> None:
-    """Refuse experts to whose whole list no token came.
+    """Refuse experts if no token reached any expert of their list.
+
+    Args:
+        names: The linears of such experts.
 
     Raises:
         ValueError: If there are such.

@@ -4,8 +4,8 @@ The model runs with its layers replaced by recorders, so that masks, positions a
 come from its own code. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Batch, model_inputs
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.model.offload import device_of
+from wanda_lightning.model.replaced import replaced
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -105,11 +106,11 @@ def dry_run(
     device = device_of(cast(Any, model).get_input_embeddings())
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            stack.enter_context(_replaced_forward(layer, recorder.forward(index, layer.forward)))
+            stack.enter_context(replaced(layer, "forward", recorder.forward(index, layer.forward)))
         # The first batch goes on behind the last layer, to see that none is called again, but not through the head.
         head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:
-            stack.enter_context(_replaced_forward(head, _stop))
+            stack.enter_context(replaced(head, "forward", _stop))
         for batch in batches:
             inputs = model_inputs(batch, model)
             mask_BT = inputs.get("attention_mask")
@@ -127,19 +128,6 @@ def dry_run(
 
 def _stop(*_: Any, **__: Any) -> None:
     raise _DryRunDoneError
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Put another forward on a module, and back what was there (accelerate keeps its hooks there)."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _share(value: Any, previous: Any) -> Any:

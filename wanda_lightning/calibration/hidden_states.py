@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D hidden size.
 """
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,11 +32,17 @@ class HiddenStates:
         self.place = place
         self._kept: list[tuple[Tensor | Path, torch.device]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="wanda_lightning-") if place == "disk" else None
+        if self._folder is not None:
+            weakref.finalize(self, self._folder.cleanup)
 
     def append(self, hidden_BTD: Tensor) -> None:
         """Add a batch."""
         self._kept.append((torch.empty(0), hidden_BTD.device))
         self[len(self._kept) - 1] = hidden_BTD
+
+    def replace(self, others: "HiddenStates") -> None:
+        """Let go of these, and hold what others hold."""
+        self._kept, self._folder = others._kept, others._folder
 
     def __len__(self) -> int:
         return len(self._kept)

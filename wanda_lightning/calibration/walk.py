@@ -56,12 +56,12 @@ def walk(
         _check_activations(model, layers, first)
     for index, layer in enumerate(layers):
         memory = _size(layer.module) if is_offloaded(layer.module) else None
-        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory)
+        is_last = index + 1 == len(layers)
+        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last)
         with in_memory(layer.module):
             yield step
-            if index + 1 < len(layers):  # nothing needs the outputs of the last layer
-                for batch, out_BTD in enumerate(step.outputs()):
-                    hidden_BTD[batch] = out_BTD
+            if not is_last:
+                step.advance()
         arguments[index] = []
 
 

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBa
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.measured_sparsity import NOTABLE, report_as_found, sparsity_now
@@ -26,6 +27,7 @@ from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
+from wanda_lightning.training.lora import without_adapters
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +132,9 @@ class PruningCallback(SparseFinetuning):
             return
         model = find_language_model(pl_module)
         refuse_sharded(model)
+        if getattr(trainer, "will_save", False):
+            with without_adapters(model) as plain:
+                check_can_be_saved(cast(Any, plain), getattr(pl_module, "tokenizer", None))
         if self.schedule is not None:
             return
         found, met = report_as_found(

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.training.masks import WeightMasks
@@ -42,6 +43,10 @@ class SparseFinetuning(Callback):
         self.layers = layers
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer's process group in the end."""
+        leave_gloo_at_exit()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Derive the masks; by now every strategy has restored its checkpoint."""

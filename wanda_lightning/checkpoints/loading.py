@@ -3,14 +3,17 @@
 import hashlib
 import logging
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED
 from wanda_lightning.model.decoder import decoder_layers
 
 if TYPE_CHECKING:
@@ -23,7 +26,8 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
     """Load a causal language model with ordinary, dense weights.
 
     Args:
-        pretrained: A hub name, a folder written by ``save_pretrained``, or a ``.gguf`` file, which is de-quantised.
+        pretrained: A hub name, a folder written by ``save_pretrained``, or a ``.gguf`` file. GGUF, FP8 and MXFP4 are
+            de-quantised.
         dtype: ``"auto"`` (the checkpoint's own), or the name of a torch dtype.
         kwargs: Passed on to ``from_pretrained``.
 
@@ -31,15 +35,28 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
         The model, in eval mode.
 
     Raises:
-        ValueError: If there is no such model, or it is no causal language model.
+        ValueError: If there is no such model, it is no causal language model, or it is quantised in another way.
     """
-    family = _auto_class(load_config(pretrained, **kwargs))
-    try:
-        return family.from_pretrained(
-            _folder(pretrained), dtype=dtype if dtype == "auto" else getattr(torch, dtype), **kwargs
+    if any(Path(pretrained).expanduser().glob(f"*{COMPRESSED}")):
+        raise ValueError(
+            f"{pretrained} is stored without its zeros: restore it with `wanda-lightning decompress {pretrained} "
+            "OUTPUT`, or load it with wanda_lightning.load_compressed"
         )
+    config = load_config(pretrained, **kwargs)
+    dequantized = dense_settings(config, pretrained, kwargs.get("quantization_config"))
+    if dequantized and dtype not in ("auto", "bfloat16") and "offload_folder" in kwargs:
+        raise ValueError(f"{pretrained} is de-quantised to bfloat16 where it is streamed, got dtype {dtype!r}")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = _auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted, **kwargs | dequantized)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
+    forget_quantization(model)
+    if dequantized and dtype != "auto":
+        for parameter in model.parameters():  # transformers de-quantises to bfloat16, whatever is asked for
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(wanted)
+    return model
 
 
 def load_streamed(
@@ -67,7 +84,7 @@ def load_streamed(
 
     config = load_config(pretrained, **kwargs)
     skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
-    layers = decoder_layers(skeleton, targets=["*"])[0].name.rpartition(".")[0]
+    layers = decoder_layers(skeleton, targets=["*"])[0].list_name
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
     with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
         model = load_model(
@@ -77,7 +94,7 @@ def load_streamed(
             offload_folder=converted.name,
             **kwargs,
         )
-    model._converted = converted  # deleted with the model
+    weakref.finalize(model, converted.cleanup)
     return model
 
 
@@ -112,14 +129,16 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
 
 
 def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
-    """Load the config of a model and nothing else; see :func:`load_model`."""
+    """Load the config of a model and nothing else, and refuse what :func:`load_model` would."""
     from transformers import AutoConfig
 
     folder = _folder(pretrained)
     try:
-        return AutoConfig.from_pretrained(folder, **kwargs)
+        config = AutoConfig.from_pretrained(folder, **kwargs)
     except OSError as error:
         raise _not_found("config", pretrained, error) from error
+    dense_settings(config, pretrained, kwargs.get("quantization_config"))
+    return config
 
 
 def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":

@@ -1,14 +1,18 @@
 """Saving a pruned model so that ``from_pretrained`` loads it, whole or not at all."""
 
-import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from wanda_lightning.atomic_files import whole_folder
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.offload import is_offloaded, stored_parameters
 from wanda_lightning.training.lora import has_adapters
@@ -33,27 +37,21 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
     Raises:
         RuntimeError: If what was written does not load as the same weights.
-        ValueError: If the model has adapters, which are not part of its weights.
+        ValueError: If the model has adapters, which are not part of its weights, or cannot be saved for other reasons
+            that :func:`wanda_lightning.checkpoints.saving_check.check_can_be_saved` finds.
     """
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
             "model with PruningTrainer.save_pretrained, or merge under the mask with wanda_lightning.merge_masked"
         )
+    check_can_be_saved(model, tokenizer)
     folder = Path(folder).expanduser().resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)
+    with whole_folder(folder) as unfinished:
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        for file in unfinished.iterdir():  # safetensors makes files that nobody else may read
-            file.chmod(0o644)
         _check_reloads(model, unfinished)
-        _replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -74,27 +72,24 @@ def _largest_layer(model: "PreTrainedModel") -> int:
 
 def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
     """Compare with what transformers makes of the files, a weight at a time: no second model is in memory."""
+    widest = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
     with (
         tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as converted,
         quiet("accelerate.big_modeling"),  # it warns that weights are offloaded
         without_progress_bars(),
     ):
         reloaded = type(model).from_pretrained(
-            folder, dtype=model.dtype, device_map={"": "disk"}, offload_folder=converted, local_files_only=True
+            folder, dtype=widest, device_map={"": "disk"}, offload_folder=converted, local_files_only=True
         )
-        if [name for name, _ in model.named_parameters()] != [name for name, _ in reloaded.named_parameters()]:
+        if [*model.state_dict()] != [*reloaded.state_dict()]:
             raise RuntimeError("the saved model does not load as it was: it has other weights")
-        for (name, saved), (_, loaded) in zip(stored_parameters(model), stored_parameters(reloaded), strict=True):
-            if not torch.equal(saved.cpu(), loaded.cpu()):
+        for (name, saved), (_, loaded) in zip(_stored(model), _stored(reloaded), strict=True):
+            if not torch.equal(saved.cpu(), loaded.cpu().to(saved.dtype)):
                 raise RuntimeError(f"the saved model does not load as it was: {name} differs")
 
 
-def _replace(new: Path, folder: Path) -> None:
-    """Rename a folder over another; the old one is only removed when the new one is in place."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)) / "old"
-        folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old.parent)
-    else:
-        new.rename(folder)
+def _stored(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
+    """Yield what the files hold: the parameters, and those buffers that are not made anew."""
+    yield from stored_parameters(model)
+    persistent = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 INDEX = "model.safetensors.index.json"
 PLAIN = ".safetensors"
+COMPRESSED = ".compressed.safetensors"  # from_pretrained must not take these files for ordinary weights
 
 
 class Entry(NamedTuple):

@@ -1,11 +1,8 @@
 """The sub-commands of ``wanda-lightning``: what each does, in one sentence and one example."""
 
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-Result = TypeVar("Result")
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,7 +12,7 @@ class Command:
     Attributes:
         purpose: What it does, in one sentence.
         example: How it is run.
-        function: What runs it, ``module:function``; None for those of LightningCLI.
+        function: What runs it, ``module:function`` in ``cli/``; None for those of LightningCLI.
     """
 
     purpose: str
@@ -52,44 +49,53 @@ COMMANDS = {
     "compare": Command(
         "Put the results of several runs into one table and one picture.",
         "wanda-lightning compare results/wanda results/sparsegpt --plot runs.png",
-        "cli.compare:main",
+        "compare:main",
     ),
     "inspect": Command(
         "List what pruning a model would touch and take, and how sparse it is, without loading it.",
         "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
-        "cli.inspect:main",
+        "inspect:main",
     ),
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",
         "wanda-lightning compress results/wanda/model to-ship",
-        "cli.compress:compress_command",
+        "compress:compress_command",
     ),
     "decompress": Command(
         "Undo that: restore the model as it was, bit by bit.",
         "wanda-lightning decompress to-ship model",
-        "cli.compress:decompress_command",
+        "compress:decompress_command",
     ),
     "recipes": Command(
         "List the recipes of the package; show one, or copy it to change it.",
         "wanda-lightning recipes copy wanda_finetune mine.yaml",
-        "cli.recipes:main",
+        "recipes:main",
     ),
 }
 
 
-def parser_settings(name: str) -> dict[str, Any]:
-    """Return the arguments of a parser whose help starts with what the sub-command does."""
-    return {
-        "prog": f"wanda-lightning {name}",
-        "description": COMMANDS[name].description,
-        "formatter_class": RawDescriptionHelpFormatter,
-    }
+def run_function(
+    name: str, function: Callable[..., None], arguments: list[str], /, **positional: dict[str, Any]
+) -> None:
+    """Call the function behind a sub-command with arguments of the command line.
 
+    Its signature and docstring become the arguments and their help: parameters without a default are positional, those
+    with one are options.
 
-def run_function(name: str, function: Callable[..., Result], arguments: list[str]) -> Result:
-    """Call the function behind a sub-command with arguments of the command line, and return what it returns."""
-    from jsonargparse import auto_cli
+    Args:
+        name: The sub-command.
+        function: What it does.
+        arguments: What follows the sub-command.
+        positional: Parameters that are positional and may be left out or repeated, as ``add_argument`` takes them.
+    """
+    from jsonargparse import ArgumentParser
 
-    from wanda_lightning.cli.messages import HelpFormatter
+    from wanda_lightning.cli.parser_messages import HelpFormatter
 
-    return auto_cli(function, args=arguments, **parser_settings(name) | {"formatter_class": HelpFormatter})
+    parser = ArgumentParser(
+        prog=f"wanda-lightning {name}", description=COMMANDS[name].description, formatter_class=HelpFormatter
+    )
+    for parameter, settings in positional.items():
+        parser.add_argument(parameter, **settings)
+    parser.add_function_arguments(function, as_positional=True, skip=set(positional))
+    function(**parser.parse_args(arguments))

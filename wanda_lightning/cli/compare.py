@@ -1,28 +1,37 @@
 """``wanda-lightning compare``."""
 
-import argparse
-from collections.abc import Sequence
+from pathlib import Path
 
-from wanda_lightning.cli.commands import parser_settings
-from wanda_lightning.runs.comparison import Comparison
+from wanda_lightning.cli.commands import run_function
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run ``wanda-lightning compare``."""
-    parser = argparse.ArgumentParser(**parser_settings("compare"))
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", metavar="FOLDER", help="write comparison.md and comparison.json there")
-    parser.add_argument("--plot", metavar="FILE", help="draw perplexity against sparsity, as .png or .svg")
-    parser.add_argument("--metric", help="what to draw (default: the first perplexity)")
-    options = parser.parse_args(arguments)
+def compare(runs: list[Path], output: Path | None = None, plot: Path | None = None, metric: str | None = None) -> None:
+    """Print the results of several runs as one table.
 
+    Args:
+        runs: Folders of runs.
+        output: Write comparison.md and comparison.json into this folder.
+        plot: Draw perplexity against sparsity into this file, a .png or .svg.
+        metric: What to draw. Default: the first perplexity.
+
+    Raises:
+        ValueError: If a folder holds no finished run, or there is nothing to draw.
+    """
     from rich.console import Console
 
-    comparison = Comparison(options.runs)
-    Console().print(comparison.to_table())
-    if options.output:
-        comparison.save(options.output)
-    if options.plot:
-        from wanda_lightning.runs.plotting import plot
+    from wanda_lightning.runs.comparison import Comparison
 
-        plot(comparison, options.plot, options.metric)
+    comparison = Comparison(runs)
+    Console().print(comparison.to_table())
+    if output:
+        comparison.save(output)
+    if plot:
+        from wanda_lightning.runs import plotting
+
+        plotting.plot(comparison, plot, metric)
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``wanda-lightning compare``."""
+    runs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": "Folder of a run."}
+    run_function("compare", compare, arguments, runs=runs)

@@ -1,16 +1,35 @@
 """``wanda-lightning inspect``."""
 
 import sys
+from typing import Literal
 
 from wanda_lightning.cli.commands import run_function
-from wanda_lightning.inspection.inspect_model import inspect_model
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def inspect(
+    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: Dtype = "auto", device: str = "cpu"
+) -> None:
+    """Show what pruning a model would touch and take, and how sparse the weights in its folder are.
+
+    Args:
+        pretrained: A hub name, of which only the config is read, or a local folder.
+        num_samples: Calibration windows.
+        sequence_length: Tokens in a window.
+        dtype: Data type of weights and activations. Default: the checkpoint's.
+        device: Where pruning would run.
+    """
+    from rich.console import Console
+
+    from wanda_lightning.inspection.inspect_model import inspect_model
+
+    inspection = inspect_model(pretrained, num_samples, sequence_length, dtype, device)
+    Console().print(inspection.to_table())
+    if inspection.weights and not inspection.weights.check.loads_whole:
+        sys.exit(1)
 
 
 def main(arguments: list[str]) -> None:
     """Run ``wanda-lightning inspect``."""
-    from rich.console import Console
-
-    inspection = run_function("inspect", inspect_model, arguments)
-    Console().print(inspection.to_table())
-    if inspection.weights and not inspection.weights.check.loads_whole:
-        sys.exit(1)
+    run_function("inspect", inspect, arguments)

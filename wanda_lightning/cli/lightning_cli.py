@@ -3,13 +3,18 @@
 import sys
 from typing import Any, NoReturn
 
+import lightning
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from typing_extensions import override
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.messages import HelpFormatter, shortened
+from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
+from wanda_lightning.cli.recipes import find, is_inline
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.trainer import PruningTrainer
@@ -23,8 +28,18 @@ A recipe (see `wanda-lightning recipes`) or a config.yaml sets all of this; opti
 class _Parser(LightningArgumentParser):
     """A parser whose errors name the mistake and little else."""
 
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(shortened(message), ex)
+
+
+class _RecipeFile(ActionConfigFile):
+    """``-c``, which takes the name of a packaged recipe where jsonargparse takes a file."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        recipe = values if is_inline(values) else str(find(values))
+        super().__call__(parser, cfg, recipe, option_string)
 
 
 class PruningCLI(LightningCLI):
@@ -39,16 +54,27 @@ class PruningCLI(LightningCLI):
             sys.exit(143)  # some of Lightning's loops would say 0, as if all was done
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
-        lightning = LightningCLI.subcommands()
+        inherited = LightningCLI.subcommands()
         both = {"model", "datamodule"}
-        return {"prune": both, "sweep": both, **{name: lightning[name] for name in ("fit", "validate", "test")}}
+        return {"prune": both, "sweep": both, **{name: inherited[name] for name in ("fit", "validate", "test")}}
 
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make ``-c`` take the names of recipes; all else as Lightning has it."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=_RecipeFile, help="Name of a recipe, or a file like one.")
+        return parser
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Use our module and datamodule unless others are named."""
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Resume with the settings that were given, as the Trainer does.
 
@@ -71,6 +97,7 @@ class PruningCLI(LightningCLI):
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
         if isinstance(self.model, CausalLM):
             self.model.check_trainable()
+        self.trainer.will_save = self.trainer.pruning_callback is not None
         if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
             self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
 
@@ -97,6 +124,7 @@ def run(args: ArgsType = None) -> PruningCLI:
     Returns:
         The CLI, after the sub-command is done.
     """
+    leave_gloo_at_exit()
     return PruningCLI(
         CausalLM,
         TextDataModule,

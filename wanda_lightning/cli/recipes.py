@@ -1,14 +1,12 @@
 """``wanda-lightning recipes``: the recipes that come with the package, found by name from any folder."""
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-
-from wanda_lightning.cli.commands import parser_settings
+from typing import Literal
 
 FOLDER = Path(str(files("wanda_lightning"))) / "recipes"
+Action = Literal["list", "show", "copy"]
 
 
 def recipes() -> dict[str, str]:
@@ -30,46 +28,61 @@ def find(recipe: str) -> Path:
     Raises:
         ValueError: If there is no such file, and no packaged recipe of that name.
     """
-    if Path(recipe).is_file():
-        return Path(recipe)
     path = Path(recipe)
+    if path.is_file():
+        return path
     packaged = FOLDER / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent.name in ("", "recipes") and packaged.is_file():
         return packaged
     raise ValueError(f"there is no file {recipe!r}, and the recipes of the package are {', '.join(recipes())}")
 
 
-def with_recipes_found(arguments: Sequence[str]) -> list[str]:
-    """Replace the names of packaged recipes after ``-c`` and ``--config`` by their files."""
-    found = list(arguments)
-    for number, argument in enumerate(arguments):
-        if argument.startswith("--config=") and "{" not in argument:
-            found[number] = f"--config={find(argument.removeprefix('--config='))}"
-        elif number and arguments[number - 1] in ("-c", "--config") and "{" not in argument:
-            found[number] = str(find(argument))
-    return found
+def is_inline(recipe: str) -> bool:
+    """Whether this is no name but the settings themselves, as ``-c '{trainer: {max_steps: 3}}'``."""
+    return "{" in recipe
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run ``wanda-lightning recipes``."""
-    parser = argparse.ArgumentParser(**parser_settings("recipes"))
-    commands = parser.add_subparsers(dest="command")
-    show = commands.add_parser("show", help="print a recipe")
-    copy = commands.add_parser("copy", help="copy a recipe to a file of your own")
-    for command in (show, copy):
-        command.add_argument("name")
-    copy.add_argument("target", nargs="?", type=Path, help="file (default: the recipe's name, in this folder)")
-    options = parser.parse_args(arguments)
-    if options.command is None:
+def list_show_or_copy(action: Action = "list", name: str | None = None, target: Path | None = None) -> None:
+    """List the recipes, print one, or copy it to a file of your own.
+
+    Args:
+        action: What to do.
+        name: The recipe to show or to copy.
+        target: File or folder of the copy. Default: the recipe's name, in this folder.
+
+    Raises:
+        ValueError: If there is no such recipe, none was named, or the target exists.
+    """
+    if action == "list":
         width = max(map(len, recipes()))
         print("\n".join(f"{name:{width}}  {what}" for name, what in recipes().items()))
-    elif options.command == "show":
-        print(find(options.name).read_text(encoding="utf-8"), end="")
+        return
+    if name is None:
+        raise ValueError(f"which recipe? `wanda-lightning recipes {action} NAME`, one of {', '.join(recipes())}")
+    source = find(name)
+    if action == "show":
+        print(source.read_text(encoding="utf-8"), end="")
     else:
-        source = find(options.name)
-        target = options.target or Path(source.name)
-        target = target / source.name if target.is_dir() else target
-        if target.exists():
-            raise ValueError(f"{target} exists already: name another file")
-        shutil.copyfile(source, target)
-        print(f"{source.stem} is in {target}: wanda-lightning ... -c {target}")
+        _copy(source, target or Path(source.name))
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``wanda-lightning recipes``."""
+    from wanda_lightning.cli.commands import run_function
+
+    run_function(
+        "recipes",
+        list_show_or_copy,
+        arguments,
+        action={"nargs": "?", "type": Action, "default": "list", "help": "What to do."},
+        name={"nargs": "?", "type": str, "help": "The recipe to show or to copy."},
+        target={"nargs": "?", "type": Path, "help": "File or folder of the copy, by default in this folder."},
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise ValueError(f"{target} exists already: name another file")
+    shutil.copyfile(source, target)
+    print(f"{source.stem} is in {target}: wanda-lightning ... -c {target}")

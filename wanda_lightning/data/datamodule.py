@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.checkpoints.loading import load_tokenizer
@@ -58,9 +59,11 @@ class TextDataModule(LightningDataModule):
     Raises:
         ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
 
-    Example:
-        >>> data = TextDataModule(tokenizer="my-model", num_samples=32, sequence_length=512)  # doctest: +SKIP
-        >>> report = prune_model(model, data.calibration_dataloader(), Wanda(), Unstructured(0.5))  # doctest: +SKIP
+    Examples:
+        >>> from transformers import ByT5Tokenizer  # its tokens are bytes, so it needs no file
+        >>> data = TextDataModule(tokenizer=ByT5Tokenizer(), num_samples=2, sequence_length=512)
+        >>> [batch["input_ids"].shape for batch in data.calibration_dataloader()]
+        [torch.Size([1, 512]), torch.Size([1, 512])]
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class TextDataModule(LightningDataModule):
         self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._built_for: tuple[PreTrainedTokenizerBase, int] | None = None
 
+    @override
     def prepare_data(self) -> None:
         """Download data and tokenizer, on one process."""
         self._source.prepare()
@@ -125,6 +129,7 @@ class TextDataModule(LightningDataModule):
         if self.tokenizer is not None:  # the module's own is the module's to download
             self._find_tokenizer()
 
+    @override
     def setup(self, stage: str | None = None) -> None:
         """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
 
@@ -140,6 +145,7 @@ class TextDataModule(LightningDataModule):
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
         return self._dataloader(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
 
+    @override
     def train_dataloader(self) -> DataLoader:
         """Return the consecutive windows of the training part, shuffled anew in each epoch of a Trainer."""
         rows = _rows(self._windows_of("train")[0])
@@ -152,6 +158,7 @@ class TextDataModule(LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
         processes = 1 if self.trainer is None else self.trainer.world_size
@@ -161,6 +168,7 @@ class TextDataModule(LightningDataModule):
         loaders = [self._dataloader(evaluation_rows(*each, processes), self.batch_size) for each in windows]
         return loaders[0] if len(loaders) == 1 else loaders
 
+    @override
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the same windows as ``val_dataloader``."""
         return self.val_dataloader()

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
+from typing_extensions import override
 
 
 class ShuffledByEpoch(RandomSampler):
@@ -37,6 +38,7 @@ class ResumableLoader(DataLoader):
     _taken: int = 0
     _resume: dict[str, int] = {}
 
+    @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those of them that a checkpoint left."""
         resume, self._resume = self._resume, {}

@@ -47,7 +47,7 @@ def random_windows(token_ids_L: Tensor, num_samples: int, sequence_length: int, 
     Raises:
         ValueError: If the text is too short.
 
-    Example:
+    Examples:
         >>> random_windows(torch.arange(100), num_samples=2, sequence_length=3, seed=0)
         tensor([[49, 50, 51],
                 [53, 54, 55]])

@@ -53,14 +53,17 @@ def _check_stored(linear: PrunableLinear) -> None:
             "make it an ordinary weight first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
             "remove_spectral_norm or prune.remove), or leave it out with ignore"
         )
-    if linear.weight.dtype not in PRUNABLE:
-        raise ValueError(
-            f"{linear.name} holds {linear.weight.dtype}, not floating-point weights: prune before quantising"
-        )
+    weight = linear.weight.data
+    held = weight.dtype if type(weight) is torch.Tensor else type(weight).__name__  # torchao's say that they are floats
+    if held not in PRUNABLE:
+        raise ValueError(f"{linear.name} holds {held}, not floating-point weights: prune before quantising")
 
 
 def check_finite(linears: Iterable[PrunableLinear]) -> None:
     """Refuse weights that are NaN or infinite.
+
+    Args:
+        linears: The linears that are to be pruned.
 
     Raises:
         ValueError: If there are such, with the linear's name.
@@ -72,6 +75,9 @@ def check_finite(linears: Iterable[PrunableLinear]) -> None:
 
 def refuse_sharded(model: nn.Module) -> None:
     """Refuse weights of which every process holds a part only.
+
+    Args:
+        model: The model.
 
     Raises:
         ValueError: If there are such.

@@ -6,7 +6,6 @@ weights (the masks are where they are not zero) and the rows of its report.
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_lightning.atomic_files import write_text
+from wanda_lightning.atomic_files import whole_file, write_text
 from wanda_lightning.engine.fingerprint import differences, hashed
 from wanda_lightning.engine.linear_pruning import PrunedLinear
 from wanda_lightning.engine.processes import Processes
@@ -93,6 +92,8 @@ class Journal:
 
     def _start(self, fingerprint: Mapping[str, Any]) -> None:
         self.lock()
+        for left in self.folder.glob(".*.safetensors"):  # by a write that was killed
+            left.unlink()
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
         if file.exists():
@@ -112,6 +113,12 @@ class Journal:
 
     def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
         """Make a pruned layer durable; no process goes on before it is.
+
+        Args:
+            number: Number of the layer.
+            layer: The layer, pruned.
+            done: What was done to its linears.
+            processes: All of them call this; the first one writes.
 
         Raises:
             OSError: If it cannot be written; the layers before it are kept.
@@ -167,18 +174,14 @@ class Journal:
                 file.unlink()
 
     def _save(self, number: int, weights: Mapping[str, Tensor], done: list[PrunedLinear]) -> None:
-        """Write a file under a temporary name, to the disk, and rename it."""
+        """Write the file of a layer, whole and to the disk."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         described = json.dumps([asdict(row) | {"magnitudes": asdict(magnitudes)} for row, magnitudes in done])
         metadata = {"rows": described, "sha256": hashed(tensors, described)}
-        unfinished = self.folder / ".unfinished"
         try:
-            save_file(tensors, unfinished, metadata=metadata)
-            _to_disk(unfinished)
-            os.replace(unfinished, self._file(number))
-            _to_disk(self.folder)
+            with whole_file(self._file(number)) as unfinished:
+                save_file(tensors, unfinished, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             raise OSError(
                 f"layer {number} cannot be written to {self.folder}: {error}. The {number} layers before it are kept "
                 "there: make room, and the same run goes on behind them"
@@ -226,11 +229,3 @@ def _read(file: Path) -> tuple[dict[str, Tensor], list[PrunedLinear]]:
         for row in json.loads(metadata["rows"])
     ]
     return tensors, done
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

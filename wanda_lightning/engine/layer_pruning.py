@@ -3,13 +3,16 @@
 Shapes: O out features, I in features.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.one_pass import NotOnePassError, OnePass, Part
 from wanda_lightning.engine.checks import check_finite
 from wanda_lightning.engine.linear_pruning import PrunedLinear, prune_linear
 from wanda_lightning.engine.plan import Plan
@@ -19,6 +22,8 @@ from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.sparsity import sparsity_of
 from wanda_lightning.statistics import InputStatistic
+
+log = logging.getLogger(__name__)
 
 
 def prune_layer(
@@ -45,15 +50,59 @@ def prune_layer(
     with processes.together():
         if is_offloaded(layer.module):  # others were looked at before the first layer
             check_finite(layer.linears)
+    if plan.true_sequential and inputs is not None and plan.statistic is not None:
+        try:
+            done = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
+        except NotOnePassError as reason:
+            log.info("%s is visited in two passes: %s", layer.name, reason)
+            done = _in_two_passes(layer, inputs, plan, processes)
+    else:
+        done = _in_two_passes(layer, inputs, plan, processes)
+    return [_as_it_is_now(linear, done[linear.name]) for linear in layer.linears]
+
+
+def _in_one_pass(
+    layer: DecoderLayer,
+    inputs: CalibratedLayer,
+    statistic: type[InputStatistic],
+    plan: Plan,
+    processes: Processes,
+) -> dict[str, PrunedLinear]:
+    """Prune linears as all batches reach them; afterwards the batches are behind the layer."""
+    dense = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
+    done: dict[str, PrunedLinear] = {}
+    with closing(OnePass(inputs, statistic, not inputs.is_last).parts()) as parts:
+        try:
+            while (part := _next(parts, processes)) is not None:
+                weights, rows = solve(layer, part.linears, part.statistics, plan, processes)
+                put_in_place(part.linears, weights)
+                done |= {name: each._replace(row=replace(each.row, passes=1)) for name, each in rows.items()}
+        except BaseException:
+            put_in_place(layer.linears, dense)
+            raise
+    return done
+
+
+def _next(parts: Iterator[Part], processes: Processes) -> Part | None:
+    with processes.together():
+        return next(parts, None)
+
+
+def _in_two_passes(
+    layer: DecoderLayer, inputs: CalibratedLayer | None, plan: Plan, processes: Processes
+) -> dict[str, PrunedLinear]:
+    """Prune all linears with statistics of the layer as it was; the batches are still before it."""
+    with processes.together():
         parts = inputs.parts(plan.statistic) if inputs and plan.statistic else [layer.linears]
     done: dict[str, PrunedLinear] = {}
     pruned: dict[str, Tensor] = {}
-    for linears in parts:  # each of them sees the layer as it was
+    for linears in parts:
         weights, rows = _prune_part(layer, linears, inputs, plan, processes)
         done |= rows
         pruned |= weights if len(parts) == 1 else {name: weight_OI.cpu() for name, weight_OI in weights.items()}
     put_in_place(layer.linears, pruned)
-    return [_as_it_is_now(linear, done[linear.name]) for linear in layer.linears]
+    passes = None if inputs is None else 2
+    return {name: each._replace(row=replace(each.row, passes=passes)) for name, each in done.items()}
 
 
 def _prune_part(

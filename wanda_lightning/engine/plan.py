@@ -24,6 +24,8 @@ class Plan:
         pattern: What linears are pruned to, where the selection says nothing else.
         selection: What the user said of linears.
         exact_error: Whether X^T X is gathered whatever the method.
+        true_sequential: Whether each linear is pruned with what the pruned linears before it give, also those of its
+            own layer, in one pass over the calibration set.
         layers: The decoder layers, with the linears that are to be pruned.
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
@@ -33,22 +35,40 @@ class Plan:
     pattern: Pattern
     selection: Selection
     exact_error: bool
+    true_sequential: bool
     layers: list[DecoderLayer]
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
 
     @classmethod
     def of(
-        cls, model: nn.Module, method: PruningMethod, pattern: Pattern, selection: Selection, exact_error: bool
+        cls,
+        model: nn.Module,
+        method: PruningMethod,
+        pattern: Pattern,
+        selection: Selection,
+        exact_error: bool = False,
+        true_sequential: bool = False,
     ) -> "Plan":
         """Find out what is to be done to a model.
+
+        Args:
+            model: The model, with its decoder layers.
+            method: The pruning method.
+            pattern: What linears are pruned to, where the selection says nothing else.
+            selection: What the user said of linears.
+            exact_error: Whether X^T X is gathered whatever the method.
+            true_sequential: Whether each linear is pruned with what the pruned linears before it give.
+
+        Returns:
+            The plan.
 
         Raises:
             ValueError: If the selection does not fit the model.
         """
         layers, patterns = selection.choose(model, pattern)
         layers, repeats = without_repeats(model, layers, patterns)
-        return cls(method, pattern, selection, exact_error, layers, patterns, repeats)
+        return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:
@@ -64,6 +84,7 @@ class Plan:
             "sparsity": self.pattern.sparsity,
             **vars(self.selection),
             "exact_error": self.exact_error,
+            **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
         }
 
     def new_report(self) -> PruningReport:

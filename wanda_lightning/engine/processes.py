@@ -83,7 +83,8 @@ def share_statistics(
     O I^2 for each weight with O outputs.
 
     Args:
-        statistics: By linear name; replaced by their sums, where this process is the one that needs them.
+        statistics: By linear name; replaced by their sums, where this process is the one that needs them. Those that
+            have been added up before stay as they are.
         linears: The linears that the statistics are of.
         processes: All of them have the same linears, and the same ones share a statistic.
 
@@ -94,21 +95,29 @@ def share_statistics(
         return {}
     groups: dict[int, list[PrunableLinear]] = {}
     for linear in linears:
-        groups.setdefault(id(statistics[linear.name]), []).append(linear)
-    shared = [statistics[group[0].name] for group in groups.values()]
-    tokens = torch.tensor([statistic.tokens for statistic in shared], device=shared[0].total.device)
-    processes.sum([tokens])
-    for statistic, count in zip(shared, tokens.tolist(), strict=True):
-        statistic.summed(count)
-    if not isinstance(shared[0], InputHessian):
-        processes.sum([statistic.total for statistic in shared])
-        return {}
-    owners = _balanced([_cost(group) for group in groups.values()], processes.size)
-    for statistic, owner in zip(shared, owners, strict=True):
+        if not statistics[linear.name].is_summed:
+            groups.setdefault(id(statistics[linear.name]), []).append(linear)
+    _sum([statistics[group[0].name] for group in groups.values()], [*groups.values()], processes)
+    owners = {linear.name: statistics[linear.name].owner for linear in linears}
+    return {name: owner for name, owner in owners.items() if owner is not None}
+
+
+def _sum(statistics: list[InputStatistic], groups: list[list[PrunableLinear]], processes: Processes) -> None:
+    """Add statistics up, each for the linears of a group."""
+    if not statistics:
+        return
+    counts = torch.tensor([statistic.tokens for statistic in statistics], device=statistics[0].total.device)
+    processes.sum([counts])
+    tokens = counts.tolist()
+    if not isinstance(statistics[0], InputHessian):
+        processes.sum([statistic.total for statistic in statistics])
+        for statistic, count in zip(statistics, tokens, strict=True):
+            statistic.summed(count)
+        return
+    owners = balanced([_cost(group) for group in groups], processes.size)
+    for statistic, count, owner in zip(statistics, tokens, owners, strict=True):
         processes.sum_to(owner, statistic.total)
-        if owner != processes.rank:
-            statistic.let_go()
-    return {linear.name: owner for group, owner in zip(groups.values(), owners, strict=True) for linear in group}
+        statistic.summed(count, owner, processes.rank)
 
 
 def _cost(linears: Sequence[PrunableLinear]) -> float:
@@ -116,7 +125,7 @@ def _cost(linears: Sequence[PrunableLinear]) -> float:
     return in_features**3 / 3 + sum(linear.weight_OI.shape[0] for linear in linears) * in_features**2
 
 
-def _balanced(costs: Sequence[float], processes: int) -> list[int]:
+def balanced(costs: Sequence[float], processes: int) -> list[int]:
     """Give the most costly piece of work first, each to the process that has the least so far."""
     load, owners = [0.0] * processes, [0] * len(costs)
     for piece in sorted(range(len(costs)), key=lambda piece: -costs[piece]):

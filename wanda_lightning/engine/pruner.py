@@ -45,6 +45,7 @@ def prune_model(
     layers: str | None = None,
     allocation: Allocation | None = None,
     exact_error: bool = False,
+    true_sequential: bool = False,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -71,6 +72,9 @@ def prune_model(
         allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``; see
             :func:`wanda_lightning.allocation.by_name.allocate`.
         exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
+        true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, as
+            GPTQ's setting of this name does (arXiv:2210.17323). All batches advance through a layer together, so one
+            pass is enough; by default there are two, one for the statistics of the whole layer and one for its outputs.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -86,7 +90,7 @@ def prune_model(
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
             if activations overflow in a later layer and not already in the first sequence, with which that is tried.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from wanda_lightning import Unstructured, Wanda
@@ -97,7 +101,7 @@ def prune_model(
     """
     clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
-    plan = Plan.of(model, method, pattern, Selection(targets, ignore, layers, allocation), exact_error)
+    plan = Plan.of(model, method, pattern, Selection(targets, ignore, layers, allocation), exact_error, true_sequential)
     check_pruning(model, plan, calibration is not None, journal)
     report, zeros = plan.new_report(), ZeroCount(model)
     with _left_as_found(model):

@@ -1,7 +1,7 @@
 """The bundled task ``builtin_continuation``: which of four passages continues this one?
 
-Built from the evaluation part of the built-in text, Python's language reference, by a fixed seed; no download. It is
-ours and **not a benchmark**: figures compare only with our own, under one version of Python (the text comes with it).
+It is built from the evaluation part of the built-in text, Python's language reference, with a fixed seed; no download.
+It is ours and **not a benchmark**: figures compare only with our own, under one version of Python, whose text it is.
 The right answer is the passage that follows in the same paragraph; the wrong ones come from other places in the text.
 Passages are one or more whole sentences; answers are cut to 100 characters.
 """

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, distributed
+from typing_extensions import override
 
 from wanda_lightning.checkpoints.quiet import quiet
 
@@ -49,33 +50,40 @@ class InMemoryLM(HFLM):
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         self._silent = not (progress and first)
 
+    @override
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Return one number of every process, shape (processes,)."""
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
         distributed.all_gather(gathered, tensor)
         return torch.stack(gathered)
 
+    @override
     def barrier(self) -> None:
         """Wait for the other processes."""
         if self.world_size > 1:
             distributed.barrier()
 
+    @override
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As HFLM, with or without a progress bar."""
         return super().loglikelihood(requests, disable_tqdm or self._silent)
 
+    @override
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As HFLM, with or without a progress bar."""
         return super().loglikelihood_rolling(requests, disable_tqdm or self._silent)
 
+    @override
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As HFLM, with or without a progress bar."""
         return super().generate_until(requests, disable_tqdm or self._silent)
 
+    @override
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         # For whole texts, lm-eval calls this once a batch and asks for a bar each time.
         return super()._loglikelihood_tokens(requests, disable_tqdm or self._silent or bool(override_bs), override_bs)
 
+    @override
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         with torch.no_grad():
             return self.model(inps, use_cache=False).logits  # nothing is generated: a cache would only take memory

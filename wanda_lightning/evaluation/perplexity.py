@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
+from typing_extensions import override
 
 CHUNK = 128  # tokens upcast at a time: no second copy of the logits
 
@@ -16,7 +17,7 @@ class Perplexity(Metric):
 
     Cross-entropy is computed in float32 whatever the logits' dtype, and summed in float64.
 
-    Example:
+    Examples:
         >>> metric = Perplexity()
         >>> metric.update(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
         >>> round(metric.compute().item(), 4)
@@ -35,6 +36,7 @@ class Perplexity(Metric):
         self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     @torch.no_grad()
+    @override
     def update(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
         """Add a batch.
 
@@ -48,6 +50,7 @@ class Perplexity(Metric):
                 self.nll += F.cross_entropy(logits.float(), labels, reduction="sum").double()
         self.tokens += (labels_BT != -100).sum()
 
+    @override
     def compute(self) -> Tensor:
         """Return the perplexity, float64."""
         return torch.exp(self.nll / self.tokens)

@@ -1,4 +1,4 @@
-"""Finding and loading lm-eval's tasks, at the start of a run: a task that cannot be had must not cost one."""
+"""Finding and loading lm-eval's tasks at the start of a run, so that a task that is missing costs no run."""
 
 import math
 import os

@@ -1,6 +1,7 @@
 """Zero-shot and few-shot tasks on a model in memory, by lm-eval (the extra ``[eval]``)."""
 
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import distributed
 
 from wanda_lightning.arguments import is_whole, whole_number
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
+from wanda_lightning.model.replaced import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class ZeroShotResult:
 
     Attributes:
         metrics: By ``task/metric``; standard errors as ``task/metric_stderr``; ``mean/acc`` over all that have ``acc``.
-            Of a group with a figure of its own only that figure.
+            A group that has a figure of its own gives only that figure.
         details: lm-eval's own results, every task and metric, with versions, settings and seeds; plain JSON types.
     """
 
@@ -110,6 +111,11 @@ def evaluate_zero_shot(
 def check_settings(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
     """Refuse numbers out of range.
 
+    Args:
+        num_fewshot: Examples in the prompt, >= 0, or None.
+        limit: Number of questions, >= 1, or a fraction of them in (0, 1), or None.
+        batch_size: Sequences in a batch, >= 1.
+
     Raises:
         ValueError: Names the value and what is accepted.
     """
@@ -134,7 +140,7 @@ def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     training = {module: module.training for module in model.modules()}
     padding = tokenizer.pad_token, tokenizer.padding_side
     try:
-        with patch.object(model, "tie_weights", lambda *_, **__: None):  # they are tied already, where they should be
+        with replaced(model, "tie_weights", lambda *_, **__: None):  # they are tied already, where they should be
             yield
     finally:
         for module, flag in training.items():
@@ -145,8 +151,18 @@ def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 @contextmanager
 def _subdued() -> Iterator[None]:
     """Keep lm-eval from forking a pool for bootstrap errors (not safe beside CUDA) and from a bar for every task."""
-    with patch.dict("os.environ", {"DISABLE_MULTIPROC": "1"}), patch("lm_eval.api.task.tqdm", lambda docs, **_: docs):
-        yield
+    from lm_eval.api import task
+
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with replaced(task, "tqdm", lambda docs, **_: docs):
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:

@@ -27,6 +27,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def compress_file(source: Path, target: Path) -> None:
     """Write a safetensors file again, without the zeros of its tensors.
 
+    Args:
+        source: The file.
+        target: The file to write.
+
     Raises:
         ValueError: If the file is damaged, or holds names that compression gives to parts of tensors.
     """
@@ -54,6 +58,10 @@ def compress_file(source: Path, target: Path) -> None:
 def decompress_file(source: Path, target: Path) -> None:
     """Undo :func:`compress_file`.
 
+    Args:
+        source: A compressed file.
+        target: The file to write.
+
     Raises:
         ValueError: If the file is damaged.
     """
@@ -73,6 +81,12 @@ def decompress_file(source: Path, target: Path) -> None:
 
 def read_compressed(source: Path) -> dict[str, Tensor]:
     """Read all tensors of a compressed file, with their zeros.
+
+    Args:
+        source: A compressed file.
+
+    Returns:
+        The tensors by name.
 
     Raises:
         ValueError: If the file is damaged.

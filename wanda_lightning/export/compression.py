@@ -4,20 +4,19 @@ The round trip is exact to the bit. Files are worked on tensor by tensor, so the
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from wanda_lightning.checkpoints.tensor_files import PLAIN, weight_files
+from wanda_lightning.atomic_files import whole_folder
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED, PLAIN, weight_files
 from wanda_lightning.export.bitmask import compress_file, decompress_file, read_compressed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPRESSED = ".compressed.safetensors"  # from_pretrained must not take these files for ordinary weights
 NOTE = "COMPRESSED.md"
 
 
@@ -120,16 +119,12 @@ def _convert(
     """Convert a folder's weight files and copy the others; the output appears when all is there."""
     if output.exists():
         raise ValueError(f"{output} exists already: name a new folder")
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as unfinished:
-        new = Path(unfinished) / "model"
-        shutil.copytree(folder, new, ignore=shutil.ignore_patterns(*(file.name for file in files), NOTE))
+    with whole_folder(output.absolute()) as new:
+        others = shutil.ignore_patterns(*(file.name for file in files), NOTE)
+        shutil.copytree(folder, new, ignore=others, dirs_exist_ok=True)
         if note:
             (new / NOTE).write_text(note, encoding="utf-8")
         written = [new / (file.name.removesuffix(COMPRESSED).removesuffix(PLAIN) + suffix) for file in files]
         for file, target in zip(files, written, strict=True):
             convert_file(file, target)
-        sizes = Sizes(*(sum(file.stat().st_size for file in some) for some in (files, written)))
-        new.rename(output)
-    return sizes
+        return Sizes(*(sum(file.stat().st_size for file in some) for some in (files, written)))

@@ -1,23 +1,29 @@
-"""What pruning would take, estimated without doing it."""
+"""The memory and time that pruning would take, estimated from shapes and from how fast the device is."""
 
-import time
 from typing import Any
 
 import torch
 
 from wanda_lightning.inspection.kinds import LinearKind
+from wanda_lightning.inspection.speed import product_rate, sorting_rate
 from wanda_lightning.model.decoder import DecoderLayer
 
 
-def _one_a_group(kinds: list[LinearKind]) -> list[LinearKind]:
-    """Keep one of the kinds that share an input: they have one Hessian."""
-    return list({kind.name if kind.input_group is None else kind.input_group: kind for kind in kinds}.values())
-
-
-def _memory(
-    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], activations: int, tokens: int
+def estimate_memory(
+    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int
 ) -> dict[str, int]:
-    """Count bytes; what is "in all" needs the device while it prunes, the calibration activations besides."""
+    """Count bytes; what is "in all" needs the device while it prunes, the calibration activations besides.
+
+    Args:
+        model: The model, on the meta device.
+        layers: Its decoder layers.
+        kinds: Its prunable linears.
+        windows: Number of calibration windows.
+        tokens: Length of a window.
+
+    Returns:
+        Bytes by purpose.
+    """
     size = model.dtype.itemsize
     weights = size * sum(parameter.numel() for parameter in model.parameters())
     by_layer = [size * sum(p.numel() for p in layer.module.parameters()) for layer in layers]
@@ -34,7 +40,7 @@ def _memory(
     return {
         "weights of the model": weights,
         "weights of its largest layer": max(by_layer),
-        "calibration activations": size * activations,
+        "calibration activations": size * windows * tokens * model.get_input_embeddings().weight.shape[1],
         "second-order methods, besides": hessians + factor,
         "Wanda in all, in memory": weights + wanda,
         "Wanda in all, streamed": streamed + wanda,
@@ -43,22 +49,46 @@ def _memory(
     }
 
 
-def _seconds(kinds: list[LinearKind], tokens: int, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Divide the operations of the matrix products by the rate of one that is timed; attention is not counted."""
-    ordinary, exact = _rate(dtype, device), _rate(torch.float32, device)
-    forward = sum(2 * tokens * kind.tokens * kind.count * kind.shape[0] * kind.shape[1] for kind in kinds) / ordinary
-    sums = sum(tokens * kind.tokens * kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
-    solving = sum(2 * kind.count * kind.shape[0] * kind.shape[1] ** 2 for kind in kinds) / exact
-    hessians = 1.13 * sums / (exact if device == "cpu" else ordinary)  # of the symmetric product, nine sixteenths
-    return {"Wanda": 2 * forward, "SparseGPT, Ablate": 2 * forward + hessians + solving}
+def estimate_seconds(
+    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, device: str
+) -> dict[str, float]:
+    """Divide the operations of pruning by the rates of the device; loading, evaluating and saving are not counted.
+
+    Args:
+        model: The model, on the meta device.
+        layers: Its decoder layers.
+        kinds: Its prunable linears.
+        windows: Number of calibration windows.
+        tokens: Length of a window.
+        device: Where pruning would run; its rates are measured.
+
+    Returns:
+        Seconds by method.
+    """
+    dtype, seen = model.dtype, windows * tokens
+    rate = product_rate(dtype, device)
+    exact_rate = rate if dtype == torch.float32 else product_rate(torch.float32, device)
+    linears = sum(2 * seen * kind.tokens * kind.count * kind.shape[0] * kind.shape[1] for kind in kinds)
+    forward = (linears + windows * len(layers) * _attention(model.config.get_text_config(), tokens)) / rate
+    # Scores are sorted; checking a mask, counting what it removes and measuring the error take as long again.
+    masks = 2 * sum(kind.count * kind.shape[0] * kind.shape[1] for kind in kinds) / sorting_rate(device)
+    sums = 1.13 * sum(seen * kind.tokens * kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
+    hessians = sums / (exact_rate if device == "cpu" else rate)  # 1.13: nine sixteenths of the product, which has 2
+    factors = sum(kind.count * kind.shape[1] ** 3 for kind in _one_a_group(kinds))
+    solving = sum(2 * kind.count * kind.shape[0] * kind.shape[1] ** 2 for kind in kinds)
+    wanda = 2 * forward + masks  # each layer runs twice: dense for the statistics, pruned for the next layer's inputs
+    return {"Wanda": wanda, "SparseGPT, Ablate": wanda + hessians + (factors + solving) / exact_rate}
 
 
-def _rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
-    """Time a square matrix product; return operations a second."""
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        (a @ b).sum().item()  # the item waits for a GPU
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+def _attention(config: Any, tokens: int) -> int:
+    """Count the operations of causal attention in one layer over one window; 0 where the config has no heads."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return 0
+    width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
+    return 2 * tokens**2 * heads * width  # two products of 2 operations each, over half of the square
+
+
+def _one_a_group(kinds: list[LinearKind]) -> list[LinearKind]:
+    """Keep one of the kinds that share an input: they have one Hessian."""
+    return list({kind.name if kind.input_group is None else kind.input_group: kind for kind in kinds}.values())

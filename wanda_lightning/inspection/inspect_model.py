@@ -1,23 +1,22 @@
 """What pruning a model would touch and take, without loading it; and how sparse the weights in its folder are.
 
-The model is built on the meta device from its config alone. Shapes: B batch, T tokens, I in features.
+The model is built on the meta device from its config alone.
 """
 
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from wanda_lightning.inspection.estimates import _memory, _seconds
+from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
 from wanda_lightning.model.decoder import coverage, decoder_layers
 
 GIB = 2**30
-log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Inspection:
         parameters: Number of all parameters.
         memory: Bytes by purpose.
         seconds: Estimated time on the device by purpose.
+        timed_for: What these times are for: windows, tokens and the device with its threads.
         weights: What the weight files hold, of a folder that has some.
     """
 
@@ -44,6 +44,7 @@ class Inspection:
     parameters: int
     memory: dict[str, int]
     seconds: dict[str, float]
+    timed_for: str
     weights: StoredWeights | None = None
 
     def to_table(self) -> Any:
@@ -68,6 +69,7 @@ class Inspection:
             "Linears with the same letter share one input, and so one statistic and one factorisation.",
             f"{self.coverage:.2%} of the matrix weights of the decoder layers are prunable; left dense: {dense}",
             costs,
+            f"Times are for {self.timed_for}; loading, evaluating and saving come on top.",
             *([self.weights.to_table()] if self.weights else []),
         )
 
@@ -84,23 +86,23 @@ def inspect_model(
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
         dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
-        device: Where pruning would run; a matrix product is timed there.
+        device: Where pruning would run; how fast it is, is measured in about a second.
 
     Returns:
         What was found.
 
     Raises:
-        ValueError: If there is no such model, no decoder layers in it, or a weight file is missing or cut off.
+        ValueError: If there is no such model, no decoder layers in it, a data type that nothing is computed in, or a
+            weight file is missing or cut off.
     """
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 
     config = load_config(pretrained)
-    weights_dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    model = build_skeleton(config, dtype=weights_dtype or torch.float32)
+    model = build_skeleton(config, dtype=_dtype(pretrained, config, dtype))
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
-    hidden = model.get_input_embeddings().weight.shape[1]
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
+    folder = Path(pretrained).expanduser()
     return Inspection(
         model=type(model).__name__,
         layers=[layer.name for layer in layers],
@@ -108,7 +110,34 @@ def inspect_model(
         left_dense=dict(left_dense),
         coverage=coverage(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        memory=_memory(model, layers, kinds, num_samples * sequence_length * hidden, sequence_length),
-        seconds=_seconds(kinds, num_samples * sequence_length, model.dtype, device),
-        weights=stored_weights(folder, model, layers) if (folder := Path(pretrained).expanduser()).is_dir() else None,
+        memory=estimate_memory(model, layers, kinds, num_samples, sequence_length),
+        seconds=estimate_seconds(model, layers, kinds, num_samples, sequence_length, device),
+        timed_for=f"{num_samples} windows of {sequence_length} tokens in {_name(model.dtype)} on {_described(device)}",
+        weights=stored_weights(folder, model, layers) if folder.is_dir() else None,
     )
+
+
+def _dtype(pretrained: str, config: Any, dtype: str) -> torch.dtype:
+    """Return the data type to compute in; refuse those that products are not defined for, such as float8."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+        return cast(torch.dtype, getattr(torch, dtype))
+    stored = getattr(config, "dtype", None) or torch.float32
+    if _name(stored) not in DTYPES:
+        raise ValueError(
+            f"{pretrained} is stored in {_name(stored)}, in which nothing can be pruned: "
+            "de-quantise it first, or say what it will be loaded in, such as --dtype bfloat16"
+        )
+    return cast(torch.dtype, getattr(torch, _name(stored)))
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(device: str) -> str:
+    if device != "cpu":
+        return device
+    threads = torch.get_num_threads()
+    return f"the CPU with {threads} thread{'s' if threads > 1 else ''}"

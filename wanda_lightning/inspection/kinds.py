@@ -1,7 +1,9 @@
-"""The linears that have the same place in every layer."""
+"""The kinds of linears in a model: those that have the same place in every layer, and which share an input.
+
+Shapes: O out features, I in features, B batch, T tokens.
+"""
 
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.names import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +36,27 @@ class LinearKind:
 
 
 def linear_kinds(model: Any, layers: list[DecoderLayer]) -> list[LinearKind]:
-    """Count linears by their name within a layer and their shape."""
+    """Count linears by their name within a layer and their shape.
+
+    Args:
+        model: The model, on the meta device.
+        layers: Its decoder layers.
+
+    Returns:
+        The kinds, in the order in which a layer has them.
+    """
     groups = _input_groups(model, layers[0])
     chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     found: dict[tuple[str, tuple[int, int]], list[PrunableLinear]] = {}
     for layer in layers:
         for linear in layer.linears:
-            place = re.sub(r"\.\d+(?=\.|$)", ".*", linear.name.removeprefix(f"{layer.name}."))
             shape = (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
-            found.setdefault((place, shape), []).append(linear)
+            found.setdefault((kind_of(linear.name, layer.name), shape), []).append(linear)
     kinds = []
-    for (place, shape), linears in found.items():
+    for (name, shape), linears in found.items():
         experts = len(linears[0].weight) if linears[0].expert is not None else None
         share = chosen / experts if chosen and experts else 1.0
-        kinds.append(LinearKind(place, shape, len(linears), share, groups.get(linears[0].name)))
+        kinds.append(LinearKind(name, shape, len(linears), share, groups.get(linears[0].name)))
     return kinds
 
 

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import THIN, PrunableLinear
-from wanda_lightning.model.names import is_router
+from wanda_lightning.model.names import is_router, kind_of
 from wanda_lightning.sparsity import SemiStructured, max_kept_per_group
 
 
@@ -49,15 +49,15 @@ class MatrixFinder:
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._list = layers[0].name.rpartition(".")[0]  # such as model.layers
+        self._list = layers[0].list_name
         end = re.escape(self._list.rpartition(".")[2])
         self._pattern = re.compile(rf"((?:.*?\.)?{end})\.(\d+)\.(.+)")
         self._linears: dict[tuple[int, str], list[PrunableLinear]] = {
-            (number, name): [] for number, layer in enumerate(layers) for name, _ in layer.module.named_parameters()
+            (layer.number, name): [] for layer in layers for name, _ in layer.module.named_parameters()
         }
-        for number, layer in enumerate(layers):
+        for layer in layers:
             for linear in layer.linears:
-                self._linears[number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
+                self._linears[layer.number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
 
     def place(self, name: str) -> tuple[int, str] | None:
         """Return the layer's number and the tensor's name in it; None for what is not in a decoder layer."""
@@ -76,12 +76,7 @@ class MatrixFinder:
             if min(tensor.shape) > THIN and not is_router(place[1]):
                 yield name.removesuffix(".weight"), tensor
         elif linears and tensor.shape == linears[0].weight.shape:
-            module, parameter, meta = linears[0].module, linears[0].parameter, linears[0].weight
-            setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))  # for a moment
-            try:
-                yield from ((linear.name, linear.weight_OI) for linear in linears)
-            finally:
-                setattr(module, parameter, meta)
+            yield from ((linear.name, linear.view(tensor)) for linear in linears)
 
 
 def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequence[SemiStructured]) -> StoredLinear:
@@ -97,5 +92,5 @@ def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequ
     rows, columns = kept_OI.shape
     most = {m: max_kept_per_group(kept_OI, m) for m in {pattern.m for pattern in patterns} if columns % m == 0}
     held = [str(pattern) for pattern in patterns if most.get(pattern.m, pattern.m) <= pattern.n]
-    kind = re.sub(r"\.\d+(?=\.|$)", ".*", place[1].removesuffix(".weight"))
+    kind = kind_of(place[1].removesuffix(".weight"))
     return StoredLinear(name, place[0], kind, (rows, columns), rows * columns - int(kept_OI.count_nonzero()), held)

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.checkpoints.tensor_files import opened, weight_files
-from wanda_lightning.export.compression import COMPRESSED
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_files
 from wanda_lightning.inspection.load_check import LoadCheck, load_check
 from wanda_lightning.inspection.stored_linears import MatrixFinder, StoredLinear, measure
 from wanda_lightning.model.decoder import DecoderLayer
@@ -78,9 +77,9 @@ class StoredWeights:
         """Return tables and findings for a rich console."""
         from rich.console import Group
 
-        return Group(terminal_table(*self._by_layer_and_kind()), *self._findings())
+        return Group(terminal_table(*self.by_layer_and_kind()), *self._findings())
 
-    def _by_layer_and_kind(self) -> tuple[list[str], list[list[str]]]:
+    def by_layer_and_kind(self) -> tuple[list[str], list[list[str]]]:
         """Tabulate the sparsity; consecutive layers that read the same share a row."""
         kinds = list(dict.fromkeys(linear.kind for linear in self.linears))
         short = [kind.removesuffix(".*").rpartition(".")[2] for kind in kinds]

@@ -52,5 +52,5 @@ class ADMM(PruningMethod):
         return prune_with_admm(weight_OI, hessian_II, pattern, self.steps, self.rho, self.damping)
 
     def tolerance(self, shape: tuple[int, int]) -> float:
-        """How far a mask may lie from the asked sparsity: less than one weight of the matrix."""
+        """Return how far a mask may be from the asked sparsity: less than one weight of the matrix."""
         return 1 / (shape[0] * shape[1])

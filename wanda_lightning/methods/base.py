@@ -41,7 +41,7 @@ class PruningMethod(ABC):
 
         Args:
             weight_OI: Weight, shape (out_features, in_features); changed in place.
-            statistic: Statistic of the linear's inputs, of the type that :attr:`statistic` names.
+            statistic: Statistic of the linear's inputs, of the type that the method's attribute ``statistic`` names.
             pattern: Which weights compete, and how many stay.
 
         Returns:
@@ -56,7 +56,7 @@ class PruningMethod(ABC):
         """
 
     def tolerance(self, shape: tuple[int, int]) -> float:
-        """How far a mask may lie from the asked sparsity: less than one weight in a comparison group is rounded."""
+        """Return how far a mask may be from the asked sparsity: rounding costs less than one weight in each group."""
         return 1 / shape[1]
 
 

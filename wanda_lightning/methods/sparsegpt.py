@@ -31,7 +31,7 @@ class SparseGPT(SecondOrderMethod):
     Raises:
         ValueError: If a setting is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from wanda_lightning.sparsity import SemiStructured
         >>> x, weight = torch.randn(64, 16), torch.randn(8, 16)
@@ -57,5 +57,5 @@ class SparseGPT(SecondOrderMethod):
         return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)
 
     def tolerance(self, shape: tuple[int, int]) -> float:
-        """How far a mask may lie from the asked sparsity: each block keeps less than one weight too many."""
+        """Return how far a mask may be from the asked sparsity: each block keeps less than one weight too many."""
         return self._tolerance_of_blocks(shape)

@@ -16,9 +16,9 @@ class Wanda(ScoreMethod):
     """Score |W_ij| * ||X_j||_2, compared within each output row (arXiv:2306.11695, eq. 1 and section 3).
 
     Args:
-        variant: Rows give up the same share alpha of their total score instead of the same number of weights: of each
-            row the lowest scores go whose sum is at most alpha times the row's, with one alpha for the matrix such that
-            exactly the asked fraction of it is pruned. Unstructured patterns only.
+        variant: Every row loses the same share alpha of its total score, instead of the same number of weights. The
+            lowest scores of a row are pruned as long as their sum is at most alpha times the row's total. One alpha
+            serves the whole matrix, chosen so that exactly the asked fraction is pruned. Unstructured patterns only.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0.
 
     Raises:
@@ -60,8 +60,8 @@ class Wanda(ScoreMethod):
 def _variant_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
     """Prune each row's lowest scores up to the share alpha of its total.
 
-    The reference searches alpha by bisection and stops within 0.1 % of the sparsity. What it searches for is a
-    threshold on the share of its row's total that lies at or below a weight, so selecting by that share is exact.
+    The reference searches alpha by bisection and stops within 0.1 % of the sparsity. Here each weight gets a number:
+    the share of its row's total that lies at or below it. Pruning the lowest of these numbers is exact.
     """
     sorted_OI, order_OI = score_OI.sort(dim=-1, stable=True)
     total_O1 = sorted_OI.double().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

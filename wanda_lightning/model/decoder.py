@@ -11,7 +11,8 @@ from torch import nn
 
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.linears import PrunableLinear, is_linear, matrix_parameters, own_modules, prunable_linears
-from wanda_lightning.model.names import is_router, matches
+from wanda_lightning.model.names import is_router, list_of, matches
+from wanda_lightning.model.quantized import refuse_quantized
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class DecoderLayer:
     module: nn.Module
     linears: list[PrunableLinear]
     left_dense: dict[str, str]
+
+    @property
+    def list_name(self) -> str:
+        """Name of the list that holds the layer, such as ``"model.layers"``."""
+        return list_of(self.name)
+
+    @property
+    def number(self) -> int:
+        """Its place in that list, from 0."""
+        return int(self.name.removeprefix(f"{self.list_name}."))
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -55,9 +66,10 @@ def decoder_layers(
         All decoder layers in order, also those in which nothing is pruned.
 
     Raises:
-        ValueError: If no decoder layers are found, their matrix weights are mostly not in linears, or a pattern
-            matches nothing.
+        ValueError: If the model is quantised, no decoder layers are found, their matrix weights are mostly not in
+            linears, or a pattern matches nothing.
     """
+    refuse_quantized(uncompiled(model))
     prefix, modules = _layer_list(uncompiled(model), layers)
     linears = {f"{prefix}.{i}": prunable_linears(layer, f"{prefix}.{i}") for i, layer in enumerate(modules)}
     uncovered = _uncovered(modules, linears)
@@ -90,6 +102,10 @@ def count_matches(layers: Sequence[DecoderLayer], patterns: Iterable[str]) -> di
 
 def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:
     """Refuse a pattern over names that matches none of some linears.
+
+    Args:
+        pattern: A shell-style pattern.
+        linears: The linears, one of which it has to match.
 
     Raises:
         ValueError: If it does not, with names that there are.

@@ -16,12 +16,12 @@ from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, Prunable
 def expert_inputs(
     linears: Sequence[PrunableLinear], hidden: Tensor, top_k_index: Tensor, mask_BT: Tensor | None
 ) -> Iterator[tuple[PrunableLinear, Tensor]]:
-    """Yield the expert matrices that some token was routed to, each with the tokens it sees.
+    """Yield each expert matrix with the tokens routed to it; matrices that got no token are left out.
 
     Args:
         linears: Matrices of one module of experts.
         hidden: What enters the module, shape (T, I) or (B, T, I).
-        top_k_index: The experts of each token, shape (T, K) or (B, T, K). Numbers beyond the last expert are none.
+        top_k_index: The experts of each token, shape (T, K) or (B, T, K). Numbers beyond the last expert mean none.
         mask_BT: Which tokens are real; None where all are.
 
     Yields:

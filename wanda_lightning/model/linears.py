@@ -56,7 +56,10 @@ class PrunableLinear:
     @property
     def weight_OI(self) -> Tensor:
         """A view of the weight, shape (out_features, in_features): writing to it changes the module."""
-        weight = self.weight.detach()
+        return self.view(self.weight.detach())
+
+    def view(self, weight: Tensor) -> Tensor:
+        """See a tensor that is laid out as the module stores its weight as this matrix, (out_features, in_features)."""
         if self.expert is None:
             return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
         return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]
@@ -81,8 +84,8 @@ def own_modules(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield a module and all it holds by name, as ``named_modules`` does, but look through wrappers.
 
-    What torch.compile wraps goes by the name it had before. Of a layer with adapters (peft) only the layer itself is
-    visited: the matrices of an adapter are small, and trained.
+    A module that torch.compile wraps keeps the name it had before. If a layer has adapters (peft), only the layer
+    itself is visited: the matrices of an adapter are small, and they are trained.
     """
     seen = set() if seen is None else seen
     children = module._modules

@@ -1,7 +1,7 @@
-"""Weights that are not in memory: on disk or, for a GPU's sake, in RAM, by the hooks of accelerate (``device_map``).
+"""Weights that accelerate's hooks (``device_map``) keep on disk, or in RAM to spare a GPU's memory.
 
 Such a parameter is on the meta device; the hook of its module knows where its values are, and loads them for every
-call. Here all of a layer is loaded once, for as long as it is needed.
+call. The functions here load a whole layer once, for as long as it is needed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def is_on_disk(module: nn.Module) -> bool:
 
 
 def names_without_values(model: nn.Module) -> list[str]:
-    """List the parameters whose values are nowhere: a model that was made on the meta device and never loaded."""
+    """List the parameters that have no values: the model was made on the meta device and never loaded."""
     return [
         f"{prefix}.{name}" for prefix, part in model.named_modules() if _hook(part) is None for name in _offloaded(part)
     ]
@@ -40,7 +40,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextmanager
 def in_memory(layer: nn.Module) -> Iterator[None]:
-    """Load the offloaded weights of a layer for a while: calls of it then load nothing. Others are left as they are."""
+    """Load the offloaded weights of a layer for a while, so that calls load nothing; others stay as they are."""
     loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
     hooks = []
     try:
@@ -66,8 +66,8 @@ def write_back(layer: nn.Module, weights: Mapping[str, nn.Parameter], file: Path
     Args:
         layer: The layer.
         weights: The changed parameters, by the names that they have in ``file``.
-        file: A safetensors file that holds them, for weights that are kept on disk; where those came from stays as it
-            is.
+        file: A safetensors file that holds the changed weights, if weights are kept on disk. The file that they were
+            loaded from does not change.
     """
     names = {weight: name for name, weight in weights.items()}
     for part in layer.modules():

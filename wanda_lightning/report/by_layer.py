@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from wanda_lightning.model.names import list_of, number_of
 from wanda_lightning.report.linear_report import LinearReport
 
 if TYPE_CHECKING:
@@ -32,16 +33,16 @@ def by_kind(report: "PruningReport", value: Callable[[list[LinearReport]], float
 def layers(report: "PruningReport") -> list[str]:
     """List the names of the decoder layers in order, those that were left dense too."""
     stem = stem_of(report)
-    dense = [f"{stem}.{number(name, stem)}" for name in report.not_pruned if stem and name.startswith(f"{stem}.")]
+    dense = [f"{stem}.{label(name, stem)}" for name in report.not_pruned if stem and name.startswith(f"{stem}.")]
     names = dict.fromkeys([row.layer for row in report.linears] + dense)
-    return sorted(names, key=lambda name: int(number(name, stem)) if number(name, stem).isdigit() else -1)
+    return sorted(names, key=lambda name: -1 if (number := number_of(name)) is None else number)
 
 
 def stem_of(report: "PruningReport") -> str:
     """Return the name of the list of decoder layers, such as ``model.layers``."""
-    return report.linears[0].layer.rpartition(".")[0] if report.linears else ""
+    return list_of(report.linears[0].layer) if report.linears else ""
 
 
-def number(name: str, stem: str) -> str:
-    """Return the layer's number in a name."""
+def label(name: str, stem: str) -> str:
+    """Return what tells a layer, or the layer of a matrix, from others of the list: its number."""
     return name.removeprefix(f"{stem}.").partition(".")[0]

@@ -20,7 +20,7 @@ def environment() -> dict[str, str]:
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
+    """Return the versions of the packages that are installed."""
     versions = {}
     for package in packages:
         try:

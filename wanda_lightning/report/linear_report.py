@@ -19,7 +19,8 @@ class LinearReport:
         tokens: Calibration tokens that reached it; None for methods without calibration.
         error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
         error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
-        damping: What the Hessian's factor took, for second-order methods; more than asked for if that failed.
+        passes: How often the calibration set ran through its layer: 2, or 1 where linears were pruned on the way.
+        damping: For second-order methods, the damping that was used; it is larger than asked for if that failed.
     """
 
     name: str
@@ -31,10 +32,11 @@ class LinearReport:
     error: float | None = None
     error_is_exact: bool = False
     damping: float | None = None
+    passes: int | None = None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":
-        """Read back what ``asdict`` and JSON made of a row; names that it does not have now are left out."""
+        """Read a row back from what ``asdict`` and JSON made of it; names that rows no longer have are left out."""
         known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
         return cls(**{**known, "shape": tuple(plain["shape"])})
 

@@ -30,8 +30,9 @@ def model_card(report: "PruningReport", base: str | None = None, training: Train
 
     Args:
         report: What the pruning did, and the evaluations.
-        base: Name or folder of the dense model, if it is known. Of local folders and files only the name is told.
-        training: What happened to the model besides.
+        base: Name or folder of the dense model, if it is known. Of a local path only its last
+            part is shown.
+        training: How the model was trained after the pruning.
         steps: Number of training steps.
 
     Returns:
@@ -64,6 +65,6 @@ def model_card(report: "PruningReport", base: str | None = None, training: Train
 
 
 def _without_folder(value: Any) -> str:
-    """Write a setting; where the user's files lie is nobody's business."""
+    """Write a setting without the folders of the user's files, which are private."""
     parts = str(value).split(", ")
     return ", ".join(Path(part).name if os.path.exists(part) else part for part in parts)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PruningReport:
-    """All that is worth knowing of one pruning, and of the evaluations around it.
+    """Everything that is worth knowing about one pruning and the evaluations around it.
 
     Attributes:
         method: The method and its settings, such as ``"Wanda(variant=False)"``.
@@ -31,8 +31,9 @@ class PruningReport:
         not_pruned: Linears of the decoder left dense, by name with the reason.
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
         seconds: Time of the whole pruning.
-        seconds_by_phase: What of it went where, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
-        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see :func:`peak_memory`.
+        seconds_by_phase: How that time was spent, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
+        memory: Bytes, such as ``{"peak process memory": 2147483648}``; see
+            :func:`wanda_lightning.report.environment.peak_memory`.
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
@@ -109,14 +110,19 @@ class PruningReport:
             f"({self.whole_model_sparsity:.2%} of the whole model){took}."
         )
 
+    def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
+        """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+        if not self.evaluations:
+            return None
+        values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
+        metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
+        rows = [[metric, *(stage.get(metric, "") for stage in values.values())] for metric in metrics]
+        return ["evaluation", *values], rows
+
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         """Yield the tables that are not by layer, each a header and rows of text."""
-        if self.evaluations:
-            stages = list(self.evaluations)
-            values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
-            metrics = list(dict.fromkeys(metric for stage in stages for metric in values[stage]))
-            rows = [[metric, *(values[stage].get(metric, "") for stage in stages)] for metric in metrics]
-            yield ["evaluation", *stages], rows
+        if evaluation := self.evaluation_table():
+            yield evaluation
         if self.matches:
             yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
         if self.not_pruned:

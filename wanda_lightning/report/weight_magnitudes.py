@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SAMPLE = 2**14
-"""Of a larger matrix evenly spaced rows with about so many weights are counted; that few, and no threads are woken."""
+"""In a larger matrix, evenly spaced rows with about this many weights are counted; so few need no second thread."""
 
 ZERO = -127
 """The bin of weights that are zero, or below 2**-31."""

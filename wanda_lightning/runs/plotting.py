@@ -1,9 +1,9 @@
 """A picture of a comparison: a metric against sparsity, one line a method (matplotlib, the extra ``[plot]``)."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wanda_lightning.atomic_files import whole_file
 
 if TYPE_CHECKING:
     from wanda_lightning.runs.comparison import Comparison
@@ -102,22 +102,9 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     axes.set_ylabel(metric.removeprefix("val/"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    _write(figure, path)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished)
 
 
 def _point(row: dict[str, Any], metric: str) -> Point:
     return round(100 * row["sparsity"], 2), row["metrics"][metric]
-
-
-def _write(figure: Any, path: Path) -> None:
-    """Write the picture whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        figure.savefig(unfinished)
-        os.chmod(unfinished, 0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        os.unlink(unfinished)
-        raise

@@ -24,6 +24,7 @@ class PruningTrainer(Trainer):
     """Lightning's Trainer, which can also prune and sweep."""
 
     comparison: Comparison | None = None
+    will_save = False  # the pruning callback then refuses a model that cannot be saved before it prunes
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
@@ -63,6 +64,7 @@ class PruningTrainer(Trainer):
             )
         if callback.schedule is not None and save:
             raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+        self.will_save |= save
         if callback.resume is None:
             callback.resume = True  # until the model is saved
         if callback.report is None:

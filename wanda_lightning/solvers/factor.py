@@ -84,9 +84,9 @@ def factorize(hessian_II: Tensor, damping: float = 0.01) -> Factor:
 def _reverse_cholesky(hessian_II: Tensor, added_I: Tensor) -> Tensor | None:
     """Factorise H + diag(added) = G^T G from the last columns to the first; None if it is not positive definite.
 
-    By blocks, so that most of the work is matrix products and nothing above the diagonal is touched. Of a block row b,
-    with what the rows after it have already explained taken off, G_bb^T G_bb is the diagonal block and
-    G_bb^T G[b, :b] the rest.
+    The work is done in blocks, so that most of it is matrix products and nothing above the diagonal is touched. For
+    each block row b, first what the later rows have already explained is subtracted. Then the diagonal block is
+    G_bb^T G_bb, and the rest of the row is G_bb^T G[b, :b].
     """
     lower_II = torch.zeros_like(hessian_II, memory_format=torch.contiguous_format)
     infos = []

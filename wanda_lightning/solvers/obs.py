@@ -13,9 +13,7 @@ Within the block the errors are those of the published loop. Weights are transpo
 Shapes: O out features, I in features, B columns of a block, S columns of a group that is chosen together.
 """
 
-import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +26,8 @@ SUB_BLOCK = 16
 """Columns that are visited one at a time between two matrix products."""
 FUSED_BLOCK = 512
 """The widest block whose columns the GPU kernel holds in registers."""
-
-log = logging.getLogger(__name__)
-_fused_works = True
+FUSED_DEVICES = ["cuda"]
+"""Types of device that the kernel is made for."""
 
 
 @torch.no_grad()
@@ -147,19 +144,18 @@ def _as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.view(torch.uint8).to(dtype)
 
 
-def _fused(w_BO: Tensor, inverse_BB: Tensor, pruned_BO: Tensor, *n_of_m: Any) -> bool:
+def _fused(
+    w_BO: Tensor, inverse_BB: Tensor, pruned_BO: Tensor, importance_B1: Tensor | None = None, n: int = 0, m: int = 0
+) -> bool:
     """Run the block as one GPU kernel, if there is one for it here; tell whether it ran."""
-    global _fused_works
-    if not (_fused_works and w_BO.is_cuda and w_BO.dtype == torch.float32 and len(w_BO) <= FUSED_BLOCK):
+    if w_BO.device.type not in FUSED_DEVICES or w_BO.dtype != torch.float32 or len(w_BO) > FUSED_BLOCK:
         return False
-    try:
-        from wanda_lightning.solvers import triton_obs
+    from wanda_lightning.solvers import triton_obs
 
-        triton_obs.sweep(w_BO, inverse_BB, pruned_BO, *n_of_m)
-    except Exception as error:  # a missing compiler, an old GPU: Triton has many ways to fail
-        _fused_works = False
-        log.warning("the fused GPU kernel cannot be used, the slower torch loop takes over: %s", error)
-    return _fused_works
+    if not triton_obs.works(w_BO.device, len(w_BO), n, m):
+        return False
+    triton_obs.sweep(w_BO, inverse_BB, pruned_BO, importance_B1, n, m)
+    return True
 
 
 def _sweep(w_BO: Tensor, inverse_BB: Tensor, group: int, rate: Callable[[Tensor, int], Tensor]) -> None:

@@ -6,16 +6,47 @@ Rows of a weight are independent once it is known which weights go, and N:M choo
 Shapes: O out features, B columns of a block, K = B rounded up to a power of two, R rows of a program.
 """
 
+import logging
+from functools import cache
+from subprocess import CalledProcessError
+
 import torch
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
 except ImportError:  # CPU builds of torch come without it
-    triton = None
+    triton, TritonError = None, ImportError
 
 ROWS = 16
+NOT_HERE = (ImportError, OSError, RuntimeError, CalledProcessError, TritonError)
+"""How Triton fails where it is missing, has no C compiler, or the GPU is too old or too small for the kernel."""
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def works(device: torch.device, columns: int, n: int = 0, m: int = 0) -> bool:
+    """Tell whether the kernel runs on a device, which is tried once with a few rows of zeros.
+
+    Args:
+        device: The device.
+        columns: Columns of a block.
+        n: For N:M, weights to keep in each group.
+        m: For N:M, the size of a group, else 0.
+
+    Returns:
+        Whether it runs. If it does not, the log says why.
+    """
+    w_BO, inverse_BB = torch.zeros(columns, ROWS, device=device), torch.eye(columns, device=device)
+    try:
+        sweep(w_BO, inverse_BB, torch.zeros_like(w_BO, dtype=torch.bool), inverse_BB[:, :1], n, m)
+    except NOT_HERE as error:
+        log.warning("the fused GPU kernel cannot be used, the slower torch loop takes over: %s", error)
+        return False
+    return True
 
 
 def sweep(

@@ -20,7 +20,7 @@ class Distillation:
     over the predicted tokens. T^2 makes up for the gradients that a temperature shrinks.
 
     Args:
-        alpha: Weight of the teacher, in [0, 1]; the text has the rest.
+        alpha: Weight of the teacher, in [0, 1]; the text's own tokens weigh 1 - alpha.
         temperature: T, > 0. Higher values show more of what the teacher thinks of unlikely tokens.
         teacher: Name, folder or ``.gguf`` file of the dense model. Default: the one that is pruned, loaded once more.
 
@@ -71,7 +71,7 @@ class Distillation:
 
 
 class Teacher:
-    """A frozen model in eval mode that is part of no module: of no checkpoint, no optimizer and no search for a model.
+    """A frozen model in eval mode. It is no submodule, so checkpoints, optimizers and searches for a model pass it by.
 
     Args:
         model: A causal language model of transformers.

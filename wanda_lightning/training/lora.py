@@ -23,7 +23,7 @@ class LoraSettings:
     Args:
         rank: Rank r of B A, >= 1.
         alpha: B A is scaled by alpha / r.
-        dropout: Of the adapters' inputs while training, in [0, 1).
+        dropout: Fraction of the adapters' inputs that is dropped while training, in [0, 1).
         target_modules: Names of the linears that get an adapter.
         merge: What is saved after training: ``"none"`` the pruned model and the adapter, in folders of their own;
             ``"masked"`` one model, whose weights are (W + B A) * M with M = 1 where W is not zero. B A has no zeros, so
@@ -130,8 +130,8 @@ def save_adapter(model: nn.Module, folder: Path, base: Path) -> None:
 
     Args:
         model: The model with its adapter.
-        folder: Where it goes.
-        base: Folder of the pruned model that it belongs to: with the model it was made from, the zeros would be lost.
+        folder: The folder to write to.
+        base: Folder of the pruned model that it belongs to. On top of the dense model it would bring no zeros.
     """
     adapted = cast(Any, model)
     for config in adapted.peft_config.values():

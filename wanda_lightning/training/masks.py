@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class WeightMasks:
     """Boolean masks of the weights that have zeros, one byte a weight.
 
-    Of a sharded weight (DTensor) this process's part is masked, whatever the others do.
+    If a weight is sharded (DTensor), each process masks its own part.
 
     Args:
         weights: Parameters by name. Those without zeros need no mask and are left out.

@@ -7,6 +7,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
+from wanda_lightning.model.names import number_of
 from wanda_lightning.report.by_layer import by_kind, layers
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
@@ -74,10 +75,10 @@ def _by_layer(report: PruningReport) -> Iterator[tuple[int, dict[str, float]]]:
             for figure, series in figures.items()
             for kind, values in series.items()
         }
-        number = layer.rpartition(".")[2]
+        number = number_of(layer)
         known = {name: value for name, value in metrics.items() if value is not None}
         if known:
-            yield int(number) if number.isdigit() else place, known
+            yield place if number is None else number, known
 
 
 def _log_pages(report: PruningReport, trainer: Trainer) -> None:

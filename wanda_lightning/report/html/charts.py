@@ -6,7 +6,8 @@ Marks are drawn in stretched SVGs and text is HTML, so that text keeps its size 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+
+from markupsafe import Markup, escape
 
 from wanda_lightning.report.weight_magnitudes import ZERO, Magnitudes
 
@@ -14,17 +15,17 @@ Show = Callable[[float], str]
 COLORS = 8
 
 
-def breakable(name: str) -> str:
+def breakable(name: str) -> Markup:
     """Escape a name and let it break behind dots, slashes and underscores."""
-    text = escape(name)
+    text = str(escape(name))
     for mark in "._/":
         text = text.replace(mark, f"{mark}<wbr>")
-    return text
+    return Markup(text)
 
 
 def heat_map(
     series: Mapping[str, Sequence[float | None]], labels: Sequence[str], top: float, show: Show, level: Show, color: str
-) -> str:
+) -> Markup:
     """Draw a strip of cells for each series, darker for more, with the mean beside it.
 
     Args:
@@ -58,13 +59,13 @@ def heat_map(
         for part in range(9)
     )
     scale = f'0<span class="scale" style="background: linear-gradient(to right, {stops})"></span>{level(top)}'
-    return (
+    return Markup(
         f'<figure><div class="plot">{strips}{_axis(labels)}</div>'
         f"<figcaption>{scale}; on the right the mean over the layers</figcaption></figure>"
     )
 
 
-def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], level: Show) -> str:
+def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], level: Show) -> Markup:
     """Draw a line for each series over the same labels, from 0 up; None leaves a gap."""
     top, levels = _levels(max(value for values in series.values() for value in values if value is not None))
     marks = "".join(f'<path class="rule" d="M0 {_y(mark, top)}H{len(labels)}"/>' for mark in levels)
@@ -89,32 +90,34 @@ def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], l
     texts = "".join(
         f'<span class="level" style="top: {_y(mark, top)}%">{level(mark)}</span>' for mark in levels if mark
     )
-    return (
+    return Markup(
         f'<figure class="plot"><div class="legend">{legend}</div><div class="area"><svg '
         f'viewBox="0 0 {len(labels)} 100" preserveAspectRatio="none" role="img">{marks}</svg>{texts}</div>'
         f"{_axis(labels)}</figure>"
     )
 
 
-def bars(values: Mapping[str, float], show: Show) -> str:
-    """Draw a bar for each value, with the value behind it."""
+def bars(values: Mapping[str, float], show: Show) -> Markup:
+    """Draw a bar for each value, with the value behind it; nothing where there are none."""
+    if not values:
+        return Markup()
     top = max(values.values()) or 1.0
     rows = "".join(
         f'<div class="name">{breakable(name)}</div><div class="bar">'
         f'<i style="width: calc({value / top:.4f} * (100% - 7.5rem))"></i>{escape(show(value))}</div>'
         for name, value in values.items()
     )
-    return f'<div class="plot list">{rows}</div>'
+    return Markup(f'<div class="plot list">{rows}</div>')
 
 
-def histograms(magnitudes: Mapping[str, Magnitudes]) -> str:
+def histograms(magnitudes: Mapping[str, Magnitudes]) -> Markup:
     """Draw for each kind how many weights of each magnitude were kept (lower part of a bar) and pruned (upper)."""
     shares = {kind: _shares(counts) for kind, counts in magnitudes.items()}
     top = max((sum(both) for bins in shares.values() for both in bins.values()), default=0.0)
     # The tail towards zero is long and thin: leave out what would not be seen.
     seen = [b for bins in shares.values() for b, both in bins.items() if sum(both) > 0.004 * top]
     if not seen:
-        return ""
+        return Markup()
     first, last = min(seen) - 1, max(seen) + 2
     places = {power: (4 * math.log2(10.0**power) - first) / (last - first) for power in range(-12, 10)}
     axis = "".join(
@@ -143,7 +146,7 @@ def histograms(magnitudes: Mapping[str, Magnitudes]) -> str:
             f'<figure class="bars"><figcaption>{breakable(kind)}</figcaption><svg viewBox="0 0 {last - first} 100" '
             f'preserveAspectRatio="none" role="img">{marks}</svg><div class="axis">{axis}</div></figure>'
         )
-    return f'<div class="panels">{panels}</div>'
+    return Markup(f'<div class="panels">{panels}</div>')
 
 
 def _shares(counts: Magnitudes) -> dict[int, tuple[float, float]]:

@@ -1,0 +1,96 @@
+"""Calls that pause: one runs at a time, in what order one likes, and none is left behind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from wanda_lightning.calibration.resumable import Resumable, pause
+
+
+def steps(name, said, number=3):
+    for step in range(number):
+        said.append((name, step))
+        pause(f"{name}{step}")
+    return f"{name} is through"
+
+
+def test_they_take_turns():
+    said = []
+    a, b = (Resumable(lambda name=name: steps(name, said)) for name in "ab")
+    answers = [a.resume(), b.resume(), b.resume(), a.resume()]
+    assert said == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert answers == ["a0", "b0", "b1", "a1"]
+    assert a.resume() == "a2"
+    assert not a.is_done
+    assert a.resume() is None
+    assert a.is_done
+    assert not b.is_done
+    assert a.take_result() == "a is through"
+    assert a.take_result() is None
+    b.give_up()
+    assert b.is_done
+
+
+def test_an_error_reaches_who_resumed():
+    def fails():
+        pause(1)
+        raise RuntimeError("in the middle")
+
+    call = Resumable(fails)
+    call.resume()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        call.resume()
+    assert call.is_done
+
+
+def test_giving_up_unwinds_and_frees():
+    closed = []
+
+    def waits():
+        tensor = torch.zeros(4)
+        kept.append(weakref.ref(tensor))
+        try:
+            pause(None)
+        finally:
+            closed.append(True)
+
+    kept: list = []
+    call = Resumable(waits)
+    call.resume()
+    assert kept[0]() is not None
+    call.give_up()
+    call.give_up()  # twice will do
+    assert closed == [True]
+    del call
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_giving_up_what_never_began():
+    call = Resumable(lambda: pause(None))
+    call.give_up()
+    assert not call.is_done
+
+
+def test_each_has_its_own_gradients_and_autocast():
+    """What one of them switches on around a pause is not seen by the others, nor by who resumes them."""
+
+    def with_modes():
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            pause(None)
+            inside.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        pause(None)
+        inside.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    inside: list = []
+    with torch.no_grad():
+        first, second = Resumable(with_modes), Resumable(with_modes)
+        for call in (first, second, second, first):
+            call.resume()
+            assert not torch.is_grad_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+        first.resume()
+    assert inside == [(True, True), (True, True), (False, False)]
+    second.give_up()

@@ -1,0 +1,62 @@
+"""Files and folders that are whole or not there, also where the disk is full or a rename fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from wanda_lightning.atomic_files import whole_file, whole_folder, write_text
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_when_all_of_it_is_written(tmp_path):
+    with whole_file(tmp_path / "new" / "picture.png") as unfinished:
+        assert unfinished.suffix == ".png"  # matplotlib goes by it
+        unfinished.write_bytes(b"picture")
+        assert not (tmp_path / "new" / "picture.png").exists()
+    assert names(tmp_path / "new") == ["picture.png"]
+    assert (tmp_path / "new" / "picture.png").read_bytes() == b"picture"
+    assert (tmp_path / "new" / "picture.png").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with whole_folder(folder) as unfinished:
+        (unfinished / "inner").mkdir(mode=0o700)
+        write_text(unfinished / "inner" / "new.txt", "new")
+        (unfinished / "inner" / "new.txt").chmod(0o600)
+        assert names(folder) == ["old.txt"]
+    assert names(tmp_path) == ["model"]
+    assert names(folder) == ["inner"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert modes == {"model": 0o755, "inner": 0o755, "new.txt": 0o644}
+
+
+@pytest.mark.parametrize("where", ["inside", "fsync", "rename"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_failed_write_leaves_what_was_there(where, older, tmp_path, monkeypatch):
+    if older:
+        with whole_folder(tmp_path / "model") as unfinished:
+            (unfinished / "old.txt").write_text("old")
+    rename = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):  # noqa: PT012
+        if where == "fsync":
+            patch.setattr(os, "fsync", full)
+        if where == "rename":
+            patch.setattr(Path, "rename", lambda self, to: full() if self.name == "new" else rename(self, to))
+        with whole_folder(tmp_path / "model") as unfinished:
+            (unfinished / "new.txt").write_text("new")
+            if where == "inside":
+                full()
+    assert names(tmp_path) == (["model"] if older else [])
+    if older:
+        assert names(tmp_path / "model") == ["old.txt"]

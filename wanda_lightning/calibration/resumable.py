@@ -1,0 +1,82 @@
+"""Calls that can be left in the middle, and go on later: greenlets, of which one runs at a time.
+
+A thread for each call would do as well, but each thread that computes brings a team of OpenMP threads on a CPU and a
+handle of cuBLAS with its workspace on a GPU. All greenlets live in one thread.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+
+class Resumable:
+    """A call that may pause itself.
+
+    Args:
+        function: What is called, without arguments.
+
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._greenlet = greenlet(function)
+        self._modes = _Modes()
+        self._result: Any = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the function has returned, raised or was given up."""
+        return self._greenlet.dead
+
+    def resume(self) -> Any:
+        """Let the function run until it pauses or returns.
+
+        Returns:
+            What it gave to :func:`pause`; None if it returned.
+        """
+        outside, self._greenlet.parent = _Modes(), getcurrent()
+        self._modes.enter()
+        try:
+            said = self._greenlet.switch()
+        finally:
+            self._modes = _Modes()
+            outside.enter()
+        if self.is_done:
+            self._result = said
+            return None
+        return said
+
+    def take_result(self) -> Any:
+        """Return what the function returned, once: it is not kept."""
+        result, self._result = self._result, None
+        return result
+
+    def give_up(self) -> None:
+        """Unwind the function where it pauses; it does not go on."""
+        if self._greenlet and not self.is_done:
+            self._greenlet.parent = getcurrent()
+            with suppress(GreenletExit):
+                self._greenlet.throw(GreenletExit)
+
+
+def pause(said: Any) -> None:
+    """Within a function that is resumable: wait until it is resumed, and say something to who resumed it last."""
+    getcurrent().parent.switch(said)
+
+
+class _Modes:
+    """What torch keeps for a thread and a function may have changed when it pauses: gradients and autocast."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+        }
+
+    def enter(self) -> None:
+        torch._C._set_grad_enabled(self._grad)
+        for device, (enabled, dtype) in self._autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)

@@ -1,0 +1,92 @@
+"""Whether a model can be saved, told from its structure: no weight is written, so that it takes seconds."""
+
+import logging
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.checkpoints.quantization import forget_quantization
+from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
+    """Save all of a model but its weights, and load it again with weights that take no memory.
+
+    Args:
+        model: The model, of any size, also streamed from disk.
+        tokenizer: What is saved beside it.
+
+    Raises:
+        ValueError: If saving fails, or what was saved would load as another model, with the reason.
+    """
+    try:
+        with quiet("transformers", logging.CRITICAL), without_progress_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reloaded = _dry_save(model, tokenizer)
+    except OSError:  # no fault of the model's
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be saved: {_in_a_line(error)}") from error
+    if difference := next(_differences(model, reloaded), None):
+        raise ValueError(f"{type(model).__name__} cannot be saved so that it loads as it is: {difference}")
+
+
+def _dry_save(model: Any, tokenizer: Any) -> nn.Module:
+    """Return what would be loaded, on the meta device."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    forget_quantization(model)
+    copies = {name for names in _shared(model) for name in names[1:]}  # written once, and shared by what loads them
+    weights = {name: torch.empty_like(w, device="meta") for name, w in model.state_dict().items() if name not in copies}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder, state_dict={})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        config = type(model.config).from_pretrained(folder)
+        return type(model).from_pretrained(
+            None, config=config, state_dict=revert_weight_conversion(model, weights), dtype=model.dtype,
+            device_map="meta", ignore_mismatched_sizes=True,
+        )  # fmt: skip
+
+
+def _differences(model: nn.Module, reloaded: nn.Module) -> Iterator[str]:
+    has, loads = model.state_dict(), reloaded.state_dict()
+    if absent := [name for name in loads if name not in has]:
+        yield f"its config describes {absent[0]} and {len(absent) - 1} more weights that it does not have"
+    if unknown := [name for name in has if name not in loads]:
+        yield f"its class and config do not describe {unknown[0]} and {len(unknown) - 1} more weights that it has"
+    for names in _shared(model):
+        if names not in _shared(reloaded):
+            yield f"{' and '.join(names)} share one weight, which its class does not declare: give each its own"
+    for name, weight in has.items():
+        yield from _difference(name, weight, loads[name])
+
+
+def _difference(name: str, weight: Tensor, loaded: Tensor) -> Iterator[str]:
+    if weight.shape != loaded.shape:
+        yield f"{name} is {tuple(weight.shape)}, and its config says {tuple(loaded.shape)}"
+    if torch.promote_types(weight.dtype, loaded.dtype) != loaded.dtype:
+        yield f"{name} is {weight.dtype}, and would load as {loaded.dtype}: convert it, or the rest, before pruning"
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """List the names of the weights that have more than one."""
+    names = defaultdict(list)
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        place: Any = weight if weight.is_meta else (weight.data_ptr(), weight.shape)
+        names[place].append(name)
+    return [shared for shared in names.values() if len(shared) > 1]
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,68 @@
+"""What jsonargparse says: its help, and its messages cut down to the mistake."""
+
+import re
+from argparse import RawDescriptionHelpFormatter
+
+from jsonargparse import DefaultHelpFormatter
+
+from wanda_lightning.cli.first_look import NO_MODEL
+
+# jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
+NOISE = re.compile(
+    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a <class 'NoneType'>|- Not a valid subclass of|"
+    r"Subclass types expect|- a (class path|dict)|Given value type|Given value: (\S*[\[({]|.{60}))"
+)
+UNKNOWN_OPTION = re.compile(
+    r"Parser key \"(\S+)\":.*?class_path '\S*?(\w+)':\s+Option '\w+' is not accepted", re.DOTALL
+)
+OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the lines of descriptions as they are."""
+
+
+def shortened(message: str) -> str:
+    """Cut a message of the argument parser down to the mistake; other messages stay as they are.
+
+    Args:
+        message: The message, over several lines.
+
+    Returns:
+        The lines that name the option, the value and what is accepted.
+    """
+    if 'Parser key "model"' in message and "arguments are required: pretrained" in message:
+        return NO_MODEL
+    if "Does not validate against" in message:
+        message = _without_noise(message)
+    if unknown := UNKNOWN_OPTION.search(message):
+        message += f"\n  what is accepted: --{unknown[1]}.help {unknown[2]}"
+    return message
+
+
+def _without_noise(message: str) -> str:
+    lines = [line for line in _without_other_types(message.splitlines()) if not NOISE.match(line)]
+    lines = [re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"^(\s*)- ", r"\1", line)) for line in lines]
+    if number := re.search(r'"pattern":\s+Expected a .*str.* Got value: (\d+)', message):
+        from wanda_lightning.sparsity import parse_pattern  # and with it torch
+
+        try:
+            parse_pattern(number[1])
+        except ValueError as error:
+            lines = [*lines[:-1], f"  {error}"]
+    return "\n".join(dict.fromkeys(lines)).strip()
+
+
+def _without_other_types(lines: list[str]) -> list[str]:
+    """Leave out what is wrong with the value as another type than the one that the user named."""
+    kept: list[str] = []
+    other = None  # how far the block to leave out is indented
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        if other is not None and depth <= other:
+            other = None
+        if other is None and OTHER_TYPE.match(line):
+            other = depth
+        if other is None:
+            kept.append(line)
+    return kept

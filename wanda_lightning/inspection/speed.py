@@ -1,0 +1,59 @@
+"""How fast a device computes, measured in a fraction of a second.
+
+Processors without units for half precision multiply it hundreds of times slower than float32. What is measured
+therefore starts small, and grows only while there is time.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+SECONDS = 0.3
+"""How long one measurement may take."""
+SMALLEST, LARGEST = 64, 4096
+TRIES = 3
+
+
+def product_rate(dtype: torch.dtype, device: str) -> float:
+    """Measure matrix products: floating point operations a second."""
+
+    def product(size: int) -> Callable[[], torch.Tensor]:
+        a, b = torch.ones(2, size, size, dtype=dtype, device=device)
+        return lambda: a @ b
+
+    return _rate(product, lambda size: 2 * size**3)
+
+
+def sorting_rate(device: str) -> float:
+    """Measure sorting, which choosing a mask consists of: numbers a second."""
+
+    def sorting(size: int) -> Callable[[], torch.Tensor]:
+        scores = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        return lambda: scores.sort(dim=1, stable=True).indices
+
+    return _rate(sorting, lambda size: size**2)
+
+
+def _rate(prepared: Callable[[int], Callable[[], torch.Tensor]], operations: Callable[[int], int]) -> float:
+    """Measure the largest size, doubled from the smallest, that is done in time.
+
+    Args:
+        prepared: Makes what is timed from a size.
+        operations: How many operations a size has.
+    """
+    _seconds(prepared(SMALLEST))  # the first call on a device also loads libraries
+    left, size, rate = SECONDS, SMALLEST, 0.0
+    while True:
+        seconds = [_seconds(run) for run in [prepared(size)] * TRIES]
+        rate = operations(size) / min(seconds)
+        left -= sum(seconds)
+        size *= 2
+        if size > LARGEST or TRIES * operations(size) / rate > left:
+            return rate
+
+
+def _seconds(run: Callable[[], torch.Tensor]) -> float:
+    started = time.perf_counter()
+    run()[0, 0].item()  # the item waits for a GPU
+    return time.perf_counter() - started

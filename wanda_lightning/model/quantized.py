@@ -1,0 +1,20 @@
+"""Models whose linears hold quantised weights."""
+
+from torch import nn
+
+from wanda_lightning.model.linears import is_linear, own_modules
+
+PACKED = ("qweight", "weight_packed", "W_q")
+"""Where GPTQ and AWQ, compressed-tensors, and HQQ keep the weights of what was a linear."""
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse a model that transformers or another library has quantised.
+
+    Raises:
+        ValueError: With the name of a quantised linear.
+    """
+    by_transformers = getattr(model, "hf_quantizer", None) is not None
+    for name, module in own_modules(model):
+        if any(hasattr(module, part) for part in PACKED) or (by_transformers and is_linear(module)):
+            raise ValueError(f"{name} is quantised, and pruning needs plain weights: prune before quantising")
