@@ -21,6 +21,8 @@ _MODULES = {
         "InputNorm",
     ),
     "methods": (
+        "ADMM",
+        "RIA",
         "Ablate",
         "Magnitude",
         "PruningMethod",
@@ -53,9 +55,11 @@ _MODULES = {
     "data": ("TextDataModule",),
     "evaluation": ("evaluate_zero_shot",),
     "callbacks": (
+        "ADMMPruning",
         "AblatePruning",
         "MagnitudePruning",
         "PruningCallback",
+        "RIAPruning",
         "SparseFinetuning",
         "SparseGPTPruning",
         "WandaPruning",
@@ -72,8 +76,10 @@ if TYPE_CHECKING:
     from wanda_lightning.allocation.schedule import Gradual
     from wanda_lightning.callbacks import (
         AblatePruning,
+        ADMMPruning,
         MagnitudePruning,
         PruningCallback,
+        RIAPruning,
         SparseFinetuning,
         SparseGPTPruning,
         WandaPruning,
@@ -89,7 +95,7 @@ if TYPE_CHECKING:
     from wanda_lightning.export.compression import compress, decompress, load_compressed
     from wanda_lightning.export.semi_structured import to_semi_structured
     from wanda_lightning.inspection.inspect_model import inspect_model
-    from wanda_lightning.methods import Ablate, Magnitude, PruningMethod, ScoreMethod, SparseGPT, Wanda
+    from wanda_lightning.methods import ADMM, RIA, Ablate, Magnitude, PruningMethod, ScoreMethod, SparseGPT, Wanda
     from wanda_lightning.report.pruning_report import PruningReport
     from wanda_lightning.runs.causal_lm import CausalLM
     from wanda_lightning.runs.comparison import Comparison

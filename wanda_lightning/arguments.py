@@ -1,5 +1,7 @@
 """Numbers that users give, checked in one way everywhere."""
 
+import math
+
 
 def is_whole(value: object, least: int) -> bool:
     """Tell whether a value is a whole number of at least ``least``; True and False are none."""
@@ -25,3 +27,13 @@ def whole_number(name: str, value: object, least: int) -> None:
     """
     if not is_whole(value, least):
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def positive_number(name: str, value: object) -> None:
+    """Refuse what is not a finite number above 0.
+
+    Raises:
+        ValueError: If it is not, with its name and what was given.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")

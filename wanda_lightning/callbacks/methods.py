@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from wanda_lightning.callbacks.pruning import PruningCallback
-from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
+from wanda_lightning.methods import ADMM, RIA, Ablate, Magnitude, SparseGPT, Wanda
 
 
 class MagnitudePruning(PruningCallback):
@@ -12,6 +12,7 @@ class MagnitudePruning(PruningCallback):
     Args:
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; they need calibration.
         kwargs: As of :class:`PruningCallback`.
 
     Example::
@@ -19,8 +20,10 @@ class MagnitudePruning(PruningCallback):
         Trainer(callbacks=[MagnitudePruning(sparsity=0.5)]).fit(module, datamodule)
     """
 
-    def __init__(self, sparsity: float | None = None, pattern: str = "unstructured", **kwargs: Any) -> None:
-        super().__init__(Magnitude(), sparsity, pattern, **kwargs)
+    def __init__(
+        self, sparsity: float | None = None, pattern: str = "unstructured", refine: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(Magnitude(refine), sparsity, pattern, **kwargs)
 
 
 class WandaPruning(PruningCallback):
@@ -30,6 +33,7 @@ class WandaPruning(PruningCallback):
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         variant: Let each output row give up the same share of its score instead of the same number of weights.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
         kwargs: As of :class:`PruningCallback`.
 
     Example::
@@ -38,9 +42,14 @@ class WandaPruning(PruningCallback):
     """
 
     def __init__(
-        self, sparsity: float | None = None, pattern: str = "unstructured", variant: bool = False, **kwargs: Any
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        variant: bool = False,
+        refine: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(Wanda(variant), sparsity, pattern, **kwargs)
+        super().__init__(Wanda(variant, refine), sparsity, pattern, **kwargs)
 
 
 class SparseGPTPruning(PruningCallback):
@@ -51,6 +60,7 @@ class SparseGPTPruning(PruningCallback):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         block_size: Columns that are chosen at once; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
         kwargs: As of :class:`PruningCallback`.
 
     Example::
@@ -64,9 +74,10 @@ class SparseGPTPruning(PruningCallback):
         pattern: str = "unstructured",
         block_size: int = 128,
         damping: float = 0.01,
+        refine: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(SparseGPT(block_size, damping), sparsity, pattern, **kwargs)
+        super().__init__(SparseGPT(block_size, damping, refine), sparsity, pattern, **kwargs)
 
 
 class AblatePruning(PruningCallback):
@@ -79,6 +90,7 @@ class AblatePruning(PruningCallback):
         schedule: Choose everything before the first update, or block by block from updated weights.
         block_size: Columns between two updates of all later columns; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
         kwargs: As of :class:`PruningCallback`.
 
     Example::
@@ -94,6 +106,57 @@ class AblatePruning(PruningCallback):
         schedule: Literal["sequential", "iterative"] = "sequential",
         block_size: int = 128,
         damping: float = 0.01,
+        refine: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(Ablate(selection, schedule, block_size, damping), sparsity, pattern, **kwargs)
+        super().__init__(Ablate(selection, schedule, block_size, damping, refine), sparsity, pattern, **kwargs)
+
+
+class ADMMPruning(PruningCallback):
+    """Finds mask and weights together, by ADMM with a mask that grows (Boza 2024, arXiv:2401.02938).
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        steps: In how many the mask grows to its full sparsity, at least 1.
+        rho: How strongly weights are drawn to the mask at the end, above 0.
+        damping: Fraction of the Hessian's diagonal that is added to it, above 0.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[ADMMPruning(pattern="2:4")]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        steps: int = 40,
+        rho: float = 1.0,
+        damping: float = 0.01,
+        refine: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ADMM(steps, rho, damping, refine), sparsity, pattern, **kwargs)
+
+
+class RIAPruning(PruningCallback):
+    """Prunes by relative importance and activations (RIA, Zhang et al. 2024, ICLR, openreview.net/forum?id=Tr0lPx9woF).
+
+    Args:
+        sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
+        pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
+        power: Exponent of the inputs' norms, at least 0.
+        kwargs: As of :class:`PruningCallback`.
+
+    Example::
+
+        Trainer(callbacks=[RIAPruning(sparsity=0.5)]).fit(module, datamodule)
+    """
+
+    def __init__(
+        self, sparsity: float | None = None, pattern: str = "unstructured", power: float = 0.5, **kwargs: Any
+    ) -> None:
+        super().__init__(RIA(power), sparsity, pattern, **kwargs)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from wanda_lightning.methods.refinement import refined
 from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.solvers import prune_with_mask, prune_with_scores
 from wanda_lightning.sparsity import Pattern
@@ -18,7 +19,7 @@ Selection = Literal["wanda", "magnitude"]
 Schedule = Literal["sequential", "iterative"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablate(SecondOrderMethod):
     """Choose weights by Wanda's score or by magnitude, and update those that stay as SparseGPT does.
 
@@ -29,6 +30,7 @@ class Ablate(SecondOrderMethod):
             updated weights, comparing over all rows of a block. N:M patterns compare within each group of m.
         block_size: Columns between two updates of all later columns, >= 1; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, > 0.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -38,6 +40,7 @@ class Ablate(SecondOrderMethod):
     schedule: Schedule = "sequential"
     block_size: int = 128
     damping: float = 0.01
+    refine: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +48,7 @@ class Ablate(SecondOrderMethod):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
 
+    @refined
     @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune and update one weight in place and return the mask (True = kept)."""

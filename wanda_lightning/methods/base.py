@@ -4,11 +4,11 @@ A method never sees a model. Shapes: O out features, I in features.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from wanda_lightning.methods.refinement import refined
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputStatistic
 
@@ -17,14 +17,23 @@ class PruningMethod(ABC):
     """Chooses which weights of a linear to remove and, in some methods, updates those that stay.
 
     Attributes:
-        statistic: The statistic of the inputs that :meth:`prune` needs; None for methods without calibration.
+        refine: Steps of conjugate gradients after :meth:`prune`, see :mod:`wanda_lightning.methods.refinement`.
     """
 
-    statistic: ClassVar[type[InputStatistic] | None]
+    refine: int = 0
+
+    @property
+    @abstractmethod
+    def statistic(self) -> type[InputStatistic] | None:
+        """The statistic of the inputs that :meth:`prune` needs; None without calibration. A class attribute will do."""
 
     def __repr__(self) -> str:
-        """Name the method and its settings, alike in every process: reports and resumed runs know it by that."""
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        """Name the method and its settings, alike in every process: reports and resumed runs know it by that.
+
+        ``refine=0`` is left out: runs of versions that did not know it are the same runs.
+        """
+        settings = {name: value for name, value in vars(self).items() if name != "refine" or value}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     @abstractmethod
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
@@ -62,6 +71,7 @@ class ScoreMethod(PruningMethod):
         """Choose the kept weights; by default weights compete within their output row."""
         return pattern.mask(score_OI)
 
+    @refined
     @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Remove the lowest-scored weights in place and return the mask (True = kept)."""

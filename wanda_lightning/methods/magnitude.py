@@ -4,16 +4,33 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
 from wanda_lightning.sparsity import Pattern
-from wanda_lightning.statistics import InputStatistic
+from wanda_lightning.statistics import InputHessian, InputStatistic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Magnitude(ScoreMethod):
-    """Score |W|, compared over the whole matrix (Han et al. 2015, arXiv:1506.02626)."""
+    """Score |W|, compared over the whole matrix (Han et al. 2015, arXiv:1506.02626).
 
-    statistic = None
+    Args:
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0. More than 0
+            needs calibration.
+
+    Raises:
+        ValueError: If ``refine`` is not a whole number of at least 0.
+    """
+
+    refine: int = 0
+
+    def __post_init__(self) -> None:
+        whole_number("refine", self.refine, 0)
+
+    @property
+    def statistic(self) -> type[InputStatistic] | None:
+        """None, or where weights are refined the Hessian."""
+        return InputHessian if self.refine else None
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None = None) -> Tensor:
         """Return |W|."""

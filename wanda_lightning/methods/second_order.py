@@ -5,7 +5,7 @@ Shapes: O out features, I in features.
 
 import math
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.sparsity import Pattern, SemiStructured
 from wanda_lightning.statistics import InputHessian
@@ -25,9 +25,8 @@ class SecondOrderMethod(PruningMethod):
 
     def __post_init__(self) -> None:
         whole_number("block_size", self.block_size, 1)
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
-        if not number or not math.isfinite(self.damping) or self.damping <= 0:
-            raise ValueError(f"damping must be a finite number above 0, got {self.damping!r}")
+        positive_number("damping", self.damping)
+        whole_number("refine", self.refine, 0)
 
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M groups that would straddle two blocks.

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanda_lightning.methods.refinement import refined
 from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.solvers import prune_with_scores
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SparseGPT(SecondOrderMethod):
     """Remove the weights with the lowest w^2 / U_jj^2, block by block, and update the later ones (algorithm 1).
 
@@ -25,6 +26,7 @@ class SparseGPT(SecondOrderMethod):
     Args:
         block_size: Columns that are chosen at once, >= 1; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, > 0.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -42,7 +44,9 @@ class SparseGPT(SecondOrderMethod):
 
     block_size: int = 128
     damping: float = 0.01
+    refine: int = 0
 
+    @refined
     @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune and update one weight in place and return the mask (True = kept)."""

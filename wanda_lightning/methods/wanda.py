@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
-from wanda_lightning.statistics import InputNorm, InputStatistic
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Wanda(ScoreMethod):
     """Score |W_ij| * ||X_j||_2, compared within each output row (arXiv:2306.11695, eq. 1 and section 3).
 
@@ -18,13 +19,27 @@ class Wanda(ScoreMethod):
         variant: Every row loses the same share alpha of its total score, instead of the same number of weights. The
             lowest scores of a row are pruned as long as their sum is at most alpha times the row's total. One alpha
             serves the whole matrix, chosen so that exactly the asked fraction is pruned. Unstructured patterns only.
+        refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0.
+
+    Raises:
+        ValueError: If ``refine`` is not a whole number of at least 0.
     """
 
-    statistic = InputNorm
     variant: bool = False
+    refine: int = 0
+
+    def __post_init__(self) -> None:
+        whole_number("refine", self.refine, 0)
+
+    @property
+    def statistic(self) -> type[InputStatistic]:
+        """Norms, or where weights are refined the Hessian, which holds them."""
+        return InputHessian if self.refine else InputNorm
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
         """Return |W_ij| * ||X_j||_2."""
+        if isinstance(statistic, InputHessian):
+            statistic = statistic.norm()
         assert isinstance(statistic, InputNorm)
         return weight_OI.abs() * statistic.compute().to(weight_OI.device)
 
