@@ -34,6 +34,7 @@ _MODULES = {
     "engine.journal": ("Journal",),
     "engine.processes": ("Processes",),
     "engine.pruner": ("prune_model",),
+    "engine.reconstruction": ("Reconstruction",),
     "report.pruning_report": ("PruningReport",),
     "training.distillation": ("Distillation",),
     "training.lora": (
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from wanda_lightning.engine.journal import Journal
     from wanda_lightning.engine.processes import Processes
     from wanda_lightning.engine.pruner import prune_model
+    from wanda_lightning.engine.reconstruction import Reconstruction
     from wanda_lightning.evaluation import evaluate_zero_shot
     from wanda_lightning.export.compression import compress, decompress, load_compressed
     from wanda_lightning.export.semi_structured import to_semi_structured

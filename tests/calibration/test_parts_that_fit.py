@@ -45,7 +45,7 @@ def pruned(model, memory):
         step = next(iter(walk(model, layers, token_batches())))
         step.memory = memory
         plan = Plan.of(model, method, Unstructured(0.5), Selection(), exact_error=False)
-        done = prune_layer(step.layer, step, plan, Processes.alone())
+        done = prune_layer(step.layer, step, plan, Processes.alone()).linears
     assert [linear.row.name for linear in done] == [linear.name for linear in step.layer.linears]
     return {name: weight.clone() for name, weight in layers[0].module.named_parameters()}, Counted.peak
 

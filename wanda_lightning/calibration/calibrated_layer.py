@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class CalibratedLayer:
         masks_BT: Which tokens are real, one boolean tensor a batch; None where all are.
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
         is_last: Whether no decoder layer follows, so that nothing needs its outputs.
+        dense_BTD: What the layer gives in the dense model, one tensor (B, T, D) a batch, where that is wanted.
 
     Attributes:
         has_advanced: Whether ``hidden_BTD`` holds what enters the next layer.
@@ -42,6 +44,7 @@ class CalibratedLayer:
         masks_BT: list[Tensor | None],
         memory: int | None = None,
         is_last: bool = False,
+        dense_BTD: HiddenStates | None = None,
     ) -> None:
         self.layer = layer
         self.hidden_BTD = hidden_BTD
@@ -49,13 +52,13 @@ class CalibratedLayer:
         self.masks_BT = masks_BT
         self.memory = memory
         self.is_last = is_last
+        self.dense_BTD = dense_BTD
         self.has_advanced = False
 
     def output(self, batch: int) -> Tensor:
         """Run the layer as it is now; return the hidden states (B, T, D) of a batch behind it."""
         args, kwargs = self.arguments[batch]
-        out = self.layer.module(self.hidden_BTD[batch], *args, **kwargs)
-        return out[0] if isinstance(out, tuple | list) else out
+        return hidden_states_of(self.layer.module(self.hidden_BTD[batch], *args, **kwargs))
 
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer as it is now; yield its hidden states (B, T, D) a batch at a time."""
@@ -130,6 +133,11 @@ class CalibratedLayer:
         statistics = collector.statistics()
         check_statistics(statistics)
         return statistics
+
+
+def hidden_states_of(out: Any) -> Tensor:
+    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration.batches import Batch, model_inputs
-from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer, hidden_states_of
+from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.model.decoder import DecoderLayer
@@ -27,7 +28,11 @@ class _AllLayersSeenError(Exception):
 
 
 def walk(
-    model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch], activations: Place = "device"
+    model: nn.Module,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[Batch],
+    activations: Place = "device",
+    with_dense: bool = False,
 ) -> Iterator[CalibratedLayer]:
     """Visit the decoder layers in order, each with the inputs that the layers before it give as they are now.
 
@@ -40,6 +45,8 @@ def walk(
         batches: Calibration batches; each is input_ids (B, T) int64, a mapping with ``input_ids`` and optionally
             ``attention_mask`` (0 = padding), or a tuple or list that starts with input_ids.
         activations: Where the hidden states wait between two layers: ``"device"``, ``"cpu"`` or ``"disk"``.
+        with_dense: Whether the hidden states of the dense model go along: each layer runs once more, as it is before
+            it is visited.
 
     Yields:
         The layer and what enters it.
@@ -54,11 +61,15 @@ def walk(
     hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), modules, batches, activations)
     if first is not None:
         _check_activations(model, layers, first)
+    dense = DenseStream(hidden_BTD, arguments) if with_dense else None
     for index, layer in enumerate(layers):
         memory = _size(layer.module) if is_offloaded(layer.module) else None
         is_last = index + 1 == len(layers)
-        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last)
+        dense_BTD = dense.hidden_BTD if dense else None
+        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last, dense_BTD)
         with in_memory(layer.module):
+            if dense:
+                dense.advance(index, layer)
             yield step
             if not is_last:
                 step.advance()
@@ -71,8 +82,7 @@ def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: 
         return
 
     def look(layer: DecoderLayer, out: Any) -> None:
-        hidden_BTD = out[0] if isinstance(out, tuple | list) else out
-        if not torch.isfinite(hidden_BTD).all():
+        if not torch.isfinite(hidden_states_of(out)).all():
             raise ValueError(f"the activations of {layer.name} are NaN or infinite: {OVERFLOW}")
         if layer is layers[-1]:
             raise _AllLayersSeenError

@@ -13,6 +13,7 @@ from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
+from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
@@ -52,6 +53,8 @@ class PruningCallback(SparseFinetuning):
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
+        reconstruction: Train what is kept of each layer, before the next one is pruned, so that it gives what the layer
+            gives in the dense model, such as ``{epochs: 3, lr: 2e-4}``.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -73,6 +76,7 @@ class PruningCallback(SparseFinetuning):
         resume: bool | None = None,
         exact_error: bool = False,
         overwrite: bool = False,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__(layers)
         self.method = method
@@ -86,6 +90,7 @@ class PruningCallback(SparseFinetuning):
         self.num_samples, self.output_dir = num_samples, output_dir
         self.activations, self.resume = activations, resume
         self.exact_error, self.overwrite = exact_error, overwrite
+        self.reconstruction = reconstruction
         self.run = PruningRun(self)
 
     @property
@@ -97,6 +102,11 @@ class PruningCallback(SparseFinetuning):
     def evaluations(self) -> dict[str, dict[str, float]]:
         """Metrics of these weights by stage, such as ``dense`` and ``pruned``."""
         return self.run.results.evaluations
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether there has to be a calibration set."""
+        return self.method.statistic is not None or self.exact_error or self.reconstruction is not None
 
     @property
     @override

@@ -31,8 +31,16 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
     """
     for pattern in {plan.pattern, *plan.patterns.values()}:
         plan.method.check(pattern)
-    if plan.statistic is not None and not has_batches:
-        raise ValueError(f"{plan.method} needs calibration batches, got None")
+    if plan.needs_batches and not has_batches:
+        raise ValueError(
+            f"{plan.method if plan.statistic else plan.reconstruction} needs calibration batches, got None"
+        )
+    if plan.reconstruction is not None and plan.repeats:
+        name, _, first = plan.repeats[0]
+        raise ValueError(
+            f"{name} and {first} share one matrix: what the dense layers give is not known any more once it is pruned, "
+            "and reconstruction needs that; leave reconstruction out"
+        )
     linears = [linear for layer in plan.layers for linear in layer.linears]
     if not linears:
         raise ValueError("nothing is left to prune: targets and ignore exclude every linear of the decoder")
@@ -47,6 +55,20 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
         _check_stored(linear)
         plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in linears if not linear.weight.is_meta)
+
+
+def check_inputs(plan: Plan, inputs: CalibratedLayer | None) -> None:
+    """Refuse a calibration set that does not do for what is to be done, before any weight has changed.
+
+    Args:
+        plan: What is to be done.
+        inputs: What enters the first layer; None without calibration.
+
+    Raises:
+        ValueError: If there are too few batches.
+    """
+    if plan.reconstruction is not None and inputs is not None:
+        plan.reconstruction.split(len(inputs.hidden_BTD))
 
 
 def _check_stored(linear: PrunableLinear) -> None:

@@ -9,10 +9,10 @@ Step = TypeVar("Step")
 
 
 class PhaseClock:
-    """Seconds by phase: forwards between layers, forwards with statistics, and solving."""
+    """Seconds by phase: forwards between layers, forwards with statistics, solving, and training of what is kept."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(("forward", "statistics", "solve"), 0.0)
+        self._seconds = dict.fromkeys(("forward", "statistics", "solve", "reconstruction"), 0.0)
         self._started = time.perf_counter()
 
     @property
@@ -40,11 +40,11 @@ class PhaseClock:
         """Count the time of a block."""
         return self._counted("statistics")
 
-    def solved(self, seconds: Iterable[float]) -> None:
-        """Note how much of the time that was counted last went into solving."""
-        solving = sum(seconds)
-        self._seconds["statistics"] = max(0.0, self._seconds["statistics"] - solving)
-        self._seconds["solve"] += solving
+    def spent(self, phase: str, seconds: Iterable[float]) -> None:
+        """Note how much of the time that was counted for statistics last went into another phase."""
+        spent = sum(seconds)
+        self._seconds["statistics"] = max(0.0, self._seconds["statistics"] - spent)
+        self._seconds[phase] += spent
 
     @contextmanager
     def _counted(self, phase: str) -> Iterator[None]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from wanda_lightning.atomic_files import whole_file, write_text
 from wanda_lightning.engine.fingerprint import differences, hashed
-from wanda_lightning.engine.linear_pruning import PrunedLinear
+from wanda_lightning.engine.linear_pruning import PrunedLayer, PrunedLinear
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
@@ -111,13 +112,13 @@ class Journal:
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
-    def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
+    def record(self, number: int, layer: DecoderLayer, done: PrunedLayer, processes: Processes) -> None:
         """Make a pruned layer durable; no process goes on before it is.
 
         Args:
             number: Number of the layer.
             layer: The layer, pruned.
-            done: What was done to its linears.
+            done: What was done to it.
             processes: All of them call this; the first one writes.
 
         Raises:
@@ -127,7 +128,7 @@ class Journal:
             if processes.rank == 0:
                 self._save(number, layer.weights, done)
 
-    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> list[PrunedLinear] | None:
+    def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> PrunedLayer | None:
         """Put a layer in the state in which it was recorded; return what was done, or None if it was not recorded."""
         found = self._load(number) if processes.rank == 0 else None
         done = processes.gather(found[1] if found else None)[0]
@@ -173,11 +174,14 @@ class Journal:
             if file >= self._file(number):
                 file.unlink()
 
-    def _save(self, number: int, weights: Mapping[str, Tensor], done: list[PrunedLinear]) -> None:
+    def _save(self, number: int, weights: Mapping[str, Tensor], done: PrunedLayer) -> None:
         """Write the file of a layer, whole and to the disk."""
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        described = json.dumps([asdict(row) | {"magnitudes": asdict(magnitudes)} for row, magnitudes in done])
-        metadata = {"rows": described, "sha256": hashed(tensors, described)}
+        described = json.dumps([asdict(row) | {"magnitudes": asdict(magnitudes)} for row, magnitudes in done.linears])
+        metadata = {"rows": described}
+        if done.reconstruction:
+            metadata["reconstruction"] = json.dumps(asdict(done.reconstruction))
+        metadata["sha256"] = _digest(tensors, metadata)
         try:
             with whole_file(self._file(number)) as unfinished:
                 save_file(tensors, unfinished, metadata=metadata)
@@ -187,7 +191,7 @@ class Journal:
                 "there: make room, and the same run goes on behind them"
             ) from error
 
-    def _load(self, number: int) -> tuple[dict[str, Tensor], list[PrunedLinear]] | None:
+    def _load(self, number: int) -> tuple[dict[str, Tensor], PrunedLayer] | None:
         """Read a file, if there is one; if it is damaged, drop it and all later ones."""
         file = self._file(number)
         if file.exists():
@@ -211,21 +215,26 @@ class _NoJournal(Journal):
     def file(self, layer: int) -> None:
         return None
 
-    def record(self, number: int, layer: DecoderLayer, done: list[PrunedLinear], processes: Processes) -> None:
+    def record(self, number: int, layer: DecoderLayer, done: PrunedLayer, processes: Processes) -> None:
         pass
 
     def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> None:
         return None
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], list[PrunedLinear]]:
+def _read(file: Path) -> tuple[dict[str, Tensor], PrunedLayer]:
     with safe_open(file, "pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
         metadata = stored.metadata() or {}
-    if hashed(tensors, metadata["rows"]) != metadata["sha256"]:
+    if _digest(tensors, metadata) != metadata["sha256"]:
         raise ValueError("its content is not what was written")
-    done = [
+    linears = [
         PrunedLinear(LinearReport.from_dict(row), Magnitudes.from_dict(row["magnitudes"]))
         for row in json.loads(metadata["rows"])
     ]
-    return tensors, done
+    trained = metadata.get("reconstruction")
+    return tensors, PrunedLayer(linears, LayerReconstruction(**json.loads(trained)) if trained else None)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    return hashed(tensors, metadata["rows"] + metadata.get("reconstruction", ""))

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.one_pass import NotOnePassError, OnePass, Part
 from wanda_lightning.engine.checks import check_finite, check_that_it_can_wait
-from wanda_lightning.engine.linear_pruning import PrunedLinear, prune_linear
+from wanda_lightning.engine.linear_pruning import PrunedLayer, PrunedLinear, prune_linear
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes, share_statistics
+from wanda_lightning.engine.reconstruction import reconstruct
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_offloaded
@@ -26,13 +28,27 @@ from wanda_lightning.statistics import InputStatistic
 log = logging.getLogger(__name__)
 
 
+class Solution(NamedTuple):
+    """What some linears are pruned to, by name.
+
+    Attributes:
+        weights: Their pruned weights (O, I).
+        masks: What was kept of them, (O, I), True = kept.
+        done: What was done to them.
+    """
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    done: dict[str, PrunedLinear]
+
+
 def prune_layer(
     layer: DecoderLayer,
     inputs: CalibratedLayer | None,
     plan: Plan,
     processes: Processes,
-) -> list[PrunedLinear]:
-    """Prune the linears of a layer in place.
+) -> PrunedLayer:
+    """Prune the linears of a layer in place, and train what is kept if that is asked for.
 
     Args:
         layer: The layer; its weights are in memory.
@@ -41,7 +57,7 @@ def prune_layer(
         processes: Those that have the other parts of the calibration set.
 
     Returns:
-        What was done to each linear.
+        What was done.
 
     Raises:
         ValueError: If weights or inputs are not finite, or a Hessian cannot be factorised; the layer has not changed
@@ -52,13 +68,16 @@ def prune_layer(
             check_finite(layer.linears)
     if plan.true_sequential and inputs is not None and plan.statistic is not None:
         try:
-            done = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
+            done, masks = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
         except NotOnePassError as reason:
             log.info("%s is visited in two passes: %s", layer.name, reason)
-            done = _in_two_passes(layer, inputs, plan, processes)
+            done, masks = _in_two_passes(layer, inputs, plan, processes)
     else:
-        done = _in_two_passes(layer, inputs, plan, processes)
-    return [_as_it_is_now(linear, done[linear.name]) for linear in layer.linears]
+        done, masks = _in_two_passes(layer, inputs, plan, processes)
+    trained = None
+    if plan.reconstruction is not None and inputs is not None:
+        trained = reconstruct(inputs, masks, plan.reconstruction, processes)
+    return PrunedLayer([_as_it_is_now(linear, done[linear.name]) for linear in layer.linears], trained)
 
 
 def _in_one_pass(
@@ -67,22 +86,25 @@ def _in_one_pass(
     statistic: type[InputStatistic],
     plan: Plan,
     processes: Processes,
-) -> dict[str, PrunedLinear]:
-    """Prune linears as all batches reach them; afterwards the batches are behind the layer."""
+) -> tuple[dict[str, PrunedLinear], dict[str, Tensor]]:
+    """Prune linears as all batches reach them; afterwards the batches are behind the layer, if it is not trained."""
     with processes.together():
         check_that_it_can_wait(layer, inputs)
     dense = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
     done: dict[str, PrunedLinear] = {}
-    with closing(OnePass(inputs, statistic, not inputs.is_last).parts()) as parts:
+    masks: dict[str, Tensor] = {}
+    needs_outputs = not inputs.is_last and plan.reconstruction is None
+    with closing(OnePass(inputs, statistic, needs_outputs).parts()) as parts:
         try:
             while (part := _next(parts, processes)) is not None:
-                weights, rows = solve(layer, part.linears, part.statistics, plan, processes)
-                put_in_place(part.linears, weights)
-                done |= {name: each._replace(row=replace(each.row, passes=1)) for name, each in rows.items()}
+                found = solve(layer, part.linears, part.statistics, plan, processes)
+                put_in_place(part.linears, found.weights)
+                done |= {name: each._replace(row=replace(each.row, passes=1)) for name, each in found.done.items()}
+                masks |= found.masks
         except BaseException:
             put_in_place(layer.linears, dense)
             raise
-    return done
+    return done, masks
 
 
 def _next(parts: Iterator[Part], processes: Processes) -> Part | None:
@@ -92,19 +114,21 @@ def _next(parts: Iterator[Part], processes: Processes) -> Part | None:
 
 def _in_two_passes(
     layer: DecoderLayer, inputs: CalibratedLayer | None, plan: Plan, processes: Processes
-) -> dict[str, PrunedLinear]:
+) -> tuple[dict[str, PrunedLinear], dict[str, Tensor]]:
     """Prune all linears with statistics of the layer as it was; the batches are still before it."""
     with processes.together():
         parts = inputs.parts(plan.statistic) if inputs and plan.statistic else [layer.linears]
     done: dict[str, PrunedLinear] = {}
+    masks: dict[str, Tensor] = {}
     pruned: dict[str, Tensor] = {}
     for linears in parts:
-        weights, rows = _prune_part(layer, linears, inputs, plan, processes)
-        done |= rows
-        pruned |= weights if len(parts) == 1 else {name: weight_OI.cpu() for name, weight_OI in weights.items()}
+        found = _prune_part(layer, linears, inputs, plan, processes)
+        done |= found.done
+        masks |= found.masks
+        pruned |= found.weights if len(parts) == 1 else {name: w_OI.cpu() for name, w_OI in found.weights.items()}
     put_in_place(layer.linears, pruned)
     passes = None if inputs is None else 2
-    return {name: each._replace(row=replace(each.row, passes=passes)) for name, each in done.items()}
+    return {name: each._replace(row=replace(each.row, passes=passes)) for name, each in done.items()}, masks
 
 
 def _prune_part(
@@ -113,8 +137,8 @@ def _prune_part(
     inputs: CalibratedLayer | None,
     plan: Plan,
     processes: Processes,
-) -> tuple[dict[str, Tensor], dict[str, PrunedLinear]]:
-    """Gather the statistics of some linears and solve these; return their new weights and what was done, by name."""
+) -> Solution:
+    """Gather the statistics of some linears and solve these."""
     with processes.together():
         statistics = inputs.collect(plan.statistic, linears) if inputs and plan.statistic else {}
     return solve(layer, linears, statistics, plan, processes)
@@ -126,7 +150,7 @@ def solve(
     statistics: dict[str, InputStatistic],
     plan: Plan,
     processes: Processes,
-) -> tuple[dict[str, Tensor], dict[str, PrunedLinear]]:
+) -> Solution:
     """Prune copies of linears: add statistics up over the processes, solve those of this one, exchange the results.
 
     Args:
@@ -137,23 +161,29 @@ def solve(
         processes: Those that have the other parts of the calibration set.
 
     Returns:
-        The pruned weights, and what was done, both by name.
+        What they are pruned to. Masks are there only where the kept weights are to be trained.
     """
     owners = share_statistics(statistics, linears, processes)
     weights = {linear.name: linear.weight_OI.clone() for linear in linears}
+    wanted = weights if plan.reconstruction is not None else {}
+    masks = {name: torch.zeros_like(weight_OI, dtype=torch.bool) for name, weight_OI in wanted.items()}
     done: dict[str, PrunedLinear] = {}
     with processes.together():
         for linear in linears:
             name = linear.name
             if owners.get(name, processes.rank) == processes.rank:
-                done[name] = prune_linear(
+                done[name], mask_OI = prune_linear(
                     layer.name, linear, weights[name], statistics.get(name), plan.method, plan.patterns[name]
                 )
+                if masks:
+                    masks[name].copy_(mask_OI)
     for name, owner in owners.items():
         weights[name] = processes.send(owner, weights[name])
+        if masks:
+            masks[name] = processes.send(owner, masks[name].view(torch.uint8)).view(torch.bool)
     for others in processes.gather(done):
         done |= others
-    return weights, done
+    return Solution(weights, masks, done)
 
 
 def put_in_place(linears: list[PrunableLinear], pruned: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 from wanda_lightning.sparsity import Pattern, sparsity_of
@@ -29,6 +30,18 @@ class PrunedLinear(NamedTuple):
     magnitudes: Magnitudes
 
 
+class PrunedLayer(NamedTuple):
+    """What was done to the linears of one layer.
+
+    Attributes:
+        linears: To each of them.
+        reconstruction: How what was kept was trained; None where it was not.
+    """
+
+    linears: list[PrunedLinear]
+    reconstruction: LayerReconstruction | None = None
+
+
 def prune_linear(
     layer: str,
     linear: PrunableLinear,
@@ -36,7 +49,7 @@ def prune_linear(
     statistic: InputStatistic | None,
     method: PruningMethod,
     pattern: Pattern,
-) -> PrunedLinear:
+) -> tuple[PrunedLinear, Tensor]:
     """Prune a copy of a linear's weight, in place.
 
     Args:
@@ -49,7 +62,7 @@ def prune_linear(
         pattern: What it is pruned to.
 
     Returns:
-        What was done.
+        What was done, and the mask (O, I), True = kept.
 
     Raises:
         ValueError: If the Hessian cannot be factorised.
@@ -85,7 +98,7 @@ def prune_linear(
         error_is_exact=isinstance(statistic, InputHessian),
         damping=statistic.damping if isinstance(statistic, InputHessian) else None,
     )
-    return PrunedLinear(row, magnitudes)
+    return PrunedLinear(row, magnitudes), mask_OI
 
 
 def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:

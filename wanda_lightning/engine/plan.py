@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
@@ -29,6 +30,7 @@ class Plan:
         layers: The decoder layers, with the linears that are to be pruned.
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
+        reconstruction: How what is kept of each layer is then trained; None where it is not.
     """
 
     method: PruningMethod
@@ -39,6 +41,7 @@ class Plan:
     layers: list[DecoderLayer]
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
+    reconstruction: Reconstruction | None = None
 
     @classmethod
     def of(
@@ -49,6 +52,7 @@ class Plan:
         selection: Selection,
         exact_error: bool = False,
         true_sequential: bool = False,
+        reconstruction: Reconstruction | None = None,
     ) -> "Plan":
         """Find out what is to be done to a model.
 
@@ -59,6 +63,7 @@ class Plan:
             selection: What the user said of linears.
             exact_error: Whether X^T X is gathered whatever the method.
             true_sequential: Whether each linear is pruned with what the pruned linears before it give.
+            reconstruction: How what is kept of each layer is then trained; None where it is not.
 
         Returns:
             The plan.
@@ -68,12 +73,17 @@ class Plan:
         """
         layers, patterns = selection.choose(model, pattern)
         layers, repeats = without_repeats(model, layers, patterns)
-        return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats)
+        return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:
         """What is gathered of the inputs of linears; None where nothing is."""
         return InputHessian if self.exact_error else self.method.statistic
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether there has to be a calibration set."""
+        return self.statistic is not None or self.reconstruction is not None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,6 +95,7 @@ class Plan:
             **vars(self.selection),
             "exact_error": self.exact_error,
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
+            **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
         }
 
     def new_report(self) -> PruningReport:

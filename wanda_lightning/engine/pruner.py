@@ -15,7 +15,7 @@ from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
-from wanda_lightning.engine.checks import check_pruning
+from wanda_lightning.engine.checks import check_inputs, check_pruning
 from wanda_lightning.engine.clock import PhaseClock
 from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
 from wanda_lightning.engine.journal import Journal
@@ -23,6 +23,7 @@ from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.measured_sparsity import ZeroCount
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
@@ -46,6 +47,7 @@ def prune_model(
     allocation: Allocation | None = None,
     exact_error: bool = False,
     true_sequential: bool = False,
+    reconstruction: Reconstruction | None = None,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -75,6 +77,7 @@ def prune_model(
         true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, as
             GPTQ's setting of this name does (arXiv:2210.17323). All batches advance through a layer together, so one
             pass is enough; by default there are two, one for the statistics of the whole layer and one for its outputs.
+        reconstruction: Train what is kept of each layer, so that the layer gives what it gave in the dense model.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -101,23 +104,29 @@ def prune_model(
     """
     clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
-    plan = Plan.of(model, method, pattern, Selection(targets, ignore, layers, allocation), exact_error, true_sequential)
+    selection = Selection(targets, ignore, layers, allocation)
+    plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction)
     check_pruning(model, plan, calibration is not None, journal)
     report, zeros = plan.new_report(), ZeroCount(model)
     with _left_as_found(model):
-        batches = HashedBatches(calibration if plan.statistic else None, model)
-        visits = clock.forwards(_visit(model, plan.layers, batches, activations))
+        batches = HashedBatches(calibration if plan.needs_batches else None, model)
+        visits = clock.forwards(_visit(model, plan, batches, activations))
         with processes.together():
-            visits = chain([next(visits)], visits)  # the dry run reads the batches
+            first = next(visits)  # the dry run reads the batches
+            check_inputs(plan, first[1])
         journal.start(fingerprint(model, plan.settings, processes.gather(batches.digest)), processes)
+        visits = chain([first], visits)
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:
                 with clock.statistics():
                     done = prune_layer(layer, inputs, plan, processes)
-                clock.solved(linear.row.seconds for linear in done)
+                clock.spent("solve", (linear.row.seconds for linear in done.linears))
+                clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
                 journal.record(number, layer, done, processes)
-            report.add(done)
+            report.add(done.linears)
+            if done.reconstruction:
+                report.reconstruction[layer.name] = done.reconstruction
             write_back(layer.module, layer.weights, journal.file(number))
             zeros.visit(layer.module)
     report.repeat(plan.repeats)
@@ -128,15 +137,15 @@ def prune_model(
 
 
 def _visit(
-    model: nn.Module, layers: list[DecoderLayer], batches: HashedBatches, activations: Place
+    model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place
 ) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
     """Visit the layers, in memory, with what enters them if there are batches."""
     if not batches.are_there:
-        for layer in layers:
+        for layer in plan.layers:
             with in_memory(layer.module):
                 yield layer, None
     else:
-        for step in walk(model, layers, batches, activations):
+        for step in walk(model, plan.layers, batches, activations, with_dense=plan.reconstruction is not None):
             yield step.layer, step
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
+from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
 from wanda_lightning.report.weight_magnitudes import Magnitudes
@@ -36,6 +37,7 @@ class PruningReport:
         seconds_by_phase: How that time was spent, such as ``{"forward": 9.0, "statistics": 2.0, "solve": 4.0}``.
         memory: Bytes, such as ``{"peak process memory": 2147483648}``; see
             :func:`wanda_lightning.report.environment.peak_memory`.
+        reconstruction: By decoder layer, the errors of its output before and after what was kept was trained.
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
@@ -54,6 +56,7 @@ class PruningReport:
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    reconstruction: dict[str, LayerReconstruction] = field(default_factory=dict)
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -76,8 +79,9 @@ class PruningReport:
         """Read back what :meth:`to_dict` gave."""
         rows = [LinearReport.from_dict(row) for row in plain["linears"]]
         magnitudes = {kind: Magnitudes.from_dict(counts) for kind, counts in plain.get("magnitudes", {}).items()}
+        trained = {name: LayerReconstruction(**values) for name, values in plain.get("reconstruction", {}).items()}
         rest = {key: value for key, value in plain.items() if key != "sparsity"}
-        return cls(**rest | {"linears": rows, "magnitudes": magnitudes})
+        return cls(**rest | {"linears": rows, "magnitudes": magnitudes, "reconstruction": trained})
 
     def to_markdown(self) -> str:
         """Return the tables as Markdown."""
@@ -129,6 +133,23 @@ class PruningReport:
         rows = [[metric, *(stage.get(metric, "") for stage in values.values())] for metric in metrics]
         return ["evaluation", *values], rows
 
+    def reconstruction_table(self) -> tuple[list[str], list[list[str]]]:
+        """Return how the training of each layer changed its error on held-out batches, as a header and rows of text."""
+        return (
+            ["reconstruction, held-out error", "before", "after", "change", "epochs", "seconds"],
+            [
+                [
+                    name,
+                    f"{layer.before:.4g}",
+                    f"{layer.after:.4g}",
+                    f"{layer.after / layer.before - 1:+.1%}" if layer.before else "",
+                    str(layer.epochs),
+                    f"{layer.seconds:.2f}",
+                ]
+                for name, layer in self.reconstruction.items()
+            ],
+        )
+
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         """Yield the tables that are not by layer, each a header and rows of text."""
         if evaluation := self.evaluation_table():
@@ -163,6 +184,8 @@ class PruningReport:
         costs += [[name, in_bytes(size)] for name, size in self.memory.items()]
         if costs:
             yield ["time and memory", ""], costs
+        if self.reconstruction:
+            yield self.reconstruction_table()
         layers: dict[str, list[LinearReport]] = {}
         for row in self.linears:
             layers.setdefault(row.layer, []).append(row)

@@ -196,7 +196,7 @@ class PruningRun:
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
-                asked.calibration.of(trainer) if asked.method.statistic or asked.exact_error else None,
+                asked.calibration.of(trainer) if asked.needs_batches else None,
                 asked.method,
                 pattern,
                 targets=asked.targets,
@@ -204,6 +204,7 @@ class PruningRun:
                 layers=asked.layers,
                 allocation=asked.allocation,
                 exact_error=asked.exact_error,
+                reconstruction=asked.reconstruction,
                 activations=asked.activations,
                 journal=journal,
                 processes=processes,

@@ -55,4 +55,5 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "ignore": asked.ignore,
         "allocation": asked.allocation,
         "schedule": str(asked.schedule) if asked.schedule else None,
+        **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
     }

@@ -40,6 +40,7 @@ def to_html(report: "PruningReport") -> str:
         report=report,
         evaluation=report.evaluation_table(),
         errors=_errors(report),
+        reconstruction=_reconstruction(report),
         sparsities=_sparsities(report),
         magnitudes=_magnitudes(report),
         costs=_costs(report),
@@ -63,6 +64,21 @@ def _errors(report: "PruningReport") -> dict[str, Any] | None:
         "unseen": sum(row.tokens == 0 for row in report.linears),
         "figures": _by_layer(report, series, top, lambda value: f"{mark}{value:.4f}", "{:.3g}".format, "error"),
     }
+
+
+def _reconstruction(report: "PruningReport") -> dict[str, Any] | None:
+    """Draw the errors of the layers before and after their training."""
+    if not report.reconstruction:
+        return None
+    stem = stem_of(report)
+    labels = [label(layer, stem) for layer in layers(report)]
+    trained = [report.reconstruction.get(layer) for layer in layers(report)]
+    series = {
+        "pruned": [layer and layer.before for layer in trained],
+        "and trained": [layer and layer.after for layer in trained],
+    }
+    header, rows = report.reconstruction_table()
+    return {"lines": lines(series, labels, "{:.3g}".format), "header": header, "rows": rows}
 
 
 def _sparsities(report: "PruningReport") -> dict[str, Any] | None:

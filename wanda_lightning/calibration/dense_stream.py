@@ -1,0 +1,53 @@
+"""What the decoder layers would give if nothing were pruned: a second stream of hidden states beside that of the walk.
+
+Shapes: B batch, T tokens, D hidden size.
+"""
+
+import copy
+from collections.abc import MutableMapping
+from typing import Any
+
+from wanda_lightning.calibration.calibrated_layer import hidden_states_of
+from wanda_lightning.calibration.dry_run import Arguments
+from wanda_lightning.calibration.hidden_states import HiddenStates
+from wanda_lightning.model.decoder import DecoderLayer
+
+
+class DenseStream:
+    """The hidden states of the dense model. Each layer has to be passed before it is pruned.
+
+    Args:
+        hidden_BTD: The hidden states that enter the first layer; they are kept a second time, in the same place.
+        arguments: What else the model passes to its layers, ``arguments[layer][batch]``.
+
+    Attributes:
+        hidden_BTD: What the last layer that was passed gives, one tensor a batch.
+    """
+
+    def __init__(self, hidden_BTD: HiddenStates, arguments: list[list[Arguments]]) -> None:
+        self.hidden_BTD = HiddenStates(hidden_BTD.place)
+        for batch_BTD in hidden_BTD:
+            self.hidden_BTD.append(batch_BTD)
+        copies: dict[int, MutableMapping[Any, Any]] = {}
+        self._arguments = [[_with_own_dicts(call, copies) for call in calls] for calls in arguments]
+
+    def advance(self, number: int, layer: DecoderLayer) -> None:
+        """Pass a layer, which is dense still.
+
+        Args:
+            number: Its place among the layers, from 0.
+            layer: The layer.
+        """
+        for batch, (args, kwargs) in enumerate(self._arguments[number]):
+            self.hidden_BTD[batch] = hidden_states_of(layer.module(self.hidden_BTD[batch], *args, **kwargs))
+        self._arguments[number] = []
+
+
+def _with_own_dicts(call: Arguments, copies: dict[int, MutableMapping[Any, Any]]) -> Arguments:
+    """Copy the mappings that early layers write to and late ones read: the two streams must not meet there."""
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
+
+    args, kwargs = call
+    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}

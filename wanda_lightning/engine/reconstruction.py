@@ -1,0 +1,194 @@
+"""Training what a pruning has kept of a decoder layer, so that it gives what the dense layer gives in the dense model.
+
+Shin et al. 2024 (arXiv:2406.15524) and EBFT (Guo et al. 2024, arXiv:2402.12419): the layer is fed what the pruned layers
+before it give, and its target is what comes out of the dense layer when nothing before it was pruned either.
+
+Shapes: B batch, T tokens, D hidden size, O out features, I in features.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.arguments import positive_number, whole_number
+from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.report.layer_reconstruction import LayerReconstruction
+
+LOSS_SCALE = 2.0**10
+"""Keeps gradients in half precision above its smallest number; Adam divides it out again."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How what is kept of a layer is trained: by Adam, with a learning rate that falls linearly to 0.
+
+    Args:
+        epochs: Passes over the calibration batches, at least 1. Fewer are made where the held-out error rises.
+        lr: The learning rate of the first step, above 0.
+        held_out: Share of the batches that is not trained on, in (0, 0.5]: of a share of 1/8 every eighth, at least one.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    epochs: int = 3
+    lr: float = 2e-4
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        whole_number("epochs", self.epochs, 1)
+        positive_number("lr", self.lr)
+        positive_number("held_out", self.held_out)
+        if self.held_out > 0.5:
+            raise ValueError(f"held_out must be in (0, 0.5], got {self.held_out}")
+
+    def split(self, batches: int) -> tuple[list[int], list[int]]:
+        """Say which of so many batches are trained on, and which are held out.
+
+        Raises:
+            ValueError: If there are too few for both.
+        """
+        if batches < 2:
+            raise ValueError(f"{self} needs at least 2 calibration batches, one of them held out, got {batches}")
+        every = min(round(1 / self.held_out), batches)
+        held_out = range(every - 1, batches, every)
+        return [batch for batch in range(batches) if batch not in held_out], [*held_out]
+
+
+def reconstruct(
+    inputs: CalibratedLayer, masks: Mapping[str, Tensor], settings: Reconstruction, processes: Processes
+) -> LayerReconstruction | None:
+    """Train the kept weights of a layer's pruned linears in place; pruned ones stay zero.
+
+    Args:
+        inputs: The layer, pruned, with what enters it in the pruned model and what it gives in the dense one.
+        masks: What was kept of each linear, by name: booleans (O, I).
+        settings: How it is trained.
+        processes: Those that have the other parts of the calibration set; all of them end with the same weights.
+
+    Returns:
+        The errors on the batches that were held out; None for a layer without pruned linears.
+    """
+    if not inputs.layer.linears:
+        return None
+    started = time.perf_counter()
+    train, held_out = settings.split(len(inputs.hidden_BTD))
+    fit = _Fit(inputs, masks, processes)
+    steps = max(processes.gather(len(train)))
+    optimizer = torch.optim.Adam(fit.masters, lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps * settings.epochs)
+    before = least = fit.error(held_out)
+    best, epochs = fit.copy(), 0
+    try:
+        with _only_requiring_grad(inputs.layer.module, fit.weights):
+            for epoch in range(settings.epochs if before else 0):
+                for step in range(steps):
+                    fit.set_gradients(train[step] if step < len(train) else None, before)
+                    optimizer.step()
+                    schedule.step()
+                    fit.put_in_place(fit.masters)
+                if not (error := fit.error(held_out)) < least:
+                    break
+                best, least, epochs = fit.copy(), error, epoch + 1
+    finally:
+        fit.put_in_place(best)
+    fit.send(0)
+    return LayerReconstruction(before, least, epochs, time.perf_counter() - started)
+
+
+class _Fit:
+    """The kept weights of a layer, with a copy in single precision of those that are stored in half."""
+
+    def __init__(self, inputs: CalibratedLayer, masks: Mapping[str, Tensor], processes: Processes) -> None:
+        self._inputs, self._processes = inputs, processes
+        self._kept = _by_parameter(inputs.layer.linears, masks)
+        self.weights = [*self._kept]
+        self.masters = [w.detach().float() if w.itemsize < 4 else w.detach() for w in self.weights]
+
+    def copy(self) -> list[Tensor]:
+        """Return copies of the weights as they are stored."""
+        return [weight.detach().clone() for weight in self.weights]
+
+    def put_in_place(self, values: Sequence[Tensor]) -> None:
+        """Let the layer compute with these."""
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.detach().copy_(value)
+        torch.clear_autocast_cache()
+
+    def send(self, source: int) -> None:
+        """Take the weights of one process, should a sum have been rounded otherwise there."""
+        self.put_in_place([self._processes.send(source, weight.detach()) for weight in self.weights])
+
+    def error(self, batches: Sequence[int]) -> float:
+        """Return the mean error of the real tokens of some batches, over all processes."""
+        sums = torch.zeros(2, device=self.weights[0].device)
+        with self._processes.together():
+            for batch in batches:
+                error_N = self._errors(batch)
+                sums += torch.stack([error_N.sum(), torch.tensor(float(len(error_N)), device=error_N.device)])
+        self._processes.sum([sums])
+        total, tokens = self._processes.send(0, sums).tolist()
+        return total / max(1.0, tokens)
+
+    def set_gradients(self, batch: int | None, unit: float) -> None:
+        """Give each master the gradient of the mean error over a batch of every process, in a unit near the error."""
+        tokens = torch.zeros(1, device=self.weights[0].device)
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        with self._processes.together():
+            if batch is not None:
+                with torch.enable_grad():
+                    error_N = self._errors(batch)
+                    loss = error_N.sum() * (LOSS_SCALE / max(1, len(error_N)) / unit)
+                tokens += len(error_N)
+                found = torch.autograd.grad(loss, self.weights, allow_unused=True)
+                for weight, master, gradient in zip(self.weights, self.masters, found, strict=True):
+                    if gradient is not None:  # no token reached the experts
+                        master.grad = torch.where(self._kept[weight], gradient.to(master.dtype), 0.0)
+        if self._processes.size > 1:
+            self._average([master.grad for master in self.masters if master.grad is not None], tokens)
+
+    def _average(self, gradients: list[Tensor], tokens: Tensor) -> None:
+        for gradient in gradients:
+            gradient.mul_(tokens)
+        self._processes.sum([tokens])
+        self._processes.sum(gradients)
+        for gradient in gradients:
+            gradient.div_(tokens.clamp_min(1))
+
+    def _errors(self, batch: int) -> Tensor:
+        """Run the layer; return ||out - dense out||^2 / ||dense out||^2 of every real token of a batch, in float32."""
+        out_BTD = self._inputs.output(batch)
+        dense_BTD, mask_BT = self._inputs.dense_BTD[batch].to(out_BTD.device).float(), self._inputs.masks_BT[batch]
+        error_BT = (out_BTD.float() - dense_BTD).square().sum(-1) / dense_BTD.square().sum(-1).clamp_min(1e-12)
+        return error_BT.flatten() if mask_BT is None else error_BT[..., mask_BT.to(error_BT.device)].flatten()
+
+
+def _by_parameter(linears: Sequence[PrunableLinear], masks: Mapping[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Lay the masks out as the parameters are: experts share one, and the slices of those that were not pruned stay."""
+    kept: dict[nn.Parameter, Tensor] = {}
+    for linear in linears:
+        whole = kept.setdefault(linear.weight, torch.zeros_like(linear.weight, dtype=torch.bool))
+        linear.view(whole).copy_(masks[linear.name])
+    return kept
+
+
+@contextmanager
+def _only_requiring_grad(module: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients be taken of some parameters alone; leave all as they were found."""
+    found = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    for parameter in found:
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in found.items():
+            parameter.requires_grad_(required)
