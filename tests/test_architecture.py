@@ -27,7 +27,10 @@ ROOMS = {
     "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
     "training": {"arguments", "model", "sparsity"},
-    "engine": {"allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "sparsity", "statistics"},
+    "engine": {
+        "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "sparsity",
+        "statistics",
+    },
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},

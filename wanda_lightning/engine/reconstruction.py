@@ -1,7 +1,7 @@
 """Training what a pruning has kept of a decoder layer, so that it gives what the dense layer gives in the dense model.
 
-Shin et al. 2024 (arXiv:2406.15524) and EBFT (Guo et al. 2024, arXiv:2402.12419): the layer is fed what the pruned layers
-before it give, and its target is what comes out of the dense layer when nothing before it was pruned either.
+Shin et al. 2024 (arXiv:2406.15524) and EBFT (Guo et al. 2024, arXiv:2402.12419): the layer is fed what the pruned
+layers before it give, and its target is what comes out of the dense layer when nothing before it was pruned either.
 
 Shapes: B batch, T tokens, D hidden size, O out features, I in features.
 """
@@ -31,7 +31,7 @@ class Reconstruction:
     Args:
         epochs: Passes over the calibration batches, at least 1. Fewer are made where the held-out error rises.
         lr: The learning rate of the first step, above 0.
-        held_out: Share of the batches that is not trained on, in (0, 0.5]: of a share of 1/8 every eighth, at least one.
+        held_out: Share of the batches that is not trained on, in (0, 0.5]; for 1/8 every eighth, at least one.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -106,7 +106,8 @@ class _Fit:
     """The kept weights of a layer, with a copy in single precision of those that are stored in half."""
 
     def __init__(self, inputs: CalibratedLayer, masks: Mapping[str, Tensor], processes: Processes) -> None:
-        self._inputs, self._processes = inputs, processes
+        assert inputs.dense_BTD is not None, "the walk was to take the hidden states of the dense model along"
+        self._inputs, self._dense_BTD, self._processes = inputs, inputs.dense_BTD, processes
         self._kept = _by_parameter(inputs.layer.linears, masks)
         self.weights = [*self._kept]
         self.masters = [w.detach().float() if w.itemsize < 4 else w.detach() for w in self.weights]
@@ -165,7 +166,7 @@ class _Fit:
     def _errors(self, batch: int) -> Tensor:
         """Run the layer; return ||out - dense out||^2 / ||dense out||^2 of every real token of a batch, in float32."""
         out_BTD = self._inputs.output(batch)
-        dense_BTD, mask_BT = self._inputs.dense_BTD[batch].to(out_BTD.device).float(), self._inputs.masks_BT[batch]
+        dense_BTD, mask_BT = self._dense_BTD[batch].to(out_BTD.device).float(), self._inputs.masks_BT[batch]
         error_BT = (out_BTD.float() - dense_BTD).square().sum(-1) / dense_BTD.square().sum(-1).clamp_min(1e-12)
         return error_BT.flatten() if mask_BT is None else error_BT[..., mask_BT.to(error_BT.device)].flatten()
 

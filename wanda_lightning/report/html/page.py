@@ -74,8 +74,8 @@ def _reconstruction(report: "PruningReport") -> dict[str, Any] | None:
     labels = [label(layer, stem) for layer in layers(report)]
     trained = [report.reconstruction.get(layer) for layer in layers(report)]
     series = {
-        "pruned": [layer and layer.before for layer in trained],
-        "and trained": [layer and layer.after for layer in trained],
+        "pruned": [None if layer is None else layer.before for layer in trained],
+        "and trained": [None if layer is None else layer.after for layer in trained],
     }
     header, rows = report.reconstruction_table()
     return {"lines": lines(series, labels, "{:.3g}".format), "header": header, "rows": rows}
