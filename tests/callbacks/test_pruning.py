@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.engine.pruner import prune_model
-from wanda_lightning.methods import Wanda
+from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.methods import Magnitude, Wanda
 from wanda_lightning.runs.trainer import PruningTrainer
 from wanda_lightning.sparsity import Unstructured
 
@@ -48,6 +50,18 @@ def test_prunes_as_the_engine_does_with_the_calibration_dataloader(tmp_path):
     expected = tiny_llama(layers=2)
     prune_model(expected, token_batches(seed=3), Wanda(), Unstructured(0.5))
     assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize(("callback", "method"), [(WandaPruning, Wanda()), (MagnitudePruning, Magnitude())])
+def test_reconstructs_layers_as_the_engine_does(tmp_path, callback, method):
+    module, settings = SomebodysModule(), Reconstruction(epochs=2, lr=1e-3)
+    pruning = callback(sparsity=0.5, reconstruction=settings)
+    trainer(tmp_path, pruning, max_steps=0).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=3), method, Unstructured(0.5), reconstruction=settings)
+    assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+    assert pruning.report.settings["reconstruction"] == str(settings)
+    assert "reconstruction" not in describe_settings(callback(sparsity=0.5))  # runs of older versions are known again
 
 
 def test_falls_back_to_the_first_sequences_of_the_train_dataloader(tmp_path):

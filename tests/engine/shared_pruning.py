@@ -10,6 +10,7 @@ from torch import distributed, multiprocessing
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 
@@ -37,6 +38,17 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     batches = BATCHES[processes.rank :: processes.size]
     report = prune_model(net, batches, method, pattern, processes=processes, journal=journal)
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
+
+
+def reconstruct(processes: Processes, model: str, size: int):
+    """Train on a batch of every process at a step; one process does the same with these batches in one."""
+    rows = token_batches(batches=3 * size, batch_size=2, length=16)
+    steps = [rows[step * size : (step + 1) * size] for step in range(3)]
+    batches = [step[processes.rank] if processes.size > 1 else torch.cat(step) for step in steps]
+    net = MODELS[model]()
+    settings = Reconstruction(epochs=2, lr=1e-3)
+    report = prune_model(net, batches, Magnitude(), Unstructured(0.5), reconstruction=settings, processes=processes)
+    return net.state_dict(), [(layer.before, layer.after) for layer in report.reconstruction.values()]
 
 
 def refused(processes: Processes) -> str:
@@ -67,6 +79,7 @@ def run(rank: int, size: int, folder: str) -> None:
     first = prune(processes, "mixtral", "sparsegpt", Path(folder))
     found["recorded"] = first
     found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
+    found |= {(model, "reconstruction"): reconstruct(processes, model, size) for model in MODELS}
     found["refused"] = refused(processes)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

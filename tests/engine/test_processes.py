@@ -51,6 +51,18 @@ def test_many_processes_give_what_one_gives(of_many, of_one):
             torch.testing.assert_close(found_weights[name][kept], weight[kept], rtol=1e-5, atol=1e-5, msg=str(run))
 
 
+@pytest.mark.parametrize("model", shared_pruning.MODELS)
+def test_a_step_of_many_is_one_with_all_their_batches(of_many, model):
+    weights, errors = of_many[0][model, "reconstruction"]
+    alone, wanted = shared_pruning.reconstruct(Processes.alone(), model, len(of_many))
+    assert all(after < before for before, after in errors[:1])
+    for found, of_one in zip(errors, wanted, strict=True):
+        assert found == pytest.approx(of_one, rel=1e-4)
+    for name, weight in alone.items():
+        # Where a gradient is nearly zero, Adam's step is as large as elsewhere and its sign is that of the rounding.
+        assert ((weights[name] - weight).abs() < 1e-4).float().mean() > 0.998, name
+
+
 def test_a_recorded_layer_is_restored_in_all_processes(of_many):
     for found in of_many:
         (recorded, rows), (restored, again) = found["recorded"], found["restored"]

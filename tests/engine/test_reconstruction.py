@@ -1,4 +1,4 @@
-"""What a pruning kept of a layer is trained towards the dense layer: against least squares, and what must not change."""
+"""What a pruning kept of a layer is trained towards the dense layer: least squares, and what must not change."""
 
 import copy
 import re

@@ -8,7 +8,8 @@ from rich.console import Console
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.engine.measured_sparsity import measure_whole_model
 from wanda_lightning.engine.pruner import prune_model
-from wanda_lightning.methods import Wanda
+from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.methods import Magnitude, Wanda
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured
 
@@ -84,3 +85,24 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["pruning.json"]
+
+
+def test_the_reconstruction_of_layers_is_told(llama, batches, tmp_path):
+    settings = Reconstruction(epochs=1, lr=1e-3)
+    report = prune_model(llama, batches, Magnitude(), Unstructured(0.5), reconstruction=settings)
+    report.save(tmp_path)
+    assert PruningReport.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == report
+    first = report.reconstruction["model.layers.0"]
+    assert f"| model.layers.0 | {first.before:.4g} | {first.after:.4g} | " in report.to_markdown()
+    page = (tmp_path / "report.html").read_text()
+    assert "Reconstruction of layers" in page
+    assert "<title>and trained</title>" in page
+    assert report.seconds_by_phase["reconstruction"] == pytest.approx(
+        sum(layer.seconds for layer in report.reconstruction.values())
+    )
+
+
+def test_without_reconstruction_nothing_is_said_of_it(report, tmp_path):
+    report.save(tmp_path)
+    assert "econstruction of layers" not in (tmp_path / "report.html").read_text()
+    assert "held-out" not in report.to_markdown()
