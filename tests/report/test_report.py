@@ -10,6 +10,7 @@ from wanda_lightning.engine.measured_sparsity import measure_whole_model
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Magnitude, Wanda
+from wanda_lightning.report.model_card import model_card
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured
 
@@ -94,6 +95,7 @@ def test_the_reconstruction_of_layers_is_told(llama, batches, tmp_path):
     assert PruningReport.from_dict(json.loads((tmp_path / "pruning.json").read_text())) == report
     first = report.reconstruction["model.layers.0"]
     assert f"| model.layers.0 | {first.before:.4g} | {first.after:.4g} | " in report.to_markdown()
+    assert "What was kept of each layer was then trained" in model_card(report)
     page = (tmp_path / "report.html").read_text()
     assert "Reconstruction of layers" in page
     assert "<title>and trained</title>" in page

@@ -132,36 +132,37 @@ class _Fit:
         with self._processes.together():
             for batch in batches:
                 error_N = self._errors(batch)
-                sums += torch.stack([error_N.sum(), torch.tensor(float(len(error_N)), device=error_N.device)])
+                sums += torch.stack([error_N.sum(), error_N.new_tensor(len(error_N))]).to(sums.device)
         self._processes.sum([sums])
         total, tokens = self._processes.send(0, sums).tolist()
         return total / max(1.0, tokens)
 
     def set_gradients(self, batch: int | None, unit: float) -> None:
         """Give each master the gradient of the mean error over a batch of every process, in a unit near the error."""
+        gradients = [torch.zeros_like(master) for master in self.masters]
         tokens = torch.zeros(1, device=self.weights[0].device)
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
         with self._processes.together():
             if batch is not None:
-                with torch.enable_grad():
-                    error_N = self._errors(batch)
-                    loss = error_N.sum() * (LOSS_SCALE / max(1, len(error_N)) / unit)
-                tokens += len(error_N)
-                found = torch.autograd.grad(loss, self.weights, allow_unused=True)
-                for weight, master, gradient in zip(self.weights, self.masters, found, strict=True):
-                    if gradient is not None:  # no token reached the experts
-                        master.grad = torch.where(self._kept[weight], gradient.to(master.dtype), 0.0)
+                tokens += self._backward(batch, unit, gradients)
         if self._processes.size > 1:
-            self._average([master.grad for master in self.masters if master.grad is not None], tokens)
+            torch._foreach_mul_(gradients, tokens)
+            self._processes.sum([tokens])
+            self._processes.sum(gradients)
+            torch._foreach_div_(gradients, tokens.clamp_min(1))
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
 
-    def _average(self, gradients: list[Tensor], tokens: Tensor) -> None:
-        for gradient in gradients:
-            gradient.mul_(tokens)
-        self._processes.sum([tokens])
-        self._processes.sum(gradients)
-        for gradient in gradients:
-            gradient.div_(tokens.clamp_min(1))
+    def _backward(self, batch: int, unit: float, gradients: list[Tensor]) -> int:
+        """Add the gradients of the mean error over one batch; return its number of real tokens."""
+        with torch.enable_grad():
+            error_N = self._errors(batch)
+            loss = error_N.sum() * (LOSS_SCALE / max(1, len(error_N)) / unit)
+        if loss.requires_grad:  # else no token reached the experts that were pruned
+            found = torch.autograd.grad(loss, self.weights, allow_unused=True)
+            for weight, total, gradient in zip(self.weights, gradients, found, strict=True):
+                if gradient is not None:
+                    total += torch.where(self._kept[weight], gradient, 0)
+        return len(error_N)
 
     def _errors(self, batch: int) -> Tensor:
         """Run the layer; return ||out - dense out||^2 / ||dense out||^2 of every real token of a batch, in float32."""

@@ -27,6 +27,7 @@ def estimate_memory(
     size = model.dtype.itemsize
     weights = size * sum(parameter.numel() for parameter in model.parameters())
     by_layer = [size * sum(p.numel() for p in layer.module.parameters()) for layer in layers]
+    activations = size * windows * tokens * model.get_input_embeddings().weight.shape[1]
     hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
     largest = max(kind.shape[0] * kind.shape[1] for kind in kinds)
@@ -40,8 +41,9 @@ def estimate_memory(
     return {
         "weights of the model": weights,
         "weights of its largest layer": max(by_layer),
-        "calibration activations": size * windows * tokens * model.get_input_embeddings().weight.shape[1],
+        "calibration activations": activations,
         "second-order methods, besides": hessians + factor,
+        "reconstruction, besides": activations + _training(kinds, size, tokens) // len(layers),
         "Wanda in all, in memory": weights + wanda,
         "Wanda in all, streamed": streamed + wanda,
         "SparseGPT in all, in memory": weights + solve + hessians,
@@ -87,6 +89,17 @@ def _attention(config: Any, tokens: int) -> int:
         return 0
     width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 0) // heads
     return 2 * tokens**2 * heads * width  # two products of 2 operations each, over half of the square
+
+
+def _training(kinds: list[LinearKind], size: int, tokens: int) -> int:
+    """Count the bytes that training on one window at a time holds for the linears of all layers.
+
+    Each weight has a mask (1), a gradient and two moments in float32 (12), its best value so far, and a copy in float32
+    where it is stored in half precision; what enters and leaves each linear is kept for the backward pass.
+    """
+    weight = 13 + size + (4 if size < 4 else 0)
+    weights = weight * sum(kind.count * kind.shape[0] * kind.shape[1] for kind in kinds)
+    return weights + round(size * tokens * sum(kind.tokens * kind.count * sum(kind.shape) for kind in kinds))
 
 
 def _one_a_group(kinds: list[LinearKind]) -> list[LinearKind]:

@@ -67,6 +67,12 @@ def model_card(
         "model; `from_pretrained` loads them.",
         "",
     ]
+    if report.reconstruction:
+        lines += [
+            "What was kept of each layer was then trained on the calibration set to give what the layer gave in the dense "
+            "model; the zeros stayed zero.",
+            "",
+        ]
     if training != "none":
         lines += [TRAINED[training].format(steps=steps), ""]
     for header, rows in report.overview():
