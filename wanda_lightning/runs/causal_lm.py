@@ -80,17 +80,18 @@ class CausalLM(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model; called by the Trainer before every run."""
-        if self.model is None:
-            given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-            self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
-            if self.stream:
-                self._open_streamed(self.pretrained)
-                return
+        if self.model is not None:
+            return
+        if self.stream:
+            self._open_streamed(self.pretrained)
+        else:
             self.model = load_model(self.pretrained, **self.model_kwargs).train()
             if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
+        given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
 
     def setup(self, stage: str) -> None:
         """Refuse to train a streamed model; ``fit`` without training steps prunes it."""
