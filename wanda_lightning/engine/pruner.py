@@ -114,8 +114,9 @@ def prune_model(
         with processes.together():
             first = next(visits)  # the dry run reads the batches
             check_inputs(plan, first[1])
-        journal.start(fingerprint(model, plan.settings, processes.gather(batches.digest)), processes)
         visits = chain([first], visits)
+        settings = {**plan.settings, "processes": processes.size}
+        journal.start(fingerprint(model, settings, processes.gather(batches.digest)), processes)
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:

@@ -69,8 +69,8 @@ def model_card(
     ]
     if report.reconstruction:
         lines += [
-            "What was kept of each layer was then trained on the calibration set to give what the layer gave in the dense "
-            "model; the zeros stayed zero.",
+            "What was kept of each layer was then trained on the calibration set to give what the layer gave in the "
+            "dense model; the zeros stayed zero.",
             "",
         ]
     if training != "none":
