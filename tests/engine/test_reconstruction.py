@@ -206,6 +206,29 @@ def test_experts_that_are_not_pruned_are_not_trained():
             assert [torch.equal(weights[e], dense_weights[e]) for e in range(4)] == [True, False, True, True]
 
 
+class TwoExperts(nn.Module):
+    """A decoder layer whose expert is chosen by the first token of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+
+    def forward(self, hidden_states, **_):
+        return hidden_states + self.experts[int(hidden_states[0, 0, 0] > 0)](hidden_states)
+
+
+def test_a_batch_that_reaches_no_pruned_expert_trains_nothing():
+    model = tiny_llama(layers=1)
+    model.model.layers = nn.ModuleList([TwoExperts()])
+    batches = [BATCHES[0].clone() for _ in range(4)]
+    for batch, token in zip(batches, model.model.embed_tokens.weight[:, 0].topk(2).indices.tolist(), strict=False):
+        batch[0, 0] = token  # the first two go to the second expert
+    for batch in batches[2:]:
+        batch[0, 0] = model.model.embed_tokens.weight[:, 0].argmin()
+    _, report = pruned(model, targets=["*.experts.0"], batches=batches)
+    assert report.reconstruction["model.layers.0"].after < report.reconstruction["model.layers.0"].before
+
+
 def test_padding_does_not_count():
     ids = token_batches(batches=3, batch_size=1, length=16)
     padded = []
