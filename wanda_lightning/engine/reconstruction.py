@@ -145,10 +145,12 @@ class _Fit:
             if batch is not None:
                 tokens += self._backward(batch, unit, gradients)
         if self._processes.size > 1:
-            torch._foreach_mul_(gradients, tokens)
+            share = tokens.clone()
             self._processes.sum([tokens])
+            share /= tokens.clamp_min(1)
+            for gradient in gradients:
+                gradient *= share
             self._processes.sum(gradients)
-            torch._foreach_div_(gradients, tokens.clamp_min(1))
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient
 
