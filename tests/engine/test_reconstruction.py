@@ -304,6 +304,16 @@ def test_too_few_batches_are_refused_before_anything_changes(batches, method, me
     assert not (tmp_path / "run.json").exists()  # so that the next run is not taken for another one
 
 
+def test_infinite_activations_are_refused():
+    model, batches = tiny_llama(), [batch.masked_fill(batch == 7, 8) for batch in BATCHES]
+    model.model.embed_tokens.weight.data[7] = float("nan")
+    batches[-1][1, 0] = 7
+    with pytest.raises(
+        ValueError, match=r"hidden states behind model.layers.0 are NaN or infinite: the model overflows"
+    ):
+        pruned(model, Magnitude(), batches=batches)
+
+
 def test_layers_that_share_a_matrix_are_refused():
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight

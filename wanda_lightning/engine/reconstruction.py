@@ -6,6 +6,7 @@ layers before it give, and its target is what comes out of the dense layer when 
 Shapes: B batch, T tokens, D hidden size, O out features, I in features.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.arguments import positive_number, whole_number
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
@@ -74,6 +75,9 @@ def reconstruct(
 
     Returns:
         The errors on the batches that were held out; None for a layer without pruned linears.
+
+    Raises:
+        ValueError: If the layer's outputs are NaN or infinite there.
     """
     if not inputs.layer.linears:
         return None
@@ -84,6 +88,8 @@ def reconstruct(
     optimizer = torch.optim.Adam(fit.masters, lr=settings.lr)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps * settings.epochs)
     before = least = fit.error(held_out)
+    if not math.isfinite(before):
+        raise ValueError(f"the hidden states behind {inputs.layer.name} are NaN or infinite: {OVERFLOW}")
     best, epochs = fit.copy(), 0
     try:
         with _only_requiring_grad(inputs.layer.module, fit.weights):
