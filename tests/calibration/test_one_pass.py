@@ -295,6 +295,16 @@ def test_where_activations_wait_does_not_matter(place, model):
     assert differing(here, elsewhere) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_what_waits_leaves_the_gpu_and_comes_back(place):
+    here, elsewhere = tiny_llama().cuda(), tiny_llama().cuda()
+    prune_model(here, token_batches(), Wanda(), Unstructured(0.5), true_sequential=True)
+    prune_model(elsewhere, token_batches(), Wanda(), Unstructured(0.5), true_sequential=True, activations=place)
+    assert differing(here, elsewhere) == []
+
+
 def test_what_waits_is_moved_to_disk(llama, batches, monkeypatch):
     """The storage of the tensors that wait is empty, and what was in it comes back."""
     seen = []
