@@ -74,6 +74,14 @@ def test_what_one_process_refuses_all_refuse(of_many):
         assert "model.layers.0.self_attn.q_proj are NaN or infinite" in found["refused"]
 
 
+def test_all_processes_raise_the_same_kind_of_error(monkeypatch):
+    processes = Processes.alone()
+    processes.size = 2
+    monkeypatch.setattr(processes, "gather", lambda mine: [KeyError("of the first"), mine])
+    with pytest.raises(KeyError, match="of the first"), processes.together():
+        raise OSError("of this one")
+
+
 def test_work_is_balanced():
     assert balanced([1, 8, 2, 2, 3], 2) == [1, 0, 1, 1, 1]
     assert balanced([5.0], 4) == [0]
