@@ -45,15 +45,13 @@ class PruningCallback(SparseFinetuning):
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
-        activations: Where the activations of the calibration set wait between two layers: ``device``, ``cpu`` or
-            ``disk``.
+        activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
         resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
             them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, in
-            one pass over the calibration set; by default each layer is visited in two.
+        true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -84,8 +82,7 @@ class PruningCallback(SparseFinetuning):
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
-        self.schedule = schedule
-        self.targets, self.ignore, self.allocation = targets, ignore, allocation
+        self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir = num_samples, output_dir
         self.activations, self.resume = activations, resume
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
