@@ -123,8 +123,7 @@ class PruningRun:
     def prune_gradually(self, trainer: Trainer, module: LightningModule) -> bool:
         """Prune if the schedule says so at this step; a step that was passed over is made up for."""
         schedule = self.asked.schedule
-        due = schedule.last_due(trainer.global_step) if schedule is not None else None
-        if schedule is None or due is None or due <= self.pruned_at:
+        if schedule is None or (due := schedule.last_due(trainer.global_step)) is None or due <= self.pruned_at:
             return False
         self.pruned_at = due
         if sparsity := schedule.sparsity(due, self.asked.pattern.sparsity):
