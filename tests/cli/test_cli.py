@@ -341,7 +341,7 @@ def test_a_full_disk_says_so():
 
 
 def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", lambda: None)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", lambda: None)
     with pytest.raises(TypeError):
         wanda_lightning_command("prune", "-c", RECIPE, *small)
 
@@ -354,7 +354,7 @@ def ctrl_c(monkeypatch):
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", pressed)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", pressed)
     monkeypatch.setattr("wanda_lightning.cli.recipes.main", pressed)
     yield
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
