@@ -100,7 +100,7 @@ def test_other_callbacks_and_settings_stay(tmp_path):
     recipe.write_text(yaml.safe_dump({"trainer": {"callbacks": own}}))
     written = written_out(["prune", "M", "-c", str(recipe), "--sparsity=0.7", "--output", "b"])
     first, pruning, last = json.loads(given_by(written)["--trainer.callbacks"])
-    assert (first, last) == ({"class_path": own[0]}, own[2])
+    assert (first, last) == ({"class_path": own[0], "init_args": {}}, own[2])
     assert pruning["init_args"] == {
         "ignore": ["down_proj"],
         "output_dir": "b",
@@ -112,7 +112,7 @@ def test_other_callbacks_and_settings_stay(tmp_path):
 def test_a_recipe_without_pruning_gets_a_callback(tmp_path):
     written = written_out(["prune", "M", "-c", "{trainer: {callbacks: [RichProgressBar]}}", "--pattern", "2:4"])
     assert json.loads(given_by(written)["--trainer.callbacks"]) == [
-        {"class_path": "RichProgressBar"},
+        {"class_path": "RichProgressBar", "init_args": {}},
         {"class_path": "WandaPruning", "init_args": {"sparsity": None, "pattern": "2:4"}},
     ]
 
@@ -127,6 +127,7 @@ def test_a_recipe_without_pruning_gets_a_callback(tmp_path):
         ("prune M --sparsity 2:4", "an N:M pattern is --pattern"),
         ("validate M --sparsity 0.5", "validate has no --sparsity"),
         ("sweep M --method wanda", "sweep has no --method: it takes --methods"),
+        ('prune M -c {"trainer":{"callbacks":[3]}} --sparsity 0.5', "a callback needs a class_path, got 3"),
         ("prune M -c no_such --sparsity 0.5", "there is no file 'no_such'"),
     ],
 )

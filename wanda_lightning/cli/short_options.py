@@ -33,15 +33,8 @@ LONG = {
     "--max_steps": "--trainer.max_steps",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern")
-FLAGS = (
-    "-h",
-    "--help",
-    "--print_config",
-    "--overwrite",
-    "--no_overwrite",
-    "-v",
-    "--details",
-)  # the options that no value follows
+# The options that no value follows.
+FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
 
 HELP = f"""
@@ -163,15 +156,16 @@ def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
     """Return the option that sets the callbacks: those of the recipes, the first that prunes as the short ones say."""
     callbacks: list[dict[str, Any]] = []
     for recipe in recipes:
-        found = (settings_of(recipe).get("trainer") or {}).get("callbacks") or callbacks
-        callbacks = [{"class_path": each} if isinstance(each, str) else each for each in _listed(found)]
+        trainer = settings_of(recipe).get("trainer")
+        found = trainer.get("callbacks") if isinstance(trainer, dict) else None
+        callbacks = [_as_dict(each) for each in (found if isinstance(found, list) else [found])] if found else callbacks
     pruning = [each for each in callbacks if each["class_path"].endswith(("Pruning", "PruningCallback"))]
     asked = {option.removeprefix("--"): short[option] for option in OF_CALLBACK if option in short}
     if asked and not pruning:
-        pruning = [{"class_path": METHODS["wanda"]}]
+        pruning = [_as_dict(METHODS["wanda"])]
         callbacks += pruning
     moved = False
-    for settings in (each.setdefault("init_args", {}) for each in pruning):
+    for settings in (each["init_args"] for each in pruning):
         if "--output" in short and settings.get("output_dir"):
             settings["output_dir"], moved = short["--output"], True
     if "method" in asked:
@@ -182,5 +176,10 @@ def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
     return [f"--trainer.callbacks={json.dumps(callbacks)}"] if asked or moved else []
 
 
-def _listed(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
+def _as_dict(callback: Any) -> dict[str, Any]:
+    """Write a callback of a recipe, which may be the name of a class alone, as a class and its arguments."""
+    if isinstance(callback, str):
+        callback = {"class_path": callback}
+    if not isinstance(callback, dict) or "class_path" not in callback:
+        raise ValueError(f"a callback needs a class_path, got {callback!s:.60}")
+    return {**callback, "init_args": callback.get("init_args") or {}}
