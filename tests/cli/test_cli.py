@@ -249,7 +249,7 @@ def test_help_and_version(wanda_lightning_command):
     assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
     done = wanda_lightning_command("prune", "--help")
     assert done.returncode == 0
-    assert "--method NAME" in done.stdout.partition("--help")[0]  # what matters most stands first
+    assert "\n\nThe options that matter most:\n  MODEL " in done.stdout.partition("--help")[0]
     assert "--data.source" in wanda_lightning_command("prune", "--data.help=TextDataModule").stdout
     assert "sparsity" in wanda_lightning_command("prune", "--trainer.callbacks.help=WandaPruning").stdout
 

@@ -38,6 +38,7 @@ FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v"
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
 
 HELP = f"""
+
 The options that matter most:
   MODEL                   a hub name, a folder or a .gguf file
   --method NAME           {", ".join(METHODS)}; by default wanda
@@ -50,8 +51,7 @@ The options that matter most:
   --sequence_length N     tokens in a window, by default up to 2048
   --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
   --overwrite             replace other results that are there
-  -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it
-"""
+  -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:
