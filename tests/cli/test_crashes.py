@@ -283,6 +283,20 @@ def test_a_fine_tuning_that_is_killed(start, tmp_path):
     assert not (tmp_path / "results/unfinished").exists()
 
 
+def test_a_fine_tuning_that_is_asked_to_end(start, tmp_path):
+    """SIGTERM ends it at the next step, not at the millionth, and what is on disk is whole."""
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.log_every_n_steps=1"]
+    options = [*logger, "--trainer.logger.flush_logs_every_n_steps=1", "--data.batch_size=1"]
+    run = start(tmp_path, *options, "--trainer.max_steps=1000000", command="fit", recipe="wanda_finetune", seconds=0)
+    run.wait_for(lambda: any("train/loss" in file.read_text() for file in tmp_path.rglob("metrics.csv")))
+    assert run.kill(signal.SIGTERM) == 143, run.said
+    assert "Traceback" not in run.said
+    (report,) = tmp_path.rglob("pruning.json")
+    found = json.loads(report.read_text())
+    assert list(found["evaluations"]) == ["dense", "pruned"]
+    assert found["sparsity"] == 0.5
+
+
 def test_a_sweep_leaves_no_layers(start, tmp_path):
     options = ["--methods=[Wanda]", "--sparsities=[0.5]", "--patterns=[]"]
     run = start(tmp_path, *options, command="sweep", recipe="sweep", seconds=0)

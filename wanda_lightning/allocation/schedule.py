@@ -6,7 +6,6 @@ from typing import Literal, get_args
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
 
 Curve = Literal["cubic", "linear"]
@@ -99,8 +98,7 @@ class Gradual:
             )
         if self.initial > pattern.sparsity:
             raise ValueError(f"the schedule starts at sparsity {self.initial}, above the final {pattern.sparsity}")
-        updates_first = isinstance(method, SecondOrderMethod) and getattr(method, "schedule", None) != "sequential"
-        if updates_first and not self.regrow:
+        if not method.zeros_stay and not self.regrow:
             raise ValueError(
                 f"{method} updates weights before it chooses among them, so weights that were pruned may come back: "
                 "use regrow=True in the schedule, or a method that chooses first, such as Wanda or a sequential Ablate"

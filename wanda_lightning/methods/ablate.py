@@ -65,6 +65,11 @@ class Ablate(SecondOrderMethod):
         prune_with_mask(weight_OI, factor, mask_OI, self.block_size)
         return mask_OI
 
+    @property
+    def zeros_stay(self) -> bool:
+        """Whether weights that are zero stay so: if the whole mask is fixed before the first update."""
+        return self.schedule == "sequential"
+
     def tolerance(self, shape: tuple[int, int]) -> float:
         """How far a mask may lie from the asked sparsity: less than one weight in each comparison group."""
         if self.schedule == "iterative":

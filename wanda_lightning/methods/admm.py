@@ -51,6 +51,11 @@ class ADMM(PruningMethod):
         hessian_II = statistic.compute().to(weight_OI.device)
         return prune_with_admm(weight_OI, hessian_II, pattern, self.steps, self.rho, self.damping)
 
+    @property
+    def zeros_stay(self) -> bool:
+        """Whether weights that are zero stay so: no, they are chosen among once the others have adapted."""
+        return False
+
     def tolerance(self, shape: tuple[int, int]) -> float:
         """Return how far a mask may be from the asked sparsity: less than one weight of the matrix."""
         return 1 / (shape[0] * shape[1])

@@ -23,6 +23,11 @@ class PruningMethod(ABC):
     refine: int = 0
 
     @property
+    def zeros_stay(self) -> bool:
+        """Whether weights that are zero stay so when more is pruned; not if others are updated before the choice."""
+        return True
+
+    @property
     @abstractmethod
     def statistic(self) -> type[InputStatistic] | None:
         """The statistic of the inputs that :meth:`prune` needs; None without calibration. A class attribute will do."""
