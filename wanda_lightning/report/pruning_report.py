@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
-from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity
+from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity, order_of
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
@@ -142,11 +142,7 @@ class PruningReport:
     @property
     def order(self) -> str:
         """How often the calibration set ran through the layers: ``one pass; two in 3 of 30 layers``; empty without."""
-        passes = {row.layer: row.passes for row in self.linears if row.passes is not None}
-        twice = sum(number > 1 for number in passes.values())
-        if not passes or twice == len(passes):
-            return "two passes" if passes else ""
-        return "one pass" + (f"; two in {twice} of {len(passes)} layers" if twice else "")
+        return order_of(self.linears)
 
     def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
