@@ -142,7 +142,14 @@ def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
 
 
 def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that belongs to a model, see :func:`load_model`, or one that is in a folder by itself.
+    """Load the tokenizer that belongs to a model, or one that is in a folder by itself.
+
+    Args:
+        pretrained: See :func:`load_model`; or a folder that holds only a tokenizer.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: If there is none that can be loaded.

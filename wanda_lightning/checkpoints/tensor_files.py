@@ -60,6 +60,12 @@ def weight_files(folder: Path, suffix: str = PLAIN) -> list[Path]:
 def opened(file: Path) -> Iterator[Any]:
     """Open a safetensors file; tensors are read when they are asked for.
 
+    Args:
+        file: The file.
+
+    Yields:
+        The open file, as ``safetensors.safe_open`` gives it.
+
     Raises:
         ValueError: If the file is cut off, or something else.
     """

@@ -47,14 +47,14 @@ class TextDataModule(LightningDataModule):
         calibration_batch_size: Calibration windows in a batch.
         batch_size: Training and evaluation windows in a batch.
         max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
-        keep_last_window: Evaluate on the text's last, shorter window too.
-        evaluate_calibration: Evaluate on the calibration windows too, as a set named "calibration".
         text_field: Field of a JSON line, or column of a data set, that holds the text.
         config_name: Configuration of the data set in ``source``, if it has several.
         train_split: Split of a data set for calibration and training; "train[:1%]" takes the first hundredth.
         evaluation_split: Split of a data set for evaluation. Where it equals ``train_split``, the split is divided as a
             file is.
         num_workers: Worker processes of each dataloader.
+        keep_last_window: Evaluate on the text's last, shorter window too.
+        evaluate_calibration: Evaluate on the calibration windows too, as a set named "calibration".
 
     Raises:
         ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
@@ -84,7 +84,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         keep_last_window: bool = False,
         evaluate_calibration: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         whole_number("num_samples", num_samples, 1)
@@ -134,6 +134,9 @@ class TextDataModule(LightningDataModule):
         """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
 
         Text is read, and a tokenizer loaded, when a dataloader first needs it.
+
+        Args:
+            stage: What the Trainer is about to do; it makes no difference.
 
         Raises:
             ValueError: If there is no tokenizer, or ``sequence_length`` is over the model's limit.

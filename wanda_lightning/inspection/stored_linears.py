@@ -87,6 +87,9 @@ def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequ
         place: Number of its layer, and the stored tensor's name in it.
         weight_OI: Its weights.
         patterns: What to look for, the tightest first.
+
+    Returns:
+        What was found.
     """
     kept_OI = weight_OI != 0
     rows, columns = kept_OI.shape

@@ -50,6 +50,9 @@ class Wanda(ScoreMethod):
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M for the variant, whose rows keep different numbers of weights.
 
+        Args:
+            pattern: What is asked for.
+
         Raises:
             ValueError: If the variant is asked for with an N:M pattern.
         """

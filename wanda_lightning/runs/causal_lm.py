@@ -144,6 +144,9 @@ class CausalLM(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler that were asked for.
 
+        Returns:
+            What Lightning takes from ``configure_optimizers``.
+
         Raises:
             ValueError: If the scheduler waits for a metric, and does not say which.
         """

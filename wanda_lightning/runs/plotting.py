@@ -16,6 +16,12 @@ Point = tuple[float, float]
 def check(file: str | Path) -> Path:
     """Make sure that a picture can be drawn to a file, before any work is done for it.
 
+    Args:
+        file: Where the picture is to go.
+
+    Returns:
+        The file.
+
     Raises:
         ValueError: If the file is neither PNG nor SVG, or matplotlib is not installed.
     """

@@ -38,10 +38,13 @@ class CalibrationBatches:
         self._sequences = self._tokens = 0
 
     def of(self, trainer: Trainer) -> Iterator[Any]:
-        """Yield this process's share of the calibration batches.
+        """Return this process's share of the calibration batches.
 
         Args:
             trainer: The Trainer, in ``fit``.
+
+        Returns:
+            An iterator over them, which counts what it gives.
 
         Raises:
             ValueError: If there are fewer batches than processes, or a train dataloader can be read only once and
@@ -65,7 +68,7 @@ class CalibrationBatches:
 
         Returns:
             ``source``, ``num_samples`` (sequences asked for), ``sequences``, ``tokens`` (padding does not count), and
-            what the datamodule adds. Without calibration what the datamodule says alone.
+            what the datamodule adds. Where nothing was calibrated, only what the datamodule says.
         """
         describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
         told = describe() if describe else {}

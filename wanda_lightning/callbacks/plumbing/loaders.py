@@ -28,12 +28,15 @@ def loaders_in(collection: Any) -> list[Any] | None:
 
 
 def each_batch(items: Iterable[Any], combined: CombinedLoader) -> Iterator[Any]:
-    """Yield the batches of single loaders that are in what a CombinedLoader yields.
+    """Take apart what a CombinedLoader yields into the batches of its single loaders.
 
     Args:
         items: A batch of every loader, an index and the number of a loader: what iterating over ``combined`` yields.
         combined: The loader. Sequentially it yields batches of single loaders; in the other modes a list or dict of
             them, and None in place of those of a loader that has ended.
+
+    Yields:
+        The batches, one by one.
     """
     for batch, _, _ in items:
         parts = [batch] if combined._mode == "sequential" else _parts(batch, combined.iterables)

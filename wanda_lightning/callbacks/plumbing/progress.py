@@ -19,6 +19,9 @@ def progress(trainer: Trainer, asked_to_end: Callable[[], bool], layers: Iterabl
         layers: What to pass on.
         total: How many there are.
 
+    Yields:
+        The layers.
+
     Raises:
         SIGTERMException: Between two layers, if a process was asked to end: what is finished is on disk.
     """
@@ -37,7 +40,7 @@ def noticing_sigterm() -> Iterator[Callable[[], bool]]:
     """Note a SIGTERM, as from SLURM, instead of ending at once; Lightning does so only when ``on_fit_start`` is over.
 
     Yields:
-        Whether there was one.
+        A function that tells whether there was one.
     """
     seen: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
