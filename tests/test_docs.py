@@ -199,6 +199,18 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("name", ["architecture", "calibration", "solvers", "engine"])
+def test_files_of_the_house_exist(name):
+    """Those in a row of the table are anywhere in the row's room."""
+    page = PAGES[name]
+    for line in page.read_text().splitlines():
+        named = re.findall(r"`([\w/]+(?:/|\.py))`", line)
+        room = page.parent / named[0] if line.startswith("| ") and named else page.parent
+        for file in named:
+            places = [page.parent / file, ROOT / file, *room.rglob(file)]
+            assert any(place.exists() for place in places), file
+
+
 def test_the_index_lists_every_page():
     index = (DOCS / "README.md").read_text()
     assert all(f"({page.name})" in index for page in DOCS.glob("*.md") if page.name != "README.md")
