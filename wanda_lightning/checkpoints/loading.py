@@ -129,7 +129,7 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
 
 
 def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
-    """Load the config of a model and nothing else, and refuse what :func:`load_model` would."""
+    """Load the config of a model and nothing else; refuse the models that :func:`load_model` refuses."""
     from transformers import AutoConfig
 
     folder = _folder(pretrained)
@@ -170,7 +170,7 @@ def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
 
 
 def _auto_class(config: "PreTrainedConfig") -> Any:
-    """Choose the class of transformers that loads all of a model, also what sees images, where there is such."""
+    """Choose the class of transformers that loads all of a model, also the part that sees images, if it has one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 

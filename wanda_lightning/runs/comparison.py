@@ -16,7 +16,7 @@ TEXT = (0, 1, 3)
 
 @dataclass(frozen=True)
 class Run:
-    """What one ``pruning.json`` says.
+    """One run, as its ``pruning.json`` describes it.
 
     Attributes:
         folder: The run's folder.
@@ -53,7 +53,7 @@ class Comparison:
         self.runs = [_read(Path(folder)) for folder in folders]
 
     def label(self, run: Run) -> str:
-        """Name a run's method: with its settings where another run has others, with its folder where one has none."""
+        """Name a run's method, with its settings or its folder where the name alone does not tell it from others."""
         name = run.method.partition("(")[0]
         if len({r.method for r in self.runs if r.method.partition("(")[0] == name}) > 1:
             name = run.method

@@ -20,8 +20,8 @@ class CalibrationBatches:
     """The calibration batches of a run, counted as they pass.
 
     They come from the ``calibration_dataloader()`` of the datamodule or of the module, else from the train dataloader.
-    Either may be several loaders. Training loses nothing of a train dataloader that can be read only once: what was
-    read is given back.
+    Either may be several loaders. If a train dataloader can be read only once, the batches that were read are given
+    back to training.
 
     Args:
         num_samples: How many sequences to take from a train dataloader, >= 1; also beyond ``limit_train_batches``, but
@@ -120,9 +120,9 @@ class CalibrationBatches:
 
 
 def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[Any]:
-    """Return what training will read next, up to so many sequences; it is given back to the fetcher, which reads it.
+    """Return the items that training will read next, up to so many sequences, and let training read them too.
 
-    It is kept with the fetcher: when a schedule prunes for the last time, there may be nothing left to read.
+    They are kept with the fetcher: when a schedule prunes for the last time, there may be nothing left to read.
     """
     if not hasattr(fetcher, "batches"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How far a pruning is: a bar over the decoder layers, and an end between two of them."""
+"""A progress bar over the decoder layers; and after a SIGTERM an end between two of them."""
 
 import signal
 import threading
@@ -15,8 +15,8 @@ def progress(trainer: Trainer, asked_to_end: Callable[[], bool], layers: Iterabl
 
     Args:
         trainer: The Trainer.
-        asked_to_end: Whether this process was, see :func:`noticing_sigterm`.
-        layers: What to pass on.
+        asked_to_end: Tells whether this process was asked to end, see :func:`noticing_sigterm`.
+        layers: The layers.
         total: How many there are.
 
     Yields:
