@@ -115,7 +115,7 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
     """Build the model that a config describes on the meta device, where weights take no memory.
 
     Args:
-        config: Of a causal language model, or of one that sees images too.
+        config: Config of a causal language model, or of one that sees images too.
         kwargs: Passed on to ``from_config``.
 
     Returns:

@@ -33,7 +33,7 @@ class Inspection:
         memory: Bytes by purpose.
         seconds: Estimated time on the device by purpose.
         timed_for: What these times are for: windows, tokens and the device with its threads.
-        weights: What the weight files hold, of a folder that has some.
+        weights: The weights in the folder, if it holds weight files.
     """
 
     model: str

@@ -33,7 +33,7 @@ class Wanda(ScoreMethod):
 
     @property
     def statistic(self) -> type[InputStatistic]:
-        """Norms, or where weights are refined the Hessian, which holds them."""
+        """The norms; if weights are refined the Hessian, which holds them too."""
         return InputHessian if self.refine else InputNorm
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:

@@ -80,7 +80,7 @@ class RunReport:
         """Refuse a folder with results of another model or of other settings.
 
         Args:
-            folder: Of the results.
+            folder: Folder of the results.
             now: The ``model``, ``settings`` and ``calibration`` of this run, as far as they are known yet.
 
         Raises:
