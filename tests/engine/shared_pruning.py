@@ -23,6 +23,7 @@ METHODS = {
 RUNS = {
     **{name: (method, Unstructured(0.5)) for name, method in METHODS.items()},
     **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
+    **{f"{name}, one pass": (METHODS[name], Unstructured(0.5)) for name in ("wanda", "sparsegpt")},
 }
 BATCHES = token_batches(batches=4, batch_size=2, length=32)
 
@@ -35,7 +36,8 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     method, pattern = RUNS[name]
     journal = Journal(folder / f"{model} {name}") if folder else None
     batches = BATCHES[processes.rank :: processes.size]
-    report = prune_model(net, batches, method, pattern, processes=processes, journal=journal)
+    settings = {"processes": processes, "journal": journal, "true_sequential": name.endswith("one pass")}
+    report = prune_model(net, batches, method, pattern, **settings)
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
 
 

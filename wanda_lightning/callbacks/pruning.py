@@ -52,6 +52,8 @@ class PruningCallback(SparseFinetuning):
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
+        true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, in
+            one pass over the calibration set; by default each layer is visited in two.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -73,6 +75,7 @@ class PruningCallback(SparseFinetuning):
         resume: bool | None = None,
         exact_error: bool = False,
         overwrite: bool = False,
+        true_sequential: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method = method
@@ -85,7 +88,7 @@ class PruningCallback(SparseFinetuning):
         self.targets, self.ignore, self.allocation = targets, ignore, allocation
         self.num_samples, self.output_dir = num_samples, output_dir
         self.activations, self.resume = activations, resume
-        self.exact_error, self.overwrite = exact_error, overwrite
+        self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 
     @property

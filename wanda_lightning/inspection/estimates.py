@@ -34,13 +34,16 @@ def estimate_memory(
     batch = size * 4 * tokens * widest
     # A layer's pruned weights are put in place together, so there are two of it. Scores in float32 are sorted, with
     # places in int64; solving holds two copies of a matrix in float32. Streaming has Hessians of a layer's size at a
-    # time, or the largest: see CalibratedLayer.passes.
+    # time, or the largest: see CalibratedLayer.parts.
     wanda, solve = max(by_layer) + 20 * largest + batch, max(by_layer) + factor + 8 * largest + batch
     streamed = weights - sum(by_layer) + max(by_layer)
+    hidden = model.get_input_embeddings().weight.shape[1]
     return {
         "weights of the model": weights,
         "weights of its largest layer": max(by_layer),
-        "calibration activations": size * windows * tokens * model.get_input_embeddings().weight.shape[1],
+        "calibration activations": size * windows * tokens * hidden,
+        # Before the widest linear its inputs wait, and two hidden states: see CalibratedLayer.bytes_waiting.
+        "calibration activations, one pass": size * windows * tokens * (widest + 2 * hidden),
         "second-order methods, besides": hessians + factor,
         "Wanda in all, in memory": weights + wanda,
         "Wanda in all, streamed": streamed + wanda,

@@ -120,6 +120,15 @@ class PruningReport:
             f"({self.whole_model_sparsity:.2%} of the whole model){took}."
         )
 
+    @property
+    def order(self) -> str:
+        """How often the calibration set ran through the layers: ``one pass; two in 3 of 30 layers``; empty without."""
+        passes = {row.layer: row.passes for row in self.linears if row.passes is not None}
+        twice = sum(number > 1 for number in passes.values())
+        if not passes or twice == len(passes):
+            return "two passes" if passes else ""
+        return "one pass" + (f"; two in {twice} of {len(passes)} layers" if twice else "")
+
     def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
         if not self.evaluations:
@@ -159,7 +168,8 @@ class PruningReport:
 
     def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         yield from self.overview()
-        costs = [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
+        costs = [["order", self.order]] if self.order else []
+        costs += [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
         costs += [[name, in_bytes(size)] for name, size in self.memory.items()]
         if costs:
             yield ["time and memory", ""], costs

@@ -204,6 +204,7 @@ class PruningRun:
                 layers=asked.layers,
                 allocation=asked.allocation,
                 exact_error=asked.exact_error,
+                true_sequential=asked.true_sequential,
                 activations=asked.activations,
                 journal=journal,
                 processes=processes,

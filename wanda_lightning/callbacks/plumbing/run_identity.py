@@ -55,4 +55,5 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "ignore": asked.ignore,
         "allocation": asked.allocation,
         "schedule": str(asked.schedule) if asked.schedule else None,
+        **({"true_sequential": True} if asked.true_sequential else {}),  # as runs before there was a choice say
     }

@@ -107,6 +107,7 @@ def _settings(report: "PruningReport") -> dict[str, str]:
         "method": report.method,
         "pattern": report.pattern,
         "target sparsity": f"{report.target_sparsity:g}",
+        **({"order": report.order} if report.order else {}),
         **report.calibration,
         **report.environment,
     }
