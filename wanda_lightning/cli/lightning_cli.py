@@ -16,8 +16,9 @@ from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their 
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
+from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
 from wanda_lightning.cli.recipes import find, is_inline
+from wanda_lightning.cli.short_options import HELP, LONG, OF_CALLBACK
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.one_shot import end_if_asked, whole_run
@@ -34,7 +35,7 @@ class _Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(shortened(message), ex)
+        super().error(with_hint(shortened(message), [*LONG, *OF_CALLBACK, *self._option_string_actions]), ex)
 
 
 class _RecipeFile(ActionConfigFile):
@@ -183,8 +184,8 @@ def run(args: ArgsType = None) -> PruningCLI:
         }
         | {
             name: {
-                "usage": f"wanda-lightning {name} [-c RECIPE] [--option value ...]",
-                "description": COMMANDS[name].description + MORE_HELP,
+                "usage": f"wanda-lightning {name} [MODEL] [-c RECIPE] [--option value ...]",
+                "description": COMMANDS[name].description + (HELP if name in ("prune", "fit") else "") + MORE_HELP,
             }
             for name in PruningCLI.subcommands()
         },
