@@ -78,8 +78,8 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
         inherited = LightningCLI.subcommands()
-        both = {"model", "datamodule"}
-        return {"prune": both, "sweep": both, **{name: inherited[name] for name in ("fit", "validate", "test")}}
+        kept = {name: inherited[name] for name in ("fit", "validate", "test")}
+        return {"prune": inherited["fit"], "sweep": {"model", "datamodule"}, **kept}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
