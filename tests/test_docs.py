@@ -18,6 +18,7 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.lightning_cli import run
 from wanda_lightning.cli.recipes import FOLDER
+from wanda_lightning.cli.short_options import written_out
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ROOT = PACKAGE.parent
@@ -139,9 +140,10 @@ def test_commands_are_understood(command, parser, new_user, monkeypatch):
         arguments = [argument for argument in arguments if argument != "--print_config"]
         if "mine.yaml" in arguments:
             Path("mine.yaml").write_text((FOLDER / "wanda.yaml").read_text())
-        if "--model.pretrained" not in arguments:
-            arguments += ["--model.pretrained", "MODEL"]
-        parser.parse_args([name, *arguments])
+        written = written_out([name, *arguments])
+        if not any(argument.startswith("--model.pretrained") for argument in written):
+            written += ["--model.pretrained", "MODEL"]
+        parser.parse_args(written)
 
 
 def test_the_first_page_from_the_command_line(new_user, monkeypatch, capsys):
