@@ -191,7 +191,7 @@ def test_a_new_method_in_under_twenty_lines(new_user):
     model = ["--model.pretrained=MODEL", "--trainer.logger=false", *SMALL]
     assert run(["prune", "-c", "mine.yaml", *model]).trainer.pruning_callback.report.method == "SquaredWanda()"
     (sweep,) = commands_in(NEW_METHOD.read_text())
-    run([*shlex.split(sweep)[1:], *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
+    run([*written_out(shlex.split(sweep)[1:]), *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
     assert "SquaredWanda" in Path("results/sweep/comparison.md").read_text()
 
 
