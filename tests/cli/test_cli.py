@@ -198,7 +198,7 @@ def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, messag
 def test_a_missing_model_says_what_was_tried(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--model.pretrained=nobody/nothing")
     assert done.returncode == 2
-    assert "cannot load the tokenizer of 'nobody/nothing'" in done.stderr
+    assert "cannot load the config of 'nobody/nothing'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -232,7 +232,7 @@ def test_a_saved_model_is_inspected_shipped_and_restored(wanda_lightning_command
     assert "error: no such folder: nowhere" in done.stderr
     (tmp_path / "again/model.safetensors").write_bytes(b"not this")
     done = wanda_lightning_command("inspect", "again")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "model.safetensors is cut off, or no safetensors file" in done.stderr
 
 
@@ -307,7 +307,7 @@ def test_a_full_disk_says_so():
 
 
 def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", lambda: None)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", lambda: None)
     with pytest.raises(TypeError):
         wanda_lightning_command("prune", "-c", RECIPE, *small)
 
@@ -320,7 +320,7 @@ def ctrl_c(monkeypatch):
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("wanda_lightning.callbacks.pruning.prune_model", pressed)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", pressed)
     monkeypatch.setattr("wanda_lightning.cli.recipes.main", pressed)
     yield
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones

@@ -86,14 +86,18 @@ def load_streamed(
     skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
     layers = decoder_layers(skeleton, targets=["*"])[0].list_name
     converted = tempfile.TemporaryDirectory(dir=cached_assets_path("wanda_lightning", namespace="streamed"))
-    with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
-        model = load_model(
-            pretrained,
-            dtype,
-            device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
-            offload_folder=converted.name,
-            **kwargs,
-        )
+    try:
+        with quiet("accelerate.big_modeling"):  # it warns that weights are offloaded
+            model = load_model(
+                pretrained,
+                dtype,
+                device_map={layers: "disk", **{name: str(device) for name in _beside(skeleton, layers)}},
+                offload_folder=converted.name,
+                **kwargs,
+            )
+    except BaseException:
+        converted.cleanup()
+        raise
     weakref.finalize(model, converted.cleanup)
     return model
 

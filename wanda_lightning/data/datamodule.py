@@ -3,6 +3,9 @@
 Shapes: B batch, T tokens in a window, N windows.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
@@ -11,15 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from wanda_lightning.arguments import whole_number
-from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
+from wanda_lightning.data.model_fit import ModelFit
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
 from wanda_lightning.data.source import Split
 from wanda_lightning.data.sources import open_source
-from wanda_lightning.data.windowed_text import windowed_text
-from wanda_lightning.model.language_model import max_sequence_length
+from wanda_lightning.data.windowed_text import KnownWindows
 
-DEFAULT_SEQUENCE_LENGTH = 2048
+LEAST = {
+    "num_samples": 1, "sequence_length": 2, "seed": 0, "calibration_batch_size": 1, "batch_size": 1,
+    "max_evaluation_windows": 1, "num_workers": 0,
+}  # fmt: skip
+OPTIONAL = ("sequence_length", "max_evaluation_windows")
 
 
 class TextDataModule(LightningDataModule):
@@ -87,20 +93,11 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
-        whole_number("num_samples", num_samples, 1)
-        if sequence_length is not None:
-            whole_number("sequence_length", sequence_length, 2)
-        whole_number("seed", seed, 0)
-        whole_number("calibration_batch_size", calibration_batch_size, 1)
-        whole_number("batch_size", batch_size, 1)
-        if max_evaluation_windows is not None:
-            whole_number("max_evaluation_windows", max_evaluation_windows, 1)
-        whole_number("num_workers", num_workers, 0)
+        _check(self.hparams)
         self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
         self.num_samples, self.sequence_length, self.seed = num_samples, sequence_length, seed
         self.calibration_batch_size, self.batch_size, self.num_workers = calibration_batch_size, batch_size, num_workers
         self.max_evaluation_windows, self.keep_last_window = max_evaluation_windows, keep_last_window
-
         self._sets = evaluation_sets(evaluation, source, text_field, evaluation_split)
         self._source = open_source(
             source,
@@ -114,20 +111,17 @@ class TextDataModule(LightningDataModule):
         self.evaluation_names = [each.name for each in self._sets] + ["calibration"] * evaluate_calibration
         if len(set(self.evaluation_names)) < len(self.evaluation_names):
             raise ValueError("an evaluation set cannot be named 'calibration' where evaluate_calibration is set")
-        self._loaded: tuple[str, PreTrainedTokenizerBase] | None = None
-        # Windows by what they are for, for one tokenizer and one length; built when a dataloader first asks for them.
-        self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._built_for: tuple[PreTrainedTokenizerBase, int] | None = None
+        self._fit = ModelFit(sequence_length)
+        self._windows = KnownWindows()
 
     @override
     def prepare_data(self) -> None:
         """Download data and tokenizer, on one process."""
-        self._source.prepare()
-        for each in self._sets:
-            if each.source is not None:
-                each.source.prepare()
+        for source in (self._source, *(each.source for each in self._sets)):
+            if source is not None:
+                source.prepare()
         if self.tokenizer is not None:  # the module's own is the module's to download
-            self._find_tokenizer()
+            self._fit.tokenizer(self.tokenizer, None)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -141,12 +135,12 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: If there is no tokenizer, or ``sequence_length`` is over the model's limit.
         """
-        self._wanted_tokenizer()
-        self._check_length()
+        self._fit.wanted_tokenizer(self.tokenizer, self._module())
+        self._fit.check_length(self._module())
 
     def calibration_dataloader(self) -> DataLoader:
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
-        return self._dataloader(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
+        return self._in_order(_rows(self._windows_of("calibration")[0]), self.calibration_batch_size)
 
     @override
     def train_dataloader(self) -> DataLoader:
@@ -168,7 +162,7 @@ class TextDataModule(LightningDataModule):
         windows = [self._windows_of("evaluation", number) for number in range(len(self._sets))]
         if self.evaluation_names[-1] == "calibration" and len(self.evaluation_names) > len(self._sets):
             windows.append(self._windows_of("calibration"))
-        loaders = [self._dataloader(evaluation_rows(*each, processes), self.batch_size) for each in windows]
+        loaders = [self._in_order(evaluation_rows(*each, processes), self.batch_size) for each in windows]
         return loaders[0] if len(loaders) == 1 else loaders
 
     @override
@@ -182,88 +176,47 @@ class TextDataModule(LightningDataModule):
             "source": self.source,
             "evaluation": ", ".join(each.location for each in self._sets),
             "num_samples": self.num_samples,
-            "sequence_length": self._find_length(self._find_tokenizer()),
+            "sequence_length": self._tokenizer_and_length()[1],
             "seed": self.seed,
         }
 
-    def _dataloader(self, rows: list[dict[str, Tensor]], batch_size: int) -> DataLoader:
-        return DataLoader(
-            rows,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            generator=torch.Generator().manual_seed(self.seed),  # else every iteration draws from the global one
-            num_workers=self.num_workers,
-        )
+    def _in_order(self, rows: list[dict[str, Tensor]], batch_size: int) -> DataLoader:
+        generator = torch.Generator().manual_seed(self.seed)  # else every iteration draws from the global one
+        return DataLoader(rows, batch_size, generator=generator, num_workers=self.num_workers)  # type: ignore[arg-type]
 
     def _windows_of(self, split: Split, number: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return the windows of a split (of the evaluation set of that number), and a last shorter one if wanted."""
-        tokenizer = self._find_tokenizer()
-        length = self._find_length(tokenizer)
-        # A datamodule may serve several models one after the other.
-        if self._built_for is None or self._built_for[0] is not tokenizer or self._built_for[1] != length:
-            self._windows.clear()
-            self._built_for = tokenizer, length
-        key = f"{split} {number}"
-        if key not in self._windows:
-            evaluation = split == "evaluation"
+        tokenizer, length = self._tokenizer_and_length()
+        evaluation = split == "evaluation"
+        source = (self._sets[number].source or self._source) if evaluation else self._source
+        try:
+            return self._windows.get(
+                f"{split} {number}",
+                source,
+                split,
+                tokenizer,
+                length,
+                num_samples=self.num_samples,
+                seed=self.seed,
+                max_evaluation_windows=self.max_evaluation_windows,
+                keep_last_window=self.keep_last_window,
+            )
+        except ValueError as error:
             name = self._sets[number].location if evaluation else self.source
-            source = (self._sets[number].source or self._source) if evaluation else self._source
-            try:
-                self._windows[key] = windowed_text(
-                    source,
-                    split,
-                    tokenizer,
-                    length,
-                    num_samples=self.num_samples,
-                    seed=self.seed,
-                    max_evaluation_windows=self.max_evaluation_windows,
-                    keep_last_window=self.keep_last_window,
-                )
-            except ValueError as error:
-                raise ValueError(f"{split} part of {name!r}: {error}") from error
-        return self._windows[key]
+            raise ValueError(f"{split} part of {name!r}: {error}") from error
 
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        wanted = self._wanted_tokenizer()
-        if not isinstance(wanted, str):
-            return wanted
-        if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = wanted, load_tokenizer(wanted)
-        return self._loaded[1]
-
-    def _wanted_tokenizer(self) -> str | PreTrainedTokenizerBase:
-        module = self._module()
-        wanted = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
-        if wanted is None and module is not None:
-            wanted = module.hparams.get("pretrained")
-        if wanted is None:
-            raise ValueError(
-                "no tokenizer: give TextDataModule(tokenizer=...) a name, a folder or a tokenizer, or use it with a "
-                "LightningModule that has an attribute tokenizer or a hyperparameter pretrained"
-            )
-        return wanted
-
-    def _find_length(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        limit = self._check_length()
-        # A tokenizer's own limit is often wrong or huge, so it only lowers the default.
-        return self.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, limit or tokenizer.model_max_length)
-
-    def _check_length(self) -> int | None:
-        limit = _model_limit(self._module())
-        if self.sequence_length is not None and limit is not None and self.sequence_length > limit:
-            raise ValueError(
-                f"sequence_length must be at most {limit}, the model's max_position_embeddings, "
-                f"got {self.sequence_length}"
-            )
-        return limit
+    def _tokenizer_and_length(self) -> tuple[PreTrainedTokenizerBase, int]:
+        tokenizer = self._fit.tokenizer(self.tokenizer, self._module())
+        return tokenizer, self._fit.length(tokenizer, self._module())
 
     def _module(self) -> LightningModule | None:
         return None if self.trainer is None else self.trainer.lightning_module
 
 
-def _model_limit(module: LightningModule | None) -> int | None:
-    """Return the limit of the first Hugging Face model that the module holds, whatever it calls it."""
-    limits = (max_sequence_length(part) for part in (module.modules() if module else ()) if hasattr(part, "config"))
-    return next((limit for limit in limits if limit), None)
+def _check(settings: Mapping[str, Any]) -> None:
+    for name, least in LEAST.items():
+        if settings[name] is not None or name not in OPTIONAL:
+            whole_number(name, settings[name], least)
 
 
 def _rows(windows_NT: Tensor) -> list[dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """The windows of a source that belong to a split. Shapes: L tokens of a text, N windows, T tokens in a window."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -50,3 +52,28 @@ def windowed_text(
     # One token alone has nothing to predict; and more than a window is left where windows are limited.
     kept = keep_last_window and 2 <= len(rest) < sequence_length and len(windows_NT) != most
     return windows_NT, rest if kept else None
+
+
+class KnownWindows:
+    """Windows that were made before, for one tokenizer and one length: a datamodule may serve several models."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._made_for: tuple[PreTrainedTokenizerBase, int] | None = None
+
+    def get(
+        self,
+        key: str,
+        source: Source,
+        split: Split,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        **settings: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what :func:`windowed_text` gives for a key, and make it if it is not known."""
+        if self._made_for is None or self._made_for[0] is not tokenizer or self._made_for[1] != sequence_length:
+            self._windows.clear()
+            self._made_for = tokenizer, sequence_length
+        if key not in self._windows:
+            self._windows[key] = windowed_text(source, split, tokenizer, sequence_length, **settings)
+        return self._windows[key]

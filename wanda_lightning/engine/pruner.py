@@ -109,7 +109,8 @@ def prune_model(
         visits = clock.forwards(_visit(model, plan.layers, batches, activations))
         with processes.together():
             visits = chain([next(visits)], visits)  # the dry run reads the batches
-        journal.start(fingerprint(model, plan.settings, processes.gather(batches.digest)), processes)
+        settings = {**plan.settings, "processes": processes.size}
+        journal.start(fingerprint(model, settings, processes.gather(batches.digest)), processes)
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:

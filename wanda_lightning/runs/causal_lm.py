@@ -80,16 +80,18 @@ class CausalLM(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model; called by the Trainer before every run."""
-        if self.model is None:
-            self.tokenizer = self._find_tokenizer()
-            if self.stream:
-                self._open_streamed(self.pretrained)
-                return
+        if self.model is not None:
+            return
+        if self.stream:
+            self._open_streamed(self.pretrained)
+        else:
             self.model = load_model(self.pretrained, **self.model_kwargs).train()
             if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
+        given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
 
     def setup(self, stage: str) -> None:
         """Refuse to train a streamed model; ``fit`` without training steps prunes it."""
@@ -153,31 +155,13 @@ class CausalLM(LightningModule):
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        if not hasattr(scheduler, "monitor"):
-            raise ValueError(
-                "ReduceLROnPlateau needs a metric: use that of lightning.pytorch.cli, with monitor='val/perplexity' or "
-                "'train/loss'"
-            )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": _when_to_step(self.lr_scheduler(optimizer))}
 
     def reopen(self, folder: str | Path) -> None:
         """Stream from the folder of a saved model from now on."""
         if self.stream:
             with without_progress_bars():
                 self._open_streamed(str(folder))
-
-    def _find_tokenizer(self) -> Any:
-        """Load the model's own tokenizer; where it has none, take that of the datamodule."""
-        try:
-            return load_tokenizer(self.pretrained, trust_remote_code=self.trust_remote_code)
-        except ValueError as error:
-            given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-            if given is None:
-                log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
-            return load_tokenizer(given) if isinstance(given, str) else given
 
     def _open_streamed(self, pretrained: str) -> None:
         self.model = load_streamed(pretrained, device=self.trainer.strategy.root_device, **self.model_kwargs)
@@ -203,8 +187,7 @@ class CausalLM(LightningModule):
             self.perplexities.append(Perplexity().to(self.device))
         metric = cast(Perplexity, self.perplexities[index])
         metric.update(self(**batch).logits, _labels(batch))
-        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", None)
-        own = names[index] if names else str(index) if _number_of_sets(self.trainer) > 1 else ""
+        own = _name_of_set(self.trainer, index)
         self.log(
             f"{name}/{own}" if own else name,
             metric,
@@ -216,9 +199,34 @@ class CausalLM(LightningModule):
         )
 
 
-def _number_of_sets(trainer: Any) -> int:
+def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any:
+    """Load the model's own tokenizer; where it has none, take the one that the datamodule was given."""
+    try:
+        return load_tokenizer(pretrained, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if given is None:
+            log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
+        return load_tokenizer(given) if isinstance(given, str) else given
+
+
+def _when_to_step(scheduler: Any) -> dict[str, Any]:
+    """Step a scheduler after every optimizer step, or after every epoch with the metric that it waits for."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return {"scheduler": scheduler, "interval": "step"}
+    if not hasattr(scheduler, "monitor"):
+        raise ValueError(
+            "ReduceLROnPlateau needs a metric: use that of lightning.pytorch.cli, with monitor='val/perplexity' or "
+            "'train/loss'"
+        )
+    return {"scheduler": scheduler, "monitor": scheduler.monitor}
+
+
+def _name_of_set(trainer: Any, index: int) -> str:
+    """Name an evaluation set; one that is alone needs no name."""
+    names = getattr(getattr(trainer, "datamodule", None), "evaluation_names", None)
     batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-    return len(batches) if isinstance(batches, list) else 1
+    are_several = isinstance(batches, list) and len(batches) > 1
+    return names[index] if names else str(index) if are_several else ""
 
 
 def _labels(batch: dict[str, Tensor]) -> Tensor:

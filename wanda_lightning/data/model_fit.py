@@ -1,0 +1,76 @@
+"""The tokenizer and the window length that fit the model, where nothing else is asked for."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from transformers import PreTrainedTokenizerBase
+
+from wanda_lightning.checkpoints.loading import load_tokenizer
+from wanda_lightning.model.language_model import max_sequence_length
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+class ModelFit:
+    """Finds a tokenizer and a length for windows.
+
+    Args:
+        sequence_length: Tokens in a window; None for the default, or the model's limit where that is lower.
+    """
+
+    def __init__(self, sequence_length: int | None) -> None:
+        self.sequence_length = sequence_length
+        self._loaded: tuple[str, PreTrainedTokenizerBase] | None = None
+
+    def tokenizer(
+        self, given: str | PreTrainedTokenizerBase | None, module: LightningModule | None
+    ) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that was given, else that of the module; the last one is kept.
+
+        Args:
+            given: A name, a folder or a tokenizer.
+            module: The module with the model.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        wanted = self.wanted_tokenizer(given, module)
+        if not isinstance(wanted, str):
+            return wanted
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = wanted, load_tokenizer(wanted)
+        return self._loaded[1]
+
+    @staticmethod
+    def wanted_tokenizer(given: str | PreTrainedTokenizerBase | None, module: LightningModule | None) -> Any:
+        """Name the tokenizer without loading it; see :meth:`tokenizer`."""
+        wanted = given if given is not None else getattr(module, "tokenizer", None)
+        if wanted is None and module is not None:
+            wanted = module.hparams.get("pretrained")
+        if wanted is None:
+            raise ValueError(
+                "no tokenizer: give TextDataModule(tokenizer=...) a name, a folder or a tokenizer, or use it with a "
+                "LightningModule that has an attribute tokenizer or a hyperparameter pretrained"
+            )
+        return wanted
+
+    def length(self, tokenizer: PreTrainedTokenizerBase, module: LightningModule | None) -> int:
+        """Return the number of tokens in a window."""
+        limit = self.check_length(module)
+        # A tokenizer's own limit is often wrong or huge, so it only lowers the default.
+        return self.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, limit or tokenizer.model_max_length)
+
+    def check_length(self, module: LightningModule | None) -> int | None:
+        """Return the model's limit, None where it is not known; refuse windows that are longer."""
+        parts = () if module is None else module.modules()
+        limits = (max_sequence_length(part) for part in parts if hasattr(part, "config"))
+        limit = next((limit for limit in limits if limit), None)  # of the first model, whatever the module calls it
+        if self.sequence_length is not None and limit is not None and self.sequence_length > limit:
+            raise ValueError(
+                f"sequence_length must be at most {limit}, the model's max_position_embeddings, "
+                f"got {self.sequence_length}"
+            )
+        return limit
