@@ -125,15 +125,9 @@ class TextDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
+        """Refuse a run without a tokenizer, and windows that are too long for the model, as far as it is known by now.
 
         Text is read, and a tokenizer loaded, when a dataloader first needs it.
-
-        Args:
-            stage: What the Trainer is about to do; it makes no difference.
-
-        Raises:
-            ValueError: If there is no tokenizer, or ``sequence_length`` is over the model's limit.
         """
         self._fit.wanted_tokenizer(self.tokenizer, self._module())
         self._fit.check_length(self._module())
