@@ -156,12 +156,15 @@ def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
     data.write_text("Sparse matrices are matrices with zeros, and zeros need not be multiplied. " * 300)
     size = ["--num_samples", "4", "--sequence_length", "16", "--data.max_evaluation_windows=2"]
     short = ["--method", "magnitude", "--pattern", "1:4", "--data", data, "--output", "short"]
-    done = wanda_lightning_command("prune", tiny_model_folder, *short, *size)
+    done = wanda_lightning_command("prune", tiny_model_folder, *short, *size, "-v")
     assert done.returncode == 0, done.stderr
+    assert "model.layers.2" in done.stdout
     long = [f"--model.pretrained={tiny_model_folder}", f"--data.source={data}"]
     long += ["--trainer.callbacks.sparsity=0.75", "--trainer.callbacks.pattern=1:4"]
     long += ["--data.num_samples=4", "--data.sequence_length=16", size[-1], "--trainer.default_root_dir=long"]
-    assert wanda_lightning_command("prune", "-c", "magnitude", *long).returncode == 0
+    done = wanda_lightning_command("prune", "-c", "magnitude", *long)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.2" not in done.stdout
     reports = [json.loads((tmp_path / folder / "pruning.json").read_text()) for folder in ("short", "long")]
     assert reports[0]["sparsity"] == 0.75
     assert reports[0]["evaluations"] == reports[1]["evaluations"]

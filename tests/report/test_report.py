@@ -73,6 +73,18 @@ def test_tables_show_the_evaluations_and_every_layer(report):
     assert "val/perplexity" in text
     assert "12.35" in text
     assert "model.layers.2" in text
+    assert markdown.startswith("# Wanda, unstructured, sparsity 0.5")
+    assert "error: how much of a linear's output" in markdown
+
+
+def test_without_details_the_evaluations_alone_are_shown(report):
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report.to_table(details=False))
+    first, *lines, last = console.export_text().splitlines()
+    assert first == "Wanda, unstructured, sparsity 0.5"
+    assert any("12.35 │  23.46" in line for line in lines)
+    assert last.startswith("50.00% of the weights of 18 linears are zero")
+    assert not any("model.layers" in line or "seconds" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
+from wanda_lightning.cli.quiet_terminal import leave_out_what_nobody_asked
 from wanda_lightning.cli.recipes import find, is_inline
 from wanda_lightning.cli.short_options import HELP, LONG, OF_CALLBACK
 from wanda_lightning.data import TextDataModule
@@ -98,6 +99,7 @@ class PruningCLI(LightningCLI):
             default=False,
             help="Replace the results in the folder also if they are of another model or of other settings.",
         )
+        parser.add_argument("-v", "--details", action="store_true", help="Show also what was done to every layer.")
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
     @override
@@ -152,9 +154,11 @@ class PruningCLI(LightningCLI):
         folder = run_folder(self.trainer)  # all processes must ask for it
         reports = [callback.report for callback in pruning_callbacks(self.trainer) if callback.report]
         if reports and self.trainer.is_global_zero:
+            details = self.config_init[self.subcommand].details
             for report in reports:
-                Console().print(report.to_table())
-            Console().print(f"Results are in {folder}", soft_wrap=True)
+                Console().print(report.to_table(details))
+            there = [name for name in ("report.html", "model", "adapter") if (folder / name).exists()]
+            Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
 
 
 def run(args: ArgsType = None) -> PruningCLI:
@@ -167,6 +171,7 @@ def run(args: ArgsType = None) -> PruningCLI:
         The CLI, after the sub-command is done.
     """
     leave_gloo_at_exit()
+    leave_out_what_nobody_asked()
     return PruningCLI(
         CausalLM,
         TextDataModule,

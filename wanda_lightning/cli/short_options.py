@@ -33,7 +33,15 @@ LONG = {
     "--max_steps": "--trainer.max_steps",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern")
-FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite")  # the options that no value follows
+FLAGS = (
+    "-h",
+    "--help",
+    "--print_config",
+    "--overwrite",
+    "--no_overwrite",
+    "-v",
+    "--details",
+)  # the options that no value follows
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
 
 HELP = f"""

@@ -12,10 +12,16 @@ from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+ERROR = (
+    "error: how much of a linear's output on the calibration set the pruning changed, ||(W - W') X||² / ||W X||², mean "
+    "over linears; ~ where it is estimated from the norms of the inputs alone."
+)
 
 
 @dataclass
@@ -84,16 +90,29 @@ class PruningReport:
         lines = [f"# {self.title}", "", *([f"Model: {self.model_name}.", ""] if self.model else []), self.summary, ""]
         for header, rows in self._tables():
             lines += [*markdown_table(header, rows), ""]
+        lines += [ERROR, ""] if mean_error(self.linears) is not None else []
         return "\n".join(lines)
 
-    def to_table(self) -> "Group":
-        """Return the tables for a rich console."""
+    def to_table(self, details: bool = True) -> "Group":
+        """Return the tables for a rich console, the most wanted last, where the eye is.
+
+        Args:
+            details: Whether to show all; else the evaluations alone.
+        """
         from rich.console import Group
 
-        # The shortest and most wanted last, where the eye is.
-        tables = [terminal_table(header, rows) for header, rows in reversed(list(self._tables()))]
+        evaluation = self.evaluation_table()
+        others = [table for table in self._tables() if table != evaluation] if details else []
+        error = [ERROR] if details and mean_error(self.linears) is not None else []
         model = [f"Model: {self.model_name}."] if self.model else []
-        return Group(*tables, f"[bold]{self.title}[/bold]", *model, self.summary)
+        return Group(
+            *(terminal_table(*table) for table in reversed(others)),
+            *error,
+            f"[bold]{self.title}[/bold]",
+            *model,
+            *([terminal_table(*evaluation)] if evaluation else []),
+            self.summary,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
@@ -104,7 +123,7 @@ class PruningReport:
     @property
     def title(self) -> str:
         """The method and what it was asked for."""
-        return f"{self.method}, {self.pattern}, sparsity {self.target_sparsity:g}"
+        return f"{title_of(self.method)}, {self.pattern}, sparsity {self.target_sparsity:g}"
 
     @property
     def model_name(self) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
-from wanda_lightning.checkpoints.quiet import without_progress_bars
+from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
@@ -85,7 +85,8 @@ class CausalLM(LightningModule):
         if self.stream:
             self._open_streamed(self.pretrained)
         else:
-            self.model = load_model(self.pretrained, **self.model_kwargs).train()
+            with quiet_if_small(self.pretrained):
+                self.model = load_model(self.pretrained, **self.model_kwargs).train()
             if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
