@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import mixtral, tiny_llama, tiny_mixtral, token_batches
+from helpers import Forked, mixtral, tiny_llama, tiny_mixtral, token_batches
 from torch import nn
 from transformers import (
     FalconConfig,
@@ -160,18 +160,6 @@ class Chunked(nn.Module):
 
     def forward(self, hidden):
         return torch.cat([self.down_proj(chunk) for chunk in self.up_proj(hidden).split(8, dim=1)], dim=1)
-
-
-class Forked(nn.Module):
-    """Which of its linears runs depends on the tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, hidden):
-        first, then = (self.up_proj, self.down_proj) if hidden.shape[1] > 8 else (self.down_proj, self.up_proj)
-        return then(first(hidden))
 
 
 class Unshared(nn.Module):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import tiny_llama, tiny_mixtral, token_batches
+from helpers import Forked, tiny_llama, tiny_mixtral, token_batches
 from torch import distributed, multiprocessing
 
 from wanda_lightning.engine.journal import Journal
@@ -41,6 +41,19 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
 
 
+def forked(processes: Processes):
+    """Each process sees batches of a length of its own, and so the linears of a layer in an order of its own."""
+    model = tiny_llama()
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Forked()
+    batches = [token_batches(1, length=16), token_batches(1, length=6)]
+    mine = [batch for some in batches[processes.rank :: processes.size] for batch in some]
+    report = prune_model(
+        model, mine, Wanda(), Unstructured(0.5), processes=processes, true_sequential=True, targets=["layers.1.*"]
+    )
+    return model.state_dict(), report.order
+
+
 def refused(processes: Processes) -> str:
     """One process has no batch, or one with NaN in its hidden states: what do all say?"""
     said = []
@@ -70,6 +83,8 @@ def run(rank: int, size: int, folder: str) -> None:
     found["recorded"] = first
     found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
     found["refused"] = refused(processes)
+    if size == 2:
+        found["forked"] = forked(processes)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
