@@ -101,7 +101,7 @@ class PruningCallback(SparseFinetuning):
     @property
     @override
     def state_key(self) -> str:
-        """Tell callbacks of different settings apart in a checkpoint; one schedule may go on where another was."""
+        """Tell callbacks of different settings apart in a checkpoint; the schedule does not count and may change."""
         return self._generate_state_key(
             **{key: value for key, value in describe_settings(self).items() if key != "schedule"}
         )
@@ -152,7 +152,7 @@ class PruningCallback(SparseFinetuning):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the sparsity of the linears that were pruned, 0 before that; of several callbacks the first does."""
+        """Log the sparsity of the linears that were pruned, 0 before that; only the first pruning callback logs."""
         if self is pruning_callbacks(trainer)[0]:
             pl_module.log("sparsity", sparsity_of_run(trainer, pl_module), sync_dist=True)
 

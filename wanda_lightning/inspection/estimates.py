@@ -12,7 +12,7 @@ from wanda_lightning.model.decoder import DecoderLayer
 def estimate_memory(
     model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int
 ) -> dict[str, int]:
-    """Count bytes; what is "in all" needs the device while it prunes, the calibration activations besides.
+    """Count the bytes that pruning takes. What is "in all" is on the device, and calibration activations come on top.
 
     Args:
         model: The model, on the meta device.

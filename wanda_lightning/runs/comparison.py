@@ -17,7 +17,7 @@ TEXT = (0, 1, 3)
 
 @dataclass(frozen=True)
 class Run:
-    """What one ``pruning.json`` says.
+    """One run, as its ``pruning.json`` describes it.
 
     Attributes:
         folder: The run's folder.

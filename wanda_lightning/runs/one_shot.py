@@ -60,7 +60,7 @@ def prune(
 
 @contextmanager
 def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Iterator[None]:
-    """Leave the results of an earlier run as they are until all within is done; for good, if it fails.
+    """Keep the results of an earlier run until everything within is done; if that fails, they stay.
 
     Args:
         trainer: The Trainer.

@@ -20,7 +20,7 @@ class PruningTrainer(Trainer):
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
-        """The pruning callback of this Trainer, if it has one; of several the first."""
+        """The first pruning callback of this Trainer; None if there is none."""
         return next(iter(pruning_callbacks(self)), None)
 
     def prune(
@@ -48,7 +48,7 @@ class PruningTrainer(Trainer):
             val_dataloaders: What to evaluate with then. Without, and without the model's own, nothing is evaluated.
 
         Returns:
-            The report of the pruning callback; of several, the first one's.
+            The report of the first pruning callback.
 
         Raises:
             ValueError: If the Trainer has no pruning callback, or one that prunes during training, or the folder holds
@@ -81,8 +81,8 @@ class PruningTrainer(Trainer):
             The comparison of all runs.
 
         Raises:
-            ValueError: If nothing or a thing twice is asked for, the folder holds another sweep, or matplotlib is not
-                installed.
+            ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; or if matplotlib
+                is not installed.
         """
         from wanda_lightning.runs.sweep import sweep
 

@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 
 class PruningRun:
-    """What is known of the weights of one run. It belongs to them: of other weights nothing is known.
+    """The state of the weights of one run. It belongs to these weights: nothing is known about others.
 
     Args:
         callback: Says what is asked for.
 
     Attributes:
         results: The report and the evaluations.
-        files: What of the run is on disk while it is not through.
+        files: The files of the run while it goes on.
         pruned_at: The step of the schedule that was carried out last.
     """
 
@@ -68,7 +68,7 @@ class PruningRun:
         self.pruned_at = state["pruned_at"]
 
     def is_pruned(self, model: nn.Module) -> bool:
-        """Whether the report is of these weights; where pruned ones may regrow, zeros tell only in the end."""
+        """Whether the report is of these weights. While pruned weights may regrow, zeros do not tell."""
         return self.results.report is not None and (self.regrows or self.results.is_of(model, self.asked.layers))
 
     @property
@@ -121,7 +121,7 @@ class PruningRun:
             self._prune_to(self.asked.pattern, trainer, module)
 
     def prune_gradually(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Prune if the schedule says so at this step; a step that was passed over is made up for."""
+        """Prune if the schedule says so at this step; a step that was skipped is made up for."""
         schedule = self.asked.schedule
         if schedule is None or (due := schedule.last_due(trainer.global_step)) is None or due <= self.pruned_at:
             return False
@@ -141,7 +141,7 @@ class PruningRun:
             raise ValueError(f"the gradual schedule ends at step {schedule.end}, training at step {steps:g}")
 
     def end_training(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say so if the schedule is not through."""
+        """Warn if training ended before the schedule did."""
         schedule, report = self.asked.schedule, self.results.report
         if schedule is not None and self.pruned_at < schedule.end:
             model, layers = find_language_model(module), self.asked.layers

@@ -1,4 +1,4 @@
-"""What tells runs apart: the model, the settings and the data, as a report tells them."""
+"""What tells runs apart: the model, the settings and the data, as a report describes them."""
 
 from typing import TYPE_CHECKING, Any
 
