@@ -39,6 +39,9 @@ def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
 
     Args:
         pretrained: A folder, or a hub name.
+
+    Returns:
+        What keeps them away for a while.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -98,6 +98,9 @@ class PruningReport:
 
         Args:
             details: Whether to show all; else the evaluations alone.
+
+        Returns:
+            What rich can print.
         """
         from rich.console import Group
 
