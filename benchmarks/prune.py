@@ -1,13 +1,15 @@
 """Whole prunings of a model by every method: seconds by phase, peak memory, and ratios to Wanda done the plain way.
 
-    python benchmarks/prune.py MODEL [CALIBRATION.txt] [--device cuda] [--repeat 3]
+    python benchmarks/prune.py MODEL [CALIBRATION.txt] [--order one two] [--device cuda] [--repeat 3]
 
 The plain way is that of the published code: one sample a call, every layer forwarded twice in full, a hook on every
-linear. Methods take turns, and ratios are those of the medians of one run. Prints a Markdown table.
+linear. Ours visit each layer in two passes over the calibration set, or in one (``true_sequential``). Runs take turns,
+and ratios are those of the medians of one run. Prints a Markdown table.
 """
 
 import argparse
 import copy
+import itertools
 import resource
 import statistics
 import time
@@ -43,11 +45,15 @@ METHODS = {
 }
 
 
+ORDERS = {"two": "two passes", "one": "one pass"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration", nargs="?", default="builtin")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, "plain"], default=["plain", *METHODS])
+    parser.add_argument("--order", nargs="+", choices=ORDERS, default=["two", "one"], help="how many passes a layer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--num-samples", type=int, default=32)
@@ -69,24 +75,29 @@ def main() -> None:
     samples = [batch["input_ids"].to(options.device) for batch in data.calibration_dataloader()]
     batches = torch.cat(samples).split(options.batch_size)
 
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
+    runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.repeat):
-        for name in options.methods:
+        for name, order in itertools.product(options.methods, options.order):
+            calibrated = name in METHODS and METHODS[name].statistic is not None
+            if not calibrated and order != options.order[0]:
+                continue
             pruned = copy.deepcopy(model)
             with phases(pruned) as seconds:
                 if name == "plain":
                     prune_the_plain_way(pruned, samples)
                 else:
-                    report = prune_model(pruned, batches, METHODS[name], PATTERN)
+                    one_pass = calibrated and order == "one"
+                    report = prune_model(pruned, batches, METHODS[name], PATTERN, true_sequential=one_pass)
                     seconds["solve"] = sum(row.seconds for row in report.linears)
-            runs[name].append(seconds)
-            print(f"{name}: {seconds['total']:.1f} s", flush=True)
+            label = f"{name}, {ORDERS[order]}" if calibrated else name
+            runs.setdefault(label, []).append(seconds)
+            print(f"{label}: {seconds['total']:.1f} s", flush=True)
 
     medians = {
         name: {phase: statistics.median(run.get(phase, 0.0) for run in repeats) for phase in repeats[0]}
         for name, repeats in runs.items()
     }
-    bases = [base for base in ("plain", "Wanda") if base in medians]
+    bases = [base for base in ("plain", "Wanda, two passes") if base in medians]
     header = ["method", "total", "forward and rest", "statistics", "solve", "peak MiB", *(f"/ {b}" for b in bases)]
     print("\n| " + " | ".join(header) + " |\n| --- |" + " ---: |" * (len(header) - 1))
     for name, median in medians.items():

@@ -1,14 +1,19 @@
 """Perplexity of a model, dense and pruned by every method at 50 % and 2:4, on two text files; and zero-shot tasks.
 
-    python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--tasks TASK ... --include-path FOLDER]
+    python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--order two one] [--seeds 0 1 2]
+        [--tasks TASK ... --include-path FOLDER]
 
-Calibration: 32 random windows of 512 tokens of one file, seed 0. Perplexity: the first 40 consecutive windows of the
-other, float32. Tasks are lm-eval's, accuracy in per cent on their first --limit questions. Prints
-a Markdown table, and seconds a pruning.
+Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in two passes over
+them, or in one (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
+lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown table: means over the seeds, with
+standard deviations, and seconds a pruning.
 """
 
 import argparse
 import copy
+import itertools
+import statistics
+from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +21,6 @@ from wanda_lightning import (
     Ablate,
     CausalLM,
     Magnitude,
-    SemiStructured,
     SparseGPT,
     TextDataModule,
     Unstructured,
@@ -24,6 +28,8 @@ from wanda_lightning import (
     prune_model,
 )
 from wanda_lightning.evaluation import Perplexity, evaluate_zero_shot, load_tasks
+from wanda_lightning.methods import PruningMethod
+from wanda_lightning.sparsity import Pattern, parse_pattern
 
 METHODS = {
     "magnitude": Magnitude(),
@@ -44,6 +50,8 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="a sparsity, or n:m")
+    parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["two"], help="how many passes a layer")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
     parser.add_argument("--tasks", nargs="*", default=[], help="of lm-eval")
@@ -54,40 +62,61 @@ def main() -> None:
     module = CausalLM(options.model, dtype="float32")
     module.configure_model()
     model = module.model.eval().to(options.device)
-    data = TextDataModule(
-        options.calibration,
-        options.evaluation,
-        tokenizer=module.tokenizer,
-        num_samples=32,
-        sequence_length=512,
-        calibration_batch_size=options.batch_size,
-        max_evaluation_windows=40,
-    )
-    data.setup()
+    data = [
+        TextDataModule(
+            options.calibration,
+            options.evaluation,
+            tokenizer=module.tokenizer,
+            num_samples=32,
+            sequence_length=512,
+            calibration_batch_size=options.batch_size,
+            max_evaluation_windows=40,
+            seed=seed,
+        )
+        for seed in options.seeds
+    ]
+    for each in data:
+        each.setup()
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     names = list(tasks.questions()) if tasks else []
 
-    def results(of: torch.nn.Module) -> str:
-        cells = [f"{perplexity(of, data):.2f}"]
+    def results(of: torch.nn.Module) -> list[float]:
+        accuracies = []
         if tasks:
             metrics = evaluate_zero_shot(of, module.tokenizer, tasks, limit=options.limit, batch_size=16).metrics
-            cells += [f"{100 * metrics[f'{name}/acc']:.1f}" for name in names]
-        return " | ".join(cells)
+            accuracies = [100 * metrics[f"{name}/acc"] for name in names]
+        return [perplexity(of, data[0]), *accuracies]
 
-    print("| " + " | ".join(["method", "pattern", "perplexity", *names, "seconds"]) + " |")
-    print("| --- | --- |" + " ---: |" * (len(names) + 2))
-    print(f"| dense | | {results(model)} | |", flush=True)
-    for name in options.methods:
-        for setting in options.patterns:
-            kept, _, size = setting.partition(":")
-            pattern = SemiStructured(int(kept), int(size)) if size else Unstructured(float(setting))
-            try:
-                METHODS[name].check(pattern)
-            except ValueError:
-                continue
-            pruned = copy.deepcopy(model)
-            report = prune_model(pruned, data.calibration_dataloader(), METHODS[name], pattern)
-            print(f"| {name} | {setting} | {results(pruned)} | {report.seconds:.1f} |", flush=True)
+    def pruned_results(method: PruningMethod, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
+        pruned = copy.deepcopy(model)
+        report = prune_model(pruned, seed.calibration_dataloader(), method, pattern, true_sequential=one_pass)
+        return [*results(pruned), report.seconds]
+
+    print("| " + " | ".join(["method", "pattern", "passes", "perplexity", *names, "seconds"]) + " |")
+    print("| --- | --- | --- |" + " ---: |" * (len(names) + 2))
+    print(f"| dense | | | {' | '.join(map(with_spread, zip(results(model), strict=True)))} | |", flush=True)
+    for name, setting, order in itertools.product(options.methods, options.patterns, options.order):
+        method, pattern = METHODS[name], parse_pattern(setting) if ":" in setting else Unstructured(float(setting))
+        if (method.statistic is None and order != options.order[0]) or not takes(method, pattern):
+            continue  # magnitude has no passes
+        seeds = data if method.statistic else data[:1]
+        found = [pruned_results(method, pattern, order == "one", seed) for seed in seeds]
+        cells = [name, setting, order if method.statistic else "", *map(with_spread, zip(*found, strict=True))]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Write the mean of some values, and their standard deviation if there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def takes(method: PruningMethod, pattern: Pattern) -> bool:
+    try:
+        method.check(pattern)
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 import griffe
 
 LINKED = re.compile(r":(?:func|class|meth):`~?([\w.]+)`")
+EXAMPLE = re.compile(r"^Example::$", re.MULTILINE)
 NAMED = re.compile(r":attr:(`[\w.]+`)")  # attributes are listed in their class's docstring and have no anchor
 
 
@@ -15,4 +16,5 @@ class Roles(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""
         if obj.docstring:
-            obj.docstring.value = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
+            linked = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
+            obj.docstring.value = EXAMPLE.sub("**Example:**", linked)

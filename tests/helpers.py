@@ -135,3 +135,15 @@ MIXTURE = {
 def mixtral(**settings):
     torch.manual_seed(0)
     return MixtralForCausalLM(MixtralConfig(**MIXTURE | settings)).eval()
+
+
+class Forked(torch.nn.Module):
+    """Which of its linears comes first depends on the number of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, hidden):
+        first, then = (self.up_proj, self.down_proj) if hidden.shape[1] > 8 else (self.down_proj, self.up_proj)
+        return then(first(hidden))

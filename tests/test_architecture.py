@@ -1,6 +1,7 @@
 """The shape of the house: what may import what, read from the disk, and how much it costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,11 @@ def test_help_and_version_answer_before_lightning_is_imported():
             f"import sys; sys.argv = ['wanda-lightning', '{option}']; from wanda_lightning.__main__ import main; main()"
         )
         assert loaded_modules(code).isdisjoint({"lightning", "torch", "jsonargparse"})
+
+
+def test_the_page_of_the_house_lists_every_room_above_those_that_import_it():
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[?`(\w+)(?:/|\.py)`", page, re.MULTILINE)
+    assert sorted(listed) == sorted({*ROOMS} - {"moved"})
+    for number, room in enumerate(listed):
+        assert ROOMS[room] <= {*listed[:number]}, room

@@ -18,6 +18,7 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.lightning_cli import run
 from wanda_lightning.cli.recipes import FOLDER
+from wanda_lightning.cli.short_options import written_out
 
 PACKAGE = Path(wanda_lightning.__file__).parent
 ROOT = PACKAGE.parent
@@ -139,9 +140,10 @@ def test_commands_are_understood(command, parser, new_user, monkeypatch):
         arguments = [argument for argument in arguments if argument != "--print_config"]
         if "mine.yaml" in arguments:
             Path("mine.yaml").write_text((FOLDER / "wanda.yaml").read_text())
-        if "--model.pretrained" not in arguments:
-            arguments += ["--model.pretrained", "MODEL"]
-        parser.parse_args([name, *arguments])
+        written = written_out([name, *arguments])
+        if not any(argument.startswith("--model.pretrained") for argument in written):
+            written += ["--model.pretrained", "MODEL"]
+        parser.parse_args(written)
 
 
 def test_the_first_page_from_the_command_line(new_user, monkeypatch, capsys):
@@ -189,7 +191,7 @@ def test_a_new_method_in_under_twenty_lines(new_user):
     model = ["--model.pretrained=MODEL", "--trainer.logger=false", *SMALL]
     assert run(["prune", "-c", "mine.yaml", *model]).trainer.pruning_callback.report.method == "SquaredWanda()"
     (sweep,) = commands_in(NEW_METHOD.read_text())
-    run([*shlex.split(sweep)[1:], *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
+    run([*written_out(shlex.split(sweep)[1:]), *model[1:], "--sparsities=[0.5]", "--patterns=[]"])
     assert "SquaredWanda" in Path("results/sweep/comparison.md").read_text()
 
 
@@ -197,6 +199,18 @@ def test_a_new_method_in_under_twenty_lines(new_user):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["architecture", "calibration", "solvers", "engine"])
+def test_files_of_the_house_exist(name):
+    """Those in a row of the table are anywhere in the row's room."""
+    page = PAGES[name]
+    for line in page.read_text().splitlines():
+        named = re.findall(r"`([\w/]+(?:/|\.py))`", line)
+        room = page.parent / named[0] if line.startswith("| ") and named else page.parent
+        for file in named:
+            places = [page.parent / file, ROOT / file, *room.rglob(file)]
+            assert any(place.exists() for place in places), file
 
 
 def test_the_index_lists_every_page():

@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from wanda_lightning.sparsity import SemiStructured, Unstructured, max_kept_per_group, parse_pattern, sparsity_of
+from wanda_lightning.sparsity import (
+    SemiStructured,
+    Unstructured,
+    as_pattern,
+    max_kept_per_group,
+    parse_pattern,
+    sparsity_of,
+)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.7, 0.99])
@@ -100,3 +107,44 @@ def test_an_unquoted_pattern_in_yaml_is_explained(number, meant):
 def test_most_kept_in_a_group():
     mask = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 0, 0, 0]]).bool()
     assert [max_kept_per_group(mask, m) for m in (1, 2, 4, 8)] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        (0.5, Unstructured(0.5)),
+        (0, Unstructured(0)),
+        ("2:4", SemiStructured(2, 4)),
+        ("unstructured", Unstructured(0.5)),
+        (Unstructured(0.3), Unstructured(0.3)),
+        (SemiStructured(1, 4), SemiStructured(1, 4)),
+    ],
+)
+def test_a_pattern_in_every_form(given, pattern):
+    assert as_pattern(given) == pattern
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (50, "got 50; write 0.5 to prune 50 %"),
+        (70, "write 0.7 to prune 70 %"),
+        (62.5, "write 0.625 to prune 62.5 %"),
+        ("0.5", "got '0.5'; write 0.5 to prune 50 %"),
+        (124, 'write pattern: "2:4"'),
+        (1, r"must be a number in \[0, 1\), got 1$"),
+        (-0.5, "got -0.5$"),
+        (float("nan"), "got nan$"),
+        ("half", '"unstructured" or "n:m" such as "2:4", got \'half\'$'),
+        (None, r"a sparsity such as 0.5, .* or SemiStructured\(2, 4\), got None"),
+        (True, "got True$"),
+    ],
+)
+def test_what_was_meant(given, message):
+    with pytest.raises(ValueError, match=message):
+        as_pattern(given)
+
+
+def test_a_pattern_in_the_place_of_the_sparsity():
+    with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\), got '2:4'; write pattern=\"2:4\""):
+        parse_pattern("unstructured", "2:4")

@@ -43,6 +43,7 @@ _MODULES = {
     ),
     "checkpoints.loading": (
         "load_model",
+        "load_streamed",
         "load_tokenizer",
     ),
     "checkpoints.saving": ("save_pretrained",),
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
         WandaPruning,
         ZeroShotEvaluation,
     )
-    from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
+    from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
     from wanda_lightning.checkpoints.saving import save_pretrained
     from wanda_lightning.data import TextDataModule
     from wanda_lightning.engine.journal import Journal

@@ -11,15 +11,15 @@ from wanda_lightning.cli.commands import COMMANDS
 _PURPOSES = "\n".join(f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items())
 
 HELP = f"""\
-usage: wanda-lightning COMMAND [-c RECIPE] [--option value ...]
+usage: wanda-lightning COMMAND [MODEL] [-c RECIPE] [--option value ...]
 
 Prune a Hugging Face language model, and fine-tune it with its zeros kept.
 
 {_PURPOSES}
 
-  wanda-lightning recipes                                   # what there is to run
-  wanda-lightning prune -c wanda --model.pretrained MODEL   # run it; MODEL is a hub name, a folder or a .gguf file
-  wanda-lightning prune --help                              # a command's options, with an example
+  wanda-lightning prune MODEL --sparsity 0.6         # MODEL is a hub name, a folder or a .gguf file
+  wanda-lightning recipes                            # longer runs that are ready to be run, as `fit MODEL -c NAME`
+  wanda-lightning prune --help                       # a command's options, with an example
 
 options:
   -h, --help     show this message
@@ -52,8 +52,10 @@ def _run(arguments: list[str]) -> None:
             resolve_name(f"wanda_lightning.cli.{function}")(arguments[1:])
             return
         from wanda_lightning.cli.first_look import refuse_at_once
+        from wanda_lightning.cli.short_options import written_out
 
-        refuse_at_once(arguments)
+        sys.argv[1:] = written_out(arguments)  # there also Lightning finds it, which starts further processes
+        refuse_at_once(sys.argv[1:])
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     from wanda_lightning.cli.lightning_cli import run

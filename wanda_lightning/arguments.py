@@ -32,6 +32,10 @@ def whole_number(name: str, value: object, least: int) -> None:
 def positive_number(name: str, value: object) -> None:
     """Refuse what is not a finite number above 0.
 
+    Args:
+        name: What users call the value.
+        value: What they gave.
+
     Raises:
         ValueError: If it is not, with its name and what was given.
     """

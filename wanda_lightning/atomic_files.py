@@ -16,10 +16,13 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to, which takes the place of another at the end; an error deletes it.
+    """Write a file whole or not at all.
 
     Args:
         path: Where the file goes; folders are made, an older file is replaced.
+
+    Yields:
+        A temporary file to write to. At the end it takes its place; after an error it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
@@ -37,10 +40,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write to, which takes the place of another at the end; an error deletes it.
+    """Write a folder whole or not at all.
 
     Args:
         path: Where the folder goes; folders are made, an older one is replaced. There has to be room for both.
+
+    Yields:
+        A temporary folder to write to. At the end it takes its place; after an error it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

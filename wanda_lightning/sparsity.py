@@ -6,7 +6,9 @@ Shapes: G comparison groups, N scores in a group, O out features, I in features.
 
 import functools
 import math
+import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float) or not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}")
+            raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}{_meant(self.sparsity)}")
 
     def mask(self, score_GN: Tensor) -> Tensor:
         """Keep all but the ``floor(sparsity * N)`` lowest scores of each row; ties go by position.
@@ -139,6 +141,7 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
         if str(pattern).isdecimal() and int(pattern) >= 60:
             meant = f"{int(pattern) // 60}:{int(pattern) % 60}"
             hint = f'; YAML reads an unquoted {meant} as this number, write pattern: "{meant}"'
+        hint += _meant(pattern)
         raise ValueError(f'pattern must be "unstructured" or "n:m" such as "2:4", got {pattern!r}{hint}')
     semi_structured = SemiStructured(int(kept), int(size))
     if sparsity is not None and sparsity != semi_structured.sparsity:
@@ -149,6 +152,35 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
     return semi_structured
 
 
+def as_pattern(pattern: Pattern | str | float) -> Pattern:
+    """Take a pattern in every form in which users give one.
+
+    Args:
+        pattern: ``Unstructured(0.5)`` or ``SemiStructured(2, 4)``; a sparsity in [0, 1); or what :func:`parse_pattern`
+            reads.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+        >>> as_pattern(0.5), as_pattern("2:4")
+        (Unstructured(sparsity=0.5), SemiStructured(n=2, m=4))
+    """
+    if isinstance(pattern, Unstructured | SemiStructured):
+        return pattern
+    if isinstance(pattern, str) or is_whole(pattern, 60):  # a number as large is what YAML makes of n:m
+        return parse_pattern(cast(str, pattern))
+    if isinstance(pattern, bool) or not isinstance(pattern, int | float):
+        raise ValueError(
+            'pattern must be a sparsity such as 0.5, "n:m" such as "2:4", "unstructured", Unstructured(0.5) or '
+            f"SemiStructured(2, 4), got {pattern!r}"
+        )
+    return Unstructured(pattern)
+
+
 def sparsity_of(tensor: Tensor) -> float:
     """Measure the fraction of zeros (of a weight) or of pruned entries (of a mask)."""
     return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
@@ -157,6 +189,20 @@ def sparsity_of(tensor: Tensor) -> float:
 def max_kept_per_group(mask_OI: Tensor, m: int) -> int:
     """Count the kept weights of the fullest group of m consecutive inputs; n:m holds for every n from there on."""
     return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
+
+
+def _meant(value: object) -> str:
+    """Guess what a sparsity or pattern that cannot be used was meant to be; empty if nothing comes to mind."""
+    if isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
+        return f'; write pattern="{value}"'
+    try:
+        number = float(cast(Any, value))
+    except (TypeError, ValueError):
+        return ""
+    percent = 1 < number < 100
+    if not percent and not isinstance(value, str):
+        return ""
+    return f"; write {number / 100 if percent else number:g} to prune {number if percent else 100 * number:g} %"
 
 
 def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import mixtral, tiny_llama, tiny_mixtral, token_batches
+from helpers import Forked, mixtral, tiny_llama, tiny_mixtral, token_batches
 from torch import nn
 from transformers import (
     FalconConfig,
@@ -162,18 +162,6 @@ class Chunked(nn.Module):
         return torch.cat([self.down_proj(chunk) for chunk in self.up_proj(hidden).split(8, dim=1)], dim=1)
 
 
-class Forked(nn.Module):
-    """Which of its linears runs depends on the tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.up_proj, self.down_proj = nn.Linear(32, 32), nn.Linear(32, 32)
-
-    def forward(self, hidden):
-        first, then = (self.up_proj, self.down_proj) if hidden.shape[1] > 8 else (self.down_proj, self.up_proj)
-        return then(first(hidden))
-
-
 class Unshared(nn.Module):
     """Feeds two linears with one tensor, but in some batches with a copy of it."""
 
@@ -295,6 +283,16 @@ def test_where_activations_wait_does_not_matter(place, model):
     assert differing(here, elsewhere) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_what_waits_leaves_the_gpu_and_comes_back(place):
+    here, elsewhere = tiny_llama().cuda(), tiny_llama().cuda()
+    prune_model(here, token_batches(), Wanda(), Unstructured(0.5), true_sequential=True)
+    prune_model(elsewhere, token_batches(), Wanda(), Unstructured(0.5), true_sequential=True, activations=place)
+    assert differing(here, elsewhere) == []
+
+
 def test_what_waits_is_moved_to_disk(llama, batches, monkeypatch):
     """The storage of the tensors that wait is empty, and what was in it comes back."""
     seen = []
@@ -333,3 +331,25 @@ def test_free_memory_is_what_is_there():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     assert free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("model", [tiny_llama, mixtral], ids=["llama", "mixtral"])
+def test_autocast_computes_with_the_pruned_weights(model):
+    """It keeps copies of the weights in half precision; without these the result is the same."""
+    kept, not_kept, exact = model(), model(), model()
+    batches = token_batches(vocab=64)
+    for pruned, settings in ((kept, {}), (not_kept, {"cache_enabled": False}), (exact, {"enabled": False})):
+        with torch.autocast("cpu", torch.bfloat16, **settings):
+            prune_model(pruned, batches, Wanda(), Unstructured(0.5), true_sequential=True)
+    assert differing(kept, not_kept) == []
+    assert differing(kept, exact)
+
+
+def test_compiled_layers_are_run_as_they_were_written(llama, batches):
+    plain, ran = copy.deepcopy(llama), []
+    llama.model.layers = nn.ModuleList(torch.compile(layer, backend=ran.append) for layer in llama.model.layers)
+    for model in (llama, plain):
+        report = prune_model(model, batches, SparseGPT(block_size=16), Unstructured(0.5), true_sequential=True)
+    assert differing(llama, plain) == []
+    assert {row.passes for row in report.linears} == {1}
+    assert not ran  # nothing was compiled

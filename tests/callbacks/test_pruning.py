@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
@@ -308,6 +308,21 @@ def test_exact_errors_on_request(tmp_path, callback):
         trainer(tmp_path, one, max_steps=0).fit(SomebodysModule(), SomebodysData())
     assert {row.error_is_exact for row in asked.report.linears} == {True}
     assert {row.error_is_exact for row in plain.report.linears} == {False}
+
+
+@pytest.mark.parametrize("callback", [WandaPruning, SparseGPTPruning])
+def test_one_pass_on_request(tmp_path, callback):
+    module, plain, twice = SomebodysModule(), SomebodysModule(), SomebodysModule()
+    asked = callback(true_sequential=True)
+    trainer(tmp_path, asked, max_steps=0).fit(module, SomebodysData())
+    trainer(tmp_path, other := callback(overwrite=True), max_steps=0).fit(twice, SomebodysData())
+    prune_model(plain.net, batches(seed=3), asked.method, asked.pattern, true_sequential=True)
+    assert all(map(torch.equal, module.parameters(), plain.parameters()))
+    assert not all(map(torch.equal, module.parameters(), twice.parameters()))
+    assert (asked.report.order, other.report.order) == ("one pass", "two passes")
+    assert asked.state_key != other.state_key
+    assert other.state_key == callback().state_key
+    assert "true_sequential" not in other.state_key  # as in checkpoints of older versions
 
 
 def test_a_wrong_list_of_layers_is_refused(tmp_path):

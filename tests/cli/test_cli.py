@@ -150,6 +150,37 @@ def test_short_names_on_the_command_line(wanda_lightning_command, small, tmp_pat
     assert json.loads((tmp_path / "results/pruning.json").read_text())["sparsity"] == 0.75
 
 
+def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
+    """Does what the recipe does with the same settings."""
+    data = tmp_path / "mine.txt"
+    data.write_text("Sparse matrices are matrices with zeros, and zeros need not be multiplied. " * 300)
+    size = ["--num_samples", "4", "--sequence_length", "16", "--data.max_evaluation_windows=2"]
+    short = ["--method", "magnitude", "--pattern", "1:4", "--data", data, "--output", "short"]
+    done = wanda_lightning_command("prune", tiny_model_folder, *short, *size, "-v")
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.2" in done.stdout
+    long = [f"--model.pretrained={tiny_model_folder}", f"--data.source={data}"]
+    long += ["--trainer.callbacks.sparsity=0.75", "--trainer.callbacks.pattern=1:4"]
+    long += ["--data.num_samples=4", "--data.sequence_length=16", size[-1], "--trainer.default_root_dir=long"]
+    done = wanda_lightning_command("prune", "-c", "magnitude", *long)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.2" not in done.stdout
+    reports = [json.loads((tmp_path / folder / "pruning.json").read_text()) for folder in ("short", "long")]
+    assert reports[0]["sparsity"] == 0.75
+    assert reports[0]["evaluations"] == reports[1]["evaluations"]
+    weights = [(tmp_path / folder / "model/model.safetensors").read_bytes() for folder in ("short", "long")]
+    assert weights[0] == weights[1]
+
+
+def test_the_short_way_is_shown_in_long(wanda_lightning_command):
+    done = wanda_lightning_command("prune", "MODEL", "--sparsity", "0.6", "--data", "mine.txt", "--print_config")
+    config = yaml.safe_load(done.stdout)
+    assert config["trainer"]["callbacks"][0]["init_args"]["sparsity"] == 0.6
+    assert config["trainer"]["default_root_dir"] == "results/wanda"
+    assert config["model"]["init_args"]["pretrained"] == "MODEL"
+    assert config["data"]["init_args"]["source"] == "mine.txt"
+
+
 def edited(tmp_path, old: str, new: str) -> Path:
     text = RECIPE.read_text()
     assert old in text
@@ -182,10 +213,15 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prune"], "no model was given: add --model.pretrained MODEL"),
-        (["prune", "-c", RECIPE], "no model was given: add --model.pretrained MODEL"),
+        (["prune"], "no model was given: name it first"),
+        (["prune", "-c", RECIPE], "no model was given: name it first"),
         (["prune", "-c", RECIPE, MODEL, "--data.num_sample=3"], "what is accepted: --data.help TextDataModule"),
         (["prune", "-c", RECIPE, MODEL, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz"),
+        (["prune", "-c", RECIPE, MODEL, "--trainer.max_stepz=3"], "did you mean --trainer.max_steps?"),
+        (["prune", "-c", RECIPE, MODEL, "--data.num_sample=3"], "did you mean --data.num_samples?"),
+        (["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.sparsty=1"], "did you mean --trainer.callbacks.sparsity?"),
+        (["prune", "MODEL", "--sparsty", "0.6"], "did you mean --sparsity?"),
+        (["prune", "MODEL", "--sparsity", "50"], "write 0.5 to prune 50 %"),
     ],
 )
 def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, message):
@@ -213,6 +249,7 @@ def test_help_and_version(wanda_lightning_command):
     assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
     done = wanda_lightning_command("prune", "--help")
     assert done.returncode == 0
+    assert "\n\nThe options that matter most:\n  MODEL " in done.stdout.partition("--help")[0]
     assert "--data.source" in wanda_lightning_command("prune", "--data.help=TextDataModule").stdout
     assert "sparsity" in wanda_lightning_command("prune", "--trainer.callbacks.help=WandaPruning").stdout
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from wanda_lightning.cli.first_look import NO_MODEL, refuse_at_once
+from wanda_lightning.cli.short_options import written_out
 
 RUN = """
 import json, sys
@@ -64,6 +65,8 @@ def test_answers_without_torch(arguments, code, said, tmp_path):
         ["prune", "-c", "wanda", "--model=mine.yaml"],
         ["prune", "-c", "{model: {class_path: CausalLM}}"],
         ["prune", "-cmine.yaml"],
+        ["prune", "MODEL"],
+        ["prune", "MODEL", "-c", "wanda"],
         ["prune", "--help"],
         ["prune", "-h"],
         ["fit", "--trainer.callbacks.help", "WandaPruning"],
@@ -74,7 +77,7 @@ def test_answers_without_torch(arguments, code, said, tmp_path):
 def test_what_may_be_right_is_left_to_the_parser(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("model:\n  class_path: my.Model\n")
-    refuse_at_once(arguments)
+    refuse_at_once(written_out(arguments))
 
 
 def test_comments_name_no_model(tmp_path):

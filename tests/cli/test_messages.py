@@ -40,7 +40,7 @@ def config_with(**changes) -> str:
     ("file", "content", "message"),
     [
         ("model.safetensors", b"\x10\0\0\0\0\0\0\0not json", "cannot be read: .*header.*SafetensorError"),
-        ("config.json", b"[1, 2]", "cannot be read: .*mapping"),
+        ("config.json", b"[1, 2]", "Unrecognized model"),
         ("config.json", b"{", "not a valid JSON file"),
         ("config.json", b"{}", "Unrecognized model"),
         ("config.json", lambda: config_with(model_type="llama99"), "model type `llama99`"),

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import tiny_llama, tiny_mixtral, token_batches
+from helpers import Forked, tiny_llama, tiny_mixtral, token_batches
 from torch import distributed, multiprocessing
 
 from wanda_lightning.engine.journal import Journal
@@ -24,6 +24,7 @@ METHODS = {
 RUNS = {
     **{name: (method, Unstructured(0.5)) for name, method in METHODS.items()},
     **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
+    **{f"{name}, one pass": (METHODS[name], Unstructured(0.5)) for name in ("wanda", "sparsegpt")},
 }
 BATCHES = token_batches(batches=4, batch_size=2, length=32)
 
@@ -36,7 +37,8 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     method, pattern = RUNS[name]
     journal = Journal(folder / f"{model} {name}") if folder else None
     batches = BATCHES[processes.rank :: processes.size]
-    report = prune_model(net, batches, method, pattern, processes=processes, journal=journal)
+    settings = {"processes": processes, "journal": journal, "true_sequential": name.endswith("one pass")}
+    report = prune_model(net, batches, method, pattern, **settings)
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
 
 
@@ -49,6 +51,19 @@ def reconstruct(processes: Processes, model: str, size: int):
     settings = Reconstruction(epochs=2, lr=1e-3)
     report = prune_model(net, batches, Magnitude(), Unstructured(0.5), reconstruction=settings, processes=processes)
     return net.state_dict(), [(layer.before, layer.after) for layer in report.reconstruction.values()]
+
+
+def forked(processes: Processes):
+    """Each process sees batches of a length of its own, and so the linears of a layer in an order of its own."""
+    model = tiny_llama()
+    torch.manual_seed(0)
+    model.model.layers[1].mlp = Forked()
+    batches = [token_batches(1, length=16), token_batches(1, length=6)]
+    mine = [batch for some in batches[processes.rank :: processes.size] for batch in some]
+    report = prune_model(
+        model, mine, Wanda(), Unstructured(0.5), processes=processes, true_sequential=True, targets=["layers.1.*"]
+    )
+    return model.state_dict(), report.order
 
 
 def refused(processes: Processes) -> str:
@@ -81,6 +96,8 @@ def run(rank: int, size: int, folder: str) -> None:
     found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
     found |= {(model, "reconstruction"): reconstruct(processes, model, size) for model in MODELS}
     found["refused"] = refused(processes)
+    if size == 2:
+        found["forked"] = forked(processes)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

@@ -72,9 +72,9 @@ def run(folder, model=None, method=None, pattern=HALF, batches=BATCHES, **settin
     return weights(model), report.linears
 
 
-def without_journal(model=None, method=None, pattern=HALF):
+def without_journal(model=None, method=None, pattern=HALF, **settings):
     model = model or tiny_llama()
-    report = prune_model(model, BATCHES, method or SparseGPT(block_size=16), pattern)
+    report = prune_model(model, BATCHES, method or SparseGPT(block_size=16), pattern, **settings)
     return weights(model), report.linears
 
 
@@ -102,21 +102,28 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT(block_size=16)], ids=str)
+ONE_PASS = {"true_sequential": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(Magnitude(), {}), (Wanda(), {}), (SparseGPT(block_size=16), {}), (SparseGPT(block_size=16), ONE_PASS)],
+    ids=["Magnitude", "Wanda", "SparseGPT", "SparseGPT, one pass"],
+)
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("model", MODELS)
-def test_an_interrupted_run_goes_on_at_its_layer(model, streamed, method, tmp_path, solved):
+def test_an_interrupted_run_goes_on_at_its_layer(model, streamed, method, settings, tmp_path, solved):
     MODELS[model]().save_pretrained(tmp_path / "dense", max_shard_size="30KB")
     before = digests(tmp_path / "dense")
     load = load_streamed if streamed else AutoModelForCausalLM.from_pretrained
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     layers = dense.config.num_hidden_layers
-    whole = without_journal(dense, method)
+    whole = without_journal(dense, method, **settings)
     a_layer = len(solved) // layers
 
     def start():
         solved.clear()
-        return run(tmp_path / "journal", load(str(tmp_path / "dense")), method)
+        return run(tmp_path / "journal", load(str(tmp_path / "dense")), method, **settings)
 
     for limit in (a_layer + 2, a_layer - 1):  # the first start finishes a layer, the second none
         solved.limit = limit
@@ -194,6 +201,7 @@ OTHERS = {
     "ignore": ({"ignore": ["q_proj"]}, "ignore: None there, ['q_proj'] now"),
     "allocation": ({"allocation": {"q_proj": 0.25}}, "allocation: None there, {'q_proj': 0.25} now"),
     "error": ({"exact_error": True}, "exact_error: False there, True now"),
+    "passes": ({"true_sequential": True}, "true_sequential: None there, True now"),
     "calibration": ({"batches": token_batches(batches=3, seed=2)}, "calibration: ["),
     "order": ({"batches": BATCHES[::-1]}, "calibration: ["),
     "batch size": ({"batches": [torch.cat(BATCHES)]}, "calibration: ["),
@@ -229,6 +237,12 @@ def test_another_run_is_refused_and_nothing_changed(other, recorded, solved):
     assert contents(recorded) == before
     assert weights(model) == dense
     assert not solved
+
+
+def test_a_run_of_two_passes_does_not_go_on_from_one_of_one(tmp_path):
+    run(tmp_path, **ONE_PASS)
+    with pytest.raises(ValueError, match=r"another run.*true_sequential: True there, None now"):
+        run(tmp_path)
 
 
 def test_another_precision_is_refused(recorded):

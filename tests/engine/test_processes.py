@@ -70,10 +70,28 @@ def test_a_recorded_layer_is_restored_in_all_processes(of_many):
         assert again == rows
 
 
+def test_processes_that_reach_linears_in_different_orders_take_two_passes(of_many):
+    if len(of_many) == 2:
+        weights, order = shared_pruning.forked(Processes.alone())
+        assert order == "two passes"
+        for found in of_many:
+            assert found["forked"][1] == order
+            differ = sum((found["forked"][0][name] != weight).sum().item() for name, weight in weights.items())
+            assert differ <= 4  # a sum in another order may break a tie the other way
+
+
 def test_what_one_process_refuses_all_refuse(of_many):
     for found in of_many:
         assert "the calibration set is empty" in found["refused"]
         assert "model.layers.0.self_attn.q_proj are NaN or infinite" in found["refused"]
+
+
+def test_all_processes_raise_the_same_kind_of_error(monkeypatch):
+    processes = Processes.alone()
+    processes.size = 2
+    monkeypatch.setattr(processes, "gather", lambda mine: [KeyError("of the first"), mine])
+    with pytest.raises(KeyError, match="of the first"), processes.together():
+        raise OSError("of this one")
 
 
 def test_work_is_balanced():

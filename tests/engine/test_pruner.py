@@ -273,3 +273,25 @@ def test_under_autocast_the_next_layer_sees_the_pruned_weights(batches, method):
 
     with_cache, without = pruned(), pruned(cache_enabled=False)
     assert all(map(torch.equal, with_cache.parameters(), without.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [(("wanda", 0.5), (Wanda(), Unstructured(0.5))), (("magnitude", "2:4"), (Magnitude(), SemiStructured(2, 4)))],
+)
+def test_names_and_numbers_do_the_same_as_objects(batches, short, long):
+    by_name, by_object = tiny_llama(), tiny_llama()
+    assert prune_model(by_name, batches, *short).method == prune_model(by_object, batches, *long).method
+    assert all(torch.equal(weight, weights(by_object)[name]) for name, weight in weights(by_name).items())
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern", "message"),
+    [("wonda", 0.5, "got 'wonda'"), ("wanda", 50, "write 0.5"), (0.5, "wanda", "method must be .* got 0.5")],
+)
+def test_wrong_arguments_change_nothing(batches, method, pattern, message):
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        prune_model(model, batches, method, pattern)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())

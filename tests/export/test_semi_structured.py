@@ -193,6 +193,7 @@ def test_the_backend_is_one_that_the_gpu_has_kernels_for(monkeypatch, capability
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_the_kernels_compute_what_dense_ones_do(dtype, length):

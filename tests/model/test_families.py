@@ -306,6 +306,17 @@ def test_every_prunable_weight_reaches_the_target(model, batches, method, patter
     assert all(name.endswith(NO_LINEARS) for name in left), left
 
 
+def test_one_pass_is_enough(model, batches):
+    layers = decoder_layers(model)
+    report = prune_model(model, batches, Wanda(), SemiStructured(2, 4), true_sequential=True, exact_error=True)
+    linears = [linear for layer in layers for linear in layer.linears]
+    assert [row.name for row in report.linears] == [linear.name for linear in linears]
+    for linear in linears:
+        assert ((linear.weight_OI != 0).reshape(-1, 4).sum(1) == 2).all()
+    assert all(row.error_is_exact and 0 <= row.error < 1 for row in report.linears)  # 0: Gemma 3n begins with zeros
+    assert report.order == "one pass"
+
+
 @torch.no_grad()
 def test_a_saved_model_gives_the_same_logits(model, batches, tmp_path):
     prune_model(model, batches, Wanda(), Unstructured(0.5))

@@ -43,14 +43,16 @@ def test_stored_parameters_are_those_of_the_model(folder):
 
 
 @pytest.mark.parametrize("activations", ["device", "disk"])
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT(block_size=16)], ids=str)
-def test_streaming_gives_the_bytes_of_a_run_in_memory(folder, method, activations, tmp_path):
+def test_streaming_gives_the_bytes_of_a_run_in_memory(folder, method, one_pass, activations, tmp_path):
     before = digests(folder)
     batches = token_batches(batches=3)
     whole, streamed = AutoModelForCausalLM.from_pretrained(folder), load_streamed(str(folder))
-    in_one = prune_model(whole, batches, method, Unstructured(0.5))
+    in_one = prune_model(whole, batches, method, Unstructured(0.5), true_sequential=one_pass)
     journal = Journal(tmp_path / "journal")
-    in_parts = prune_model(streamed, batches, method, Unstructured(0.5), journal=journal, activations=activations)
+    elsewhere = {"journal": journal, "activations": activations}
+    in_parts = prune_model(streamed, batches, method, Unstructured(0.5), true_sequential=one_pass, **elsewhere)
     assert is_on_disk(streamed)
     stored = dict(stored_parameters(streamed))
     assert all(torch.equal(stored[name], parameter) for name, parameter in whole.named_parameters())
@@ -72,14 +74,15 @@ def test_streaming_gives_the_bytes_of_a_run_in_memory(folder, method, activation
     journal.remove()
 
 
-def test_layers_kept_in_ram_are_changed_there(tmp_path):
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_layers_kept_in_ram_are_changed_there(one_pass):
     from accelerate import cpu_offload
 
     whole, offloaded = tiny_llama(), cpu_offload(tiny_llama(), execution_device="cpu")
     assert is_offloaded(offloaded)
     assert not is_on_disk(offloaded)
-    prune_model(whole, token_batches(), Wanda(), SemiStructured(2, 4))
-    prune_model(offloaded, token_batches(), Wanda(), SemiStructured(2, 4))
+    for model in (whole, offloaded):
+        prune_model(model, token_batches(), Wanda(), SemiStructured(2, 4), true_sequential=one_pass)
     stored = dict(stored_parameters(offloaded))
     assert all(torch.equal(stored[name], parameter) for name, parameter in whole.named_parameters())
 

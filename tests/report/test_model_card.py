@@ -34,7 +34,7 @@ def test_the_card_says_what_was_done(tiny_model_folder, tmp_path):
     report = trainer.prune(CausalLM(str(tiny_model_folder)), data(source=str(text)))
     card = (tmp_path / "model/README.md").read_text()
     for fact in (
-        "# Wanda(variant=False), 2:4, sparsity 0.5",
+        "# Wanda, 2:4, sparsity 0.5",
         f"Made from `{tiny_model_folder.name}`",
         "50.00% of the weights of 9 linears are zero",
         "| evaluation | dense | pruned |",

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -10,6 +11,7 @@ from wanda_lightning.engine.measured_sparsity import measure_whole_model
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Magnitude, Wanda
+from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.model_card import model_card
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured
@@ -72,6 +74,40 @@ def test_tables_show_the_evaluations_and_every_layer(report):
     assert "val/perplexity" in text
     assert "12.35" in text
     assert "model.layers.2" in text
+    assert markdown.startswith("# Wanda, unstructured, sparsity 0.5")
+    assert "error: how much of a linear's output" in markdown
+
+
+def test_without_details_the_evaluations_alone_are_shown(report):
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report.to_table(details=False))
+    first, *lines, last = console.export_text().splitlines()
+    assert first == "Wanda, unstructured, sparsity 0.5"
+    assert any("12.35 │  23.46" in line for line in lines)
+    assert last.startswith("50.00% of the weights of 18 linears are zero")
+    assert not any("model.layers" in line or "seconds" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("passes", "order"),
+    [
+        ([1, 1, 1], "one pass"),
+        ([2, 2, 2], "two passes"),
+        ([1, 2, 1], "one pass; two in 1 of 3 layers"),
+        ([None] * 3, ""),
+    ],
+)
+def test_the_order_is_named_wherever_settings_are(report, passes, order):
+    numbers = {f"model.layers.{number}": visits for number, visits in enumerate(passes)}
+    report.linears = [replace(row, passes=numbers[row.layer]) for row in report.linears]
+    assert report.order == order
+    for page, row in (
+        (report.to_markdown(), "| order | {} |"),
+        (model_card(report), "| order | {} |"),
+        (to_html(report), "<td>order</td><td>{}</td>"),
+    ):
+        assert (row.format(order) in page) == bool(order)
+        assert ("order |" in page or "<td>order" in page) == bool(order)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

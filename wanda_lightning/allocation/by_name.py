@@ -1,12 +1,10 @@
 """How much of each linear is pruned, if not the same share of all."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
-from wanda_lightning.arguments import is_whole
 from wanda_lightning.model.decoder import check_pattern
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.sparsity import Pattern, Unstructured, parse_pattern
+from wanda_lightning.sparsity import Pattern, as_pattern
 
 Allocation = Mapping[str, float | str]
 
@@ -27,21 +25,15 @@ def allocate(linears: Sequence[PrunableLinear], pattern: Pattern, allocation: Al
         ValueError: If a value cannot be read, or a name pattern matches none of the linears.
 
     Examples:
-        >>> allocate([], Unstructured(0.5), None)
+        >>> allocate([], as_pattern(0.5), None)
         {}
     """
     patterns = {linear.name: pattern for linear in linears}
     for name_pattern, value in (allocation or {}).items():
         try:
-            own = _read(value)
+            own = as_pattern(value)
         except ValueError as error:
             raise ValueError(f"the allocation of {name_pattern!r} cannot be used: {error}") from error
         check_pattern(name_pattern, linears)
         patterns |= {linear.name: own for linear in linears if linear.matches(name_pattern)}
     return patterns
-
-
-def _read(value: float | str) -> Pattern:
-    # A whole number may be what YAML made of an unquoted 2:4: the parser's message says so.
-    readable = isinstance(value, str) or is_whole(value, 1)
-    return parse_pattern(cast(str, value)) if readable else Unstructured(cast(float, value))

@@ -13,7 +13,7 @@ class MagnitudePruning(PruningCallback):
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; they need calibration.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 
@@ -34,7 +34,7 @@ class WandaPruning(PruningCallback):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         variant: Let each output row give up the same share of its score instead of the same number of weights.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 
@@ -61,7 +61,7 @@ class SparseGPTPruning(PruningCallback):
         block_size: Columns that are chosen at once; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 
@@ -91,7 +91,7 @@ class AblatePruning(PruningCallback):
         block_size: Columns between two updates of all later columns; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 
@@ -118,11 +118,11 @@ class ADMMPruning(PruningCallback):
     Args:
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
-        steps: In how many the mask grows to its full sparsity, at least 1.
+        steps: Number of steps in which the mask grows to its full sparsity, at least 1.
         rho: How strongly weights are drawn to the mask at the end, above 0.
         damping: Fraction of the Hessian's diagonal that is added to it, above 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 
@@ -149,7 +149,7 @@ class RIAPruning(PruningCallback):
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         power: Exponent of the inputs' norms, at least 0.
-        kwargs: As of :class:`PruningCallback`.
+        kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
 

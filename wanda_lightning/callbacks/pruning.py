@@ -31,9 +31,8 @@ class PruningCallback(SparseFinetuning):
     A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
     report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
     for, it is not pruned again: the zeros are kept, and the report says that they were found. Where more is asked for,
-    it is pruned further: zeros score lowest, so they go first.
-
-    With a schedule the model is pruned in several steps while it trains, each time with new statistics.
+    it is pruned further: zeros score lowest, so they go first. With a schedule it is pruned in several steps while it
+    trains, each time with new statistics.
 
     Args:
         method: The pruning method.
@@ -46,15 +45,14 @@ class PruningCallback(SparseFinetuning):
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
-        activations: Where the activations of the calibration set wait between two layers: ``device``, ``cpu`` or
-            ``disk``.
+        activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
         resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
             them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        reconstruction: Train what is kept of each layer, before the next one is pruned, so that it gives what the layer
-            gives in the dense model, such as ``{epochs: 3, lr: 2e-4}``.
+        true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
+        reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -76,21 +74,19 @@ class PruningCallback(SparseFinetuning):
         resume: bool | None = None,
         exact_error: bool = False,
         overwrite: bool = False,
+        true_sequential: bool = False,
         reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__(layers)
-        self.method = method
-        self.pattern = parse_pattern(pattern, sparsity)
+        self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
-        self.schedule = schedule
-        self.targets, self.ignore, self.allocation = targets, ignore, allocation
+        self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir = num_samples, output_dir
-        self.activations, self.resume = activations, resume
-        self.exact_error, self.overwrite = exact_error, overwrite
-        self.reconstruction = reconstruction
+        self.activations, self.resume, self.reconstruction = activations, resume, reconstruction
+        self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 
     @property
@@ -104,14 +100,9 @@ class PruningCallback(SparseFinetuning):
         return self.run.results.evaluations
 
     @property
-    def needs_batches(self) -> bool:
-        """Whether there has to be a calibration set."""
-        return self.method.statistic is not None or self.exact_error or self.reconstruction is not None
-
-    @property
     @override
     def state_key(self) -> str:
-        """Tell callbacks of different settings apart in a checkpoint; one schedule may go on where another was."""
+        """Tell callbacks of different settings apart in a checkpoint; the schedule does not count and may change."""
         return self._generate_state_key(
             **{key: value for key, value in describe_settings(self).items() if key != "schedule"}
         )
@@ -162,7 +153,7 @@ class PruningCallback(SparseFinetuning):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the sparsity of the linears that were pruned, 0 before that; of several callbacks the first does."""
+        """Log the sparsity of the linears that were pruned, 0 before that; only the first pruning callback logs."""
         if self is pruning_callbacks(trainer)[0]:
             pl_module.log("sparsity", sparsity_of_run(trainer, pl_module), sync_dist=True)
 

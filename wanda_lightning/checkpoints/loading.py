@@ -119,7 +119,7 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
     """Build the model that a config describes on the meta device, where weights take no memory.
 
     Args:
-        config: Of a causal language model, or of one that sees images too.
+        config: Config of a causal language model, or of one that sees images too.
         kwargs: Passed on to ``from_config``.
 
     Returns:
@@ -133,7 +133,7 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
 
 
 def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
-    """Load the config of a model and nothing else, and refuse what :func:`load_model` would."""
+    """Load the config of a model and nothing else; refuse the models that :func:`load_model` refuses."""
     from transformers import AutoConfig
 
     folder = _folder(pretrained)
@@ -146,7 +146,14 @@ def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
 
 
 def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer that belongs to a model, see :func:`load_model`, or one that is in a folder by itself.
+    """Load the tokenizer that belongs to a model, or one that is in a folder by itself.
+
+    Args:
+        pretrained: See :func:`load_model`; or a folder that holds only a tokenizer.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: If there is none that can be loaded.
@@ -167,7 +174,7 @@ def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
 
 
 def _auto_class(config: "PreTrainedConfig") -> Any:
-    """Choose the class of transformers that loads all of a model, also what sees images, where there is such."""
+    """Choose the class of transformers that loads all of a model, also the part that sees images, if it has one."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 

@@ -10,7 +10,7 @@ def dense_settings(config: "PreTrainedConfig", pretrained: str, quantization: An
     """Choose the arguments of ``from_pretrained`` with which a checkpoint loads as plain weights.
 
     Args:
-        config: Of the checkpoint.
+        config: Config of the checkpoint.
         pretrained: Its name, for the error.
         quantization: What the user gives as ``quantization_config``.
 

@@ -2,7 +2,10 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+SMALL = 2 * 1024**3  # bytes of weights that are loaded before a bar could be read
 
 
 @contextmanager
@@ -29,3 +32,27 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
+    """Keep transformers from showing bars where a model is small and here already; downloads and large ones have them.
+
+    Args:
+        pretrained: A folder, or a hub name.
+
+    Returns:
+        What keeps them away for a while.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(pretrained).expanduser()
+    files = [*folder.glob("*.safetensors")]
+    if not folder.exists():
+        try:
+            cached = try_to_load_from_cache(pretrained, "model.safetensors")
+        except HFValidationError:  # no name of a model; loading it says so
+            cached = None
+        files = [Path(cached)] if isinstance(cached, str) else []
+    small = files and sum(file.stat().st_size for file in files) < SMALL
+    return without_progress_bars() if small else nullcontext()

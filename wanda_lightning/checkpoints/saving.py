@@ -57,7 +57,8 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 def _write(model: "PreTrainedModel", folder: Path) -> None:
     if not is_offloaded(model):
-        model.save_pretrained(folder)
+        with without_progress_bars():  # it would count shards, of which there is hardly ever a second
+            model.save_pretrained(folder)
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")

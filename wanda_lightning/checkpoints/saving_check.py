@@ -41,7 +41,7 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
 
 
 def _dry_save(model: Any, tokenizer: Any) -> nn.Module:
-    """Return what would be loaded, on the meta device."""
+    """Return the model that would be loaded, on the meta device."""
     from transformers.core_model_loading import revert_weight_conversion
 
     forget_quantization(model)
@@ -81,7 +81,7 @@ def _difference(name: str, weight: Tensor, loaded: Tensor) -> Iterator[str]:
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
-    """List the names of the weights that have more than one."""
+    """List the weights that have several names, each by its names."""
     names = defaultdict(list)
     for name, weight in model.named_parameters(remove_duplicate=False):
         place: Any = weight if weight.is_meta else (weight.data_ptr(), weight.shape)

@@ -16,7 +16,7 @@ COMPRESSED = ".compressed.safetensors"  # from_pretrained must not take these fi
 
 
 class Entry(NamedTuple):
-    """What a file's header says of a tensor; ``dtype`` as safetensors writes it, such as ``BF16``."""
+    """A tensor as a file's header describes it; ``dtype`` as safetensors writes it, such as ``BF16``."""
 
     name: str
     dtype: str
@@ -29,7 +29,7 @@ def weight_files(folder: Path, suffix: str = PLAIN) -> list[Path]:
 
     Args:
         folder: The model's folder.
-        suffix: What the files' names end in, where it is not what transformers gives them.
+        suffix: The end of the files' names, if it is not the one that transformers gives them.
 
     Returns:
         The files, all of them there; none if the folder has no safetensors weights.
@@ -59,6 +59,12 @@ def weight_files(folder: Path, suffix: str = PLAIN) -> list[Path]:
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """Open a safetensors file; tensors are read when they are asked for.
+
+    Args:
+        file: The file.
+
+    Yields:
+        The open file, as ``safetensors.safe_open`` gives it.
 
     Raises:
         ValueError: If the file is cut off, or something else.

@@ -28,23 +28,23 @@ class Command:
 COMMANDS = {
     "prune": Command(
         "Prune once, evaluate before and after, save the model and a report; no training.",
-        "wanda-lightning prune -c wanda --model.pretrained MODEL --data.source my_text.txt",
+        "wanda-lightning prune MODEL --method wanda --sparsity 0.6 --data my_text.txt --output results/mine",
     ),
     "fit": Command(
         "Prune, fine-tune with the zeros kept, evaluate at each stage, save.",
-        "wanda-lightning fit -c wanda_finetune --model.pretrained MODEL --trainer.max_steps 200",
+        "wanda-lightning fit MODEL --method wanda --sparsity 0.6 --max_steps 200",
     ),
     "validate": Command(
         "Evaluate a model on the validation set; its weights do not change.",
-        "wanda-lightning validate --model.pretrained results/wanda/model --data.sequence_length 512",
+        "wanda-lightning validate results/wanda/model --sequence_length 512",
     ),
     "test": Command(
         "Evaluate a model on the test set; its weights do not change.",
-        "wanda-lightning test --model.pretrained results/wanda/model --data.evaluation wikitext2",
+        "wanda-lightning test results/wanda/model --eval wikitext2",
     ),
     "sweep": Command(
         "Prune with several methods and sparsities, each from the dense weights; a table and a picture.",
-        "wanda-lightning sweep -c sweep --model.pretrained MODEL --sparsities '[0.4, 0.6]'",
+        "wanda-lightning sweep MODEL --sparsities '[0.4, 0.6]'",
     ),
     "compare": Command(
         "Put the results of several runs into one table and one picture.",

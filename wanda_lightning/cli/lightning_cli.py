@@ -16,8 +16,10 @@ from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their 
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.cli.commands import COMMANDS
-from wanda_lightning.cli.parser_messages import HelpFormatter, shortened
+from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
+from wanda_lightning.cli.quiet_terminal import leave_out_what_nobody_asked
 from wanda_lightning.cli.recipes import find, is_inline
+from wanda_lightning.cli.short_options import HELP, LONG, OF_CALLBACK
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.one_shot import end_if_asked, whole_run
@@ -34,7 +36,7 @@ class _Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(shortened(message), ex)
+        super().error(with_hint(shortened(message), [*LONG, *OF_CALLBACK, *self._option_string_actions]), ex)
 
 
 class _RecipeFile(ActionConfigFile):
@@ -77,8 +79,8 @@ class PruningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """List the sub-commands with the arguments that are not options."""
         inherited = LightningCLI.subcommands()
-        both = {"model", "datamodule"}
-        return {"prune": both, "sweep": both, **{name: inherited[name] for name in ("fit", "validate", "test")}}
+        kept = {name: inherited[name] for name in ("fit", "validate", "test")}
+        return {"prune": inherited["fit"], "sweep": {"model", "datamodule"}, **kept}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -97,6 +99,7 @@ class PruningCLI(LightningCLI):
             default=False,
             help="Replace the results in the folder also if they are of another model or of other settings.",
         )
+        parser.add_argument("-v", "--details", action="store_true", help="Show also what was done to every layer.")
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
 
     @override
@@ -151,9 +154,11 @@ class PruningCLI(LightningCLI):
         folder = run_folder(self.trainer)  # all processes must ask for it
         reports = [callback.report for callback in pruning_callbacks(self.trainer) if callback.report]
         if reports and self.trainer.is_global_zero:
+            details = self.config_init[self.subcommand].details
             for report in reports:
-                Console().print(report.to_table())
-            Console().print(f"Results are in {folder}", soft_wrap=True)
+                Console().print(report.to_table(details))
+            there = [name for name in ("report.html", "model", "adapter") if (folder / name).exists()]
+            Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
 
 
 def run(args: ArgsType = None) -> PruningCLI:
@@ -166,6 +171,7 @@ def run(args: ArgsType = None) -> PruningCLI:
         The CLI, after the sub-command is done.
     """
     leave_gloo_at_exit()
+    leave_out_what_nobody_asked()
     return PruningCLI(
         CausalLM,
         TextDataModule,
@@ -183,8 +189,8 @@ def run(args: ArgsType = None) -> PruningCLI:
         }
         | {
             name: {
-                "usage": f"wanda-lightning {name} [-c RECIPE] [--option value ...]",
-                "description": COMMANDS[name].description + MORE_HELP,
+                "usage": f"wanda-lightning {name} [MODEL] [-c RECIPE] [--option value ...]",
+                "description": COMMANDS[name].description + (HELP if name in ("prune", "fit") else "") + MORE_HELP,
             }
             for name in PruningCLI.subcommands()
         },

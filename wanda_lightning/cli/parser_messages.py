@@ -1,11 +1,14 @@
 """What jsonargparse says: its help, and its messages cut down to the mistake."""
 
+import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterable
 
 from jsonargparse import DefaultHelpFormatter
 
 from wanda_lightning.cli.first_look import NO_MODEL
+from wanda_lightning.cli.short_options import closest
 
 # jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
 NOISE = re.compile(
@@ -15,6 +18,12 @@ NOISE = re.compile(
 UNKNOWN_OPTION = re.compile(
     r"Parser key \"(\S+)\":.*?class_path '\S*?(\w+)':\s+Option '\w+' is not accepted", re.DOTALL
 )
+OPTIONS_OF = {
+    "data": ["TextDataModule"],
+    "model": ["CausalLM"],
+    "trainer.callbacks": ["PruningCallback", "WandaPruning", "SparseGPTPruning", "AblatePruning", "ZeroShotEvaluation"],
+}
+"""The classes whose arguments are options, by the part of the command line that they are under."""
 OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
 
 
@@ -38,6 +47,31 @@ def shortened(message: str) -> str:
     if unknown := UNKNOWN_OPTION.search(message):
         message += f"\n  what is accepted: --{unknown[1]}.help {unknown[2]}"
     return message
+
+
+def with_hint(message: str, options: Iterable[str]) -> str:
+    """Name the option that was meant, where an unknown one is spelled like it.
+
+    Args:
+        message: What the argument parser says.
+        options: The options of the command; those of the classes behind them are found here.
+
+    Returns:
+        The message, with a line more where there is a hint.
+    """
+    import wanda_lightning
+
+    part = re.search(r'Parser key "(\S+)"', message)
+    unknown = re.search(r"unrecognized arguments: (-\S*?)(=| |$)|Option '(\w+)' is not accepted", message)
+    if not unknown or (part is None and unknown[3]):  # the parser within says this first, the one around it then where
+        return message
+    known = [*options] if unknown[1] else []
+    for name, owners in OPTIONS_OF.items():
+        if part is None or name == part[1]:
+            signatures = [inspect.signature(getattr(wanda_lightning, owner)) for owner in owners]
+            known += [f"--{name}.{each}" for signature in signatures for each in signature.parameters]
+    meant = closest(unknown[1] or f".{unknown[3]}", known)
+    return f"{message}\n  did you mean {meant}?" if meant else message
 
 
 def _without_noise(message: str) -> str:

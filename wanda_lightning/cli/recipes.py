@@ -3,7 +3,9 @@
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import yaml
 
 FOLDER = Path(str(files("wanda_lightning"))) / "recipes"
 Action = Literal["list", "show", "copy"]
@@ -40,6 +42,28 @@ def find(recipe: str) -> Path:
 def is_inline(recipe: str) -> bool:
     """Whether this is no name but the settings themselves, as ``-c '{trainer: {max_steps: 3}}'``."""
     return "{" in recipe
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    """Read a recipe.
+
+    Args:
+        recipe: See :func:`find`; or the settings themselves.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        ValueError: If there is no such recipe, or it cannot be read.
+    """
+    name = recipe if is_inline(recipe) else str(find(recipe))
+    try:
+        settings = yaml.safe_load(recipe if is_inline(recipe) else Path(name).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} is no recipe: its settings need names, as in `trainer: ...`, got {settings!s:.60}")
+    return settings
 
 
 def list_show_or_copy(action: Action = "list", name: str | None = None, target: Path | None = None) -> None:

@@ -53,14 +53,14 @@ class TextDataModule(LightningDataModule):
         calibration_batch_size: Calibration windows in a batch.
         batch_size: Training and evaluation windows in a batch.
         max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
-        keep_last_window: Evaluate on the text's last, shorter window too.
-        evaluate_calibration: Evaluate on the calibration windows too, as a set named "calibration".
         text_field: Field of a JSON line, or column of a data set, that holds the text.
         config_name: Configuration of the data set in ``source``, if it has several.
         train_split: Split of a data set for calibration and training; "train[:1%]" takes the first hundredth.
         evaluation_split: Split of a data set for evaluation. Where it equals ``train_split``, the split is divided as a
             file is.
         num_workers: Worker processes of each dataloader.
+        keep_last_window: Evaluate on the text's last, shorter window too.
+        evaluate_calibration: Evaluate on the calibration windows too, as a set named "calibration".
 
     Raises:
         ValueError: If a value is out of range, or ``source`` or ``evaluation`` names a file that does not exist.
@@ -90,7 +90,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         keep_last_window: bool = False,
         evaluate_calibration: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         _check(self.hparams)
@@ -125,12 +125,9 @@ class TextDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Check that there is a tokenizer and that the windows fit the model, as far as it is known by now.
+        """Refuse a run without a tokenizer, and windows that are too long for the model, as far as it is known by now.
 
         Text is read, and a tokenizer loaded, when a dataloader first needs it.
-
-        Raises:
-            ValueError: If there is no tokenizer, or ``sequence_length`` is over the model's limit.
         """
         self._fit.wanted_tokenizer(self.tokenizer, self._module())
         self._fit.check_length(self._module())

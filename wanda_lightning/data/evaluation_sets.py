@@ -21,7 +21,7 @@ class EvaluationSet:
     """A text to evaluate on.
 
     Attributes:
-        name: What its metrics are called by; empty where it is the only one.
+        name: Its name in the metrics; empty if it is the only set.
         location: The source as the user named it.
         source: The text; None where it is the evaluation part of the source of calibration.
     """
@@ -75,7 +75,7 @@ def evaluation_sets(
 
 
 def evaluation_rows(windows_NT: Tensor, rest: Tensor | None = None, processes: int = 1) -> list[dict[str, Tensor]]:
-    """Make the rows of a dataloader, so many that every process gets as many.
+    """Make the rows of a dataloader; their number can be divided by that of the processes.
 
     A sampler that splits rows over processes repeats some where they do not come out even, and every process must do
     as many batches, or they wait for each other forever. So rows are added that hold nothing to predict: their

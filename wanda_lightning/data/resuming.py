@@ -10,11 +10,11 @@ from typing_extensions import override
 
 
 class ShuffledByEpoch(RandomSampler):
-    """An order of the rows for each epoch, by the seed and the epoch's number, whatever was iterated before.
+    """A random order of the rows for each epoch. It depends only on the seed and the epoch's number.
 
     Args:
-        rows: What to sample from.
-        seed: Of the order.
+        rows: The rows to sample from.
+        seed: Seed of the order.
     """
 
     def __init__(self, rows: Sized, seed: int) -> None:
@@ -52,7 +52,7 @@ class ResumableLoader(DataLoader):
         return {"epoch": self._epoch, "batches": self._taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Skip in the next iteration, if it is of that epoch, what was taken before."""
+        """Let the next iteration skip the batches that were taken, if it is of the same epoch."""
         self._resume = state
 
     @property

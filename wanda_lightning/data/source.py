@@ -47,10 +47,18 @@ def divide(text: str, split: Split) -> str:
 
 
 def without_nulls(documents: Iterable[str | None], name: str, field: str) -> list[str]:
-    """Leave out the documents that are null, as data sets have them, and say how many.
+    """Leave out the documents that are null, and say how many there were.
+
+    Args:
+        documents: Texts, and None in place of those that are null.
+        name: Name of the source, for messages.
+        field: The field that holds the text, for messages.
+
+    Returns:
+        The texts.
 
     Raises:
-        ValueError: If all are.
+        ValueError: If all documents are null.
     """
     every = list(documents)
     kept = [document for document in every if document is not None]

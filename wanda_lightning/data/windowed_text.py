@@ -1,4 +1,4 @@
-"""Which windows of a source a split has. Shapes: L tokens of a text, N windows, T tokens in a window."""
+"""The windows of a source that belong to a split. Shapes: L tokens of a text, N windows, T tokens in a window."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ def windowed_text(
 
     Args:
         source: The text.
-        split: The part of it.
+        split: The part of the text.
         tokenizer: A Hugging Face tokenizer.
         sequence_length: Tokens in a window, T.
         num_samples: Number of calibration windows.
-        seed: Of the choice of these.
+        seed: Seed of the choice of calibration windows.
         max_evaluation_windows: Evaluate on the first so many windows. Default: all, or what is usual for the source.
         keep_last_window: Return the last, shorter window of evaluation too.
 

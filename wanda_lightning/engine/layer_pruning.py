@@ -108,8 +108,13 @@ def _in_one_pass(
 
 
 def _next(parts: Iterator[Part], processes: Processes) -> Part | None:
+    """Take the next linears, which all processes have to reach together."""
     with processes.together():
-        return next(parts, None)
+        part = next(parts, None)
+    reached = part and [(linear.name, part.statistics[linear.name].is_summed) for linear in part.linears]
+    if any(others != reached for others in processes.gather(reached)):
+        raise NotOnePassError("processes reach different linears")
+    return part
 
 
 def _in_two_passes(

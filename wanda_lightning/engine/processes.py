@@ -70,7 +70,8 @@ class Processes:
                 raise
             failure = error
         if found := [error for error in self.gather(failure) if error is not None]:
-            raise failure or found[0]
+            # Of one kind in all processes, as who calls may go on after some kinds.
+            raise failure if failure is not None and type(failure) is type(found[0]) else found[0]
 
 
 def share_statistics(

@@ -25,12 +25,13 @@ from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, write_back
 from wanda_lightning.report.environment import peak_memory
 from wanda_lightning.report.pruning_report import PruningReport
-from wanda_lightning.sparsity import Pattern
+from wanda_lightning.sparsity import Pattern, as_pattern
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 def prune_model(
     model: nn.Module,
     calibration: Iterable[Batch] | None,
-    method: PruningMethod,
-    pattern: Pattern,
+    method: PruningMethod | str,
+    pattern: Pattern | str | float,
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
@@ -66,8 +67,9 @@ def prune_model(
         model: A causal language model of transformers; left in the mode, dtype and device it is in.
         calibration: Batches: input_ids (B, T) int64, or mappings with input_ids and optionally attention_mask
             (0 = padding). May be None for methods without calibration.
-        method: Such as ``Wanda()``.
-        pattern: ``Unstructured(sparsity)`` or ``SemiStructured(n, m)``.
+        method: Such as ``Wanda()``, or the name of one: ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"ablate"``,
+            ``"admm"`` or ``"ria"``.
+        pattern: ``Unstructured(sparsity)`` or ``SemiStructured(n, m)``; a sparsity in [0, 1), or ``"n:m"``, will do.
         targets: Patterns of linear names to prune, see :func:`wanda_lightning.model.decoder.decoder_layers`.
         ignore: Patterns of linear names to leave dense.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
@@ -96,12 +98,12 @@ def prune_model(
     Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from wanda_lightning import Unstructured, Wanda
         >>> config = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
         >>> batches = list(torch.randint(0, 100, (4, 2, 16)))
-        >>> prune_model(LlamaForCausalLM(config), batches, Wanda(), Unstructured(0.5)).sparsity
+        >>> prune_model(LlamaForCausalLM(config), batches, "wanda", 0.5).sparsity
         0.5
     """
+    method, pattern = as_method(method), as_pattern(pattern)
     clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     selection = Selection(targets, ignore, layers, allocation)

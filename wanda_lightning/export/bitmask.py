@@ -1,6 +1,6 @@
 """Safetensors files without zeros: a tensor becomes a mask of one bit a weight, and the values that are not zero.
 
-Where some zeros are -0.0, the signs of the zeros are stored besides: the round trip is exact to the bit. Files are
+If some zeros are -0.0, the signs of the zeros are stored too: the round trip is exact to the bit. Files are
 worked on tensor by tensor. Which tensors were taken apart, and their shapes, is in the file's metadata.
 """
 

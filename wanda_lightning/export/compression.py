@@ -33,8 +33,8 @@ class Sizes(NamedTuple):
 def compress(folder: str, output: str) -> Sizes:
     """Write a copy of a pruned model without its zeros.
 
-    A matrix becomes a mask of one bit a weight, and the values that are not zero; where some zeros are -0.0, the signs
-    of the zeros besides. Tensors that would not get smaller stay as they are. Other files are copied.
+    A matrix becomes a mask of one bit for each weight, and the values that are not zero. If some zeros are -0.0, the
+    signs of the zeros are stored too. Tensors that would not get smaller stay as they are. Other files are copied.
 
     Args:
         folder: A model with safetensors weights.

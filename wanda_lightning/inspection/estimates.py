@@ -12,7 +12,7 @@ from wanda_lightning.model.decoder import DecoderLayer
 def estimate_memory(
     model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int
 ) -> dict[str, int]:
-    """Count bytes; what is "in all" needs the device while it prunes, the calibration activations besides.
+    """Count the bytes that pruning takes. What is "in all" is on the device, and calibration activations come on top.
 
     Args:
         model: The model, on the meta device.
@@ -27,7 +27,8 @@ def estimate_memory(
     size = model.dtype.itemsize
     weights = size * sum(parameter.numel() for parameter in model.parameters())
     by_layer = [size * sum(p.numel() for p in layer.module.parameters()) for layer in layers]
-    activations = size * windows * tokens * model.get_input_embeddings().weight.shape[1]
+    hidden = model.get_input_embeddings().weight.shape[1]
+    activations = size * windows * tokens * hidden
     hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
     largest = max(kind.shape[0] * kind.shape[1] for kind in kinds)
@@ -35,13 +36,15 @@ def estimate_memory(
     batch = size * 4 * tokens * widest
     # A layer's pruned weights are put in place together, so there are two of it. Scores in float32 are sorted, with
     # places in int64; solving holds two copies of a matrix in float32. Streaming has Hessians of a layer's size at a
-    # time, or the largest: see CalibratedLayer.passes.
+    # time, or the largest: see CalibratedLayer.parts.
     wanda, solve = max(by_layer) + 20 * largest + batch, max(by_layer) + factor + 8 * largest + batch
     streamed = weights - sum(by_layer) + max(by_layer)
     return {
         "weights of the model": weights,
         "weights of its largest layer": max(by_layer),
         "calibration activations": activations,
+        # Before the widest linear its inputs wait, and two hidden states: see CalibratedLayer.bytes_waiting.
+        "calibration activations, one pass": size * windows * tokens * (widest + 2 * hidden),
         "second-order methods, besides": hessians + factor,
         "reconstruction, besides": activations + _training(kinds, size, tokens) // len(layers),
         "Wanda in all, in memory": weights + wanda,

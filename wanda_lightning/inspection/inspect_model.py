@@ -33,7 +33,7 @@ class Inspection:
         memory: Bytes by purpose.
         seconds: Estimated time on the device by purpose.
         timed_for: What these times are for: windows, tokens and the device with its threads.
-        weights: What the weight files hold, of a folder that has some.
+        weights: The weights in the folder, if it holds weight files.
     """
 
     model: str
@@ -86,14 +86,14 @@ def inspect_model(
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
         dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
-        device: Where pruning would run; how fast it is, is measured in about a second.
+        device: Where pruning would run. Its speed is measured in about a second.
 
     Returns:
         What was found.
 
     Raises:
-        ValueError: If there is no such model, no decoder layers in it, a data type that nothing is computed in, or a
-            weight file is missing or cut off.
+        ValueError: If there is no such model, or it has no decoder layers; if nothing can be computed in the data
+            type; or if a weight file is missing or cut off.
     """
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 

@@ -39,6 +39,9 @@ def load_check(model: nn.Module, shapes: dict[str, list[int]]) -> LoadCheck:
     Args:
         model: The model that the config describes, on the meta device.
         shapes: Shapes of the stored weights by name.
+
+    Returns:
+        What it says of them.
     """
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     settings = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -36,11 +36,14 @@ def sorting_rate(device: str) -> float:
 
 
 def _rate(prepared: Callable[[int], Callable[[], torch.Tensor]], operations: Callable[[int], int]) -> float:
-    """Measure the largest size, doubled from the smallest, that is done in time.
+    """Measure sizes from the smallest on, each twice the one before, as long as there is time.
 
     Args:
         prepared: Makes what is timed from a size.
         operations: How many operations a size has.
+
+    Returns:
+        Operations a second.
     """
     _seconds(prepared(SMALLEST))  # the first call on a device also loads libraries
     left, size, rate = SECONDS, SMALLEST, 0.0

@@ -44,8 +44,8 @@ class StoredLinear:
 class MatrixFinder:
     """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there.
 
-    Experts may be stored one by one, and under other names, where the model fuses them: of what the model does not
-    have under a name, every matrix counts that is neither thin nor a router's.
+    Where the model fuses experts, they may be stored one by one and under other names. So a stored matrix whose name
+    the model does not have counts as well, unless it is thin or a router's.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
@@ -87,6 +87,9 @@ def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequ
         place: Number of its layer, and the stored tensor's name in it.
         weight_OI: Its weights.
         patterns: What to look for, the tightest first.
+
+    Returns:
+        What was found.
     """
     kept_OI = weight_OI != 0
     rows, columns = kept_OI.shape

@@ -32,15 +32,15 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What the weight files of a folder hold.
+    """The weights in the files of a folder.
 
     Attributes:
         files: How many there are.
         nbytes: Their size together.
         linears: The prunable matrices.
         check: Whether transformers loads them.
-        report: What the report of the pruning beside the weights says, if there is one.
-        card: Else the title of the model card that a pruning wrote.
+        report: The report of the pruning, if it lies beside the weights.
+        card: Title of the model card, if a pruning wrote it.
     """
 
     files: int

@@ -23,7 +23,7 @@ class ADMM(PruningMethod):
     whole matrix, or for N:M within each group of m. See :mod:`wanda_lightning.solvers.admm` for the iteration.
 
     Args:
-        steps: In how many the mask grows to its full sparsity, >= 1.
+        steps: Number of steps in which the mask grows to its full sparsity, >= 1.
         rho: How strongly weights are drawn to the mask at the end, relative to the curvature of a single weight, > 0.
         damping: Fraction of the Hessian's diagonal that is added to it, > 0.
         refine: Steps of conjugate gradients at the end, on the weights that stay, >= 0.

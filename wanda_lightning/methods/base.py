@@ -56,6 +56,9 @@ class PruningMethod(ABC):
     def check(self, pattern: Pattern) -> None:
         """Refuse a pattern that the method cannot follow, before any weight has changed.
 
+        Args:
+            pattern: What is asked for.
+
         Raises:
             ValueError: If the pattern is not supported.
         """

@@ -29,7 +29,7 @@ class Magnitude(ScoreMethod):
 
     @property
     def statistic(self) -> type[InputStatistic] | None:
-        """None, or where weights are refined the Hessian."""
+        """The Hessian if weights are refined, else None."""
         return InputHessian if self.refine else None
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None = None) -> Tensor:

@@ -36,6 +36,9 @@ class SecondOrderMethod(PruningMethod):
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M groups that would straddle two blocks.
 
+        Args:
+            pattern: What is asked for.
+
         Raises:
             ValueError: If the block size is not a multiple of m.
         """

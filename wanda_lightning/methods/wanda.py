@@ -33,7 +33,7 @@ class Wanda(ScoreMethod):
 
     @property
     def statistic(self) -> type[InputStatistic]:
-        """Norms, or where weights are refined the Hessian, which holds them."""
+        """The norms; if weights are refined the Hessian, which holds them too."""
         return InputHessian if self.refine else InputNorm
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
@@ -49,6 +49,9 @@ class Wanda(ScoreMethod):
 
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M for the variant, whose rows keep different numbers of weights.
+
+        Args:
+            pattern: What is asked for.
 
         Raises:
             ValueError: If the variant is asked for with an N:M pattern.

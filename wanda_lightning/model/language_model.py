@@ -14,7 +14,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
             the model's own decoder, is no second model.
 
     Returns:
-        The outermost model; of a compiled one the original.
+        The outermost model; if it is compiled, its original.
 
     Raises:
         ValueError: If there is none, or more than one side by side.

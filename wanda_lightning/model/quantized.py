@@ -11,8 +11,11 @@ PACKED = ("qweight", "weight_packed", "W_q")
 def refuse_quantized(model: nn.Module) -> None:
     """Refuse a model that transformers or another library has quantised.
 
+    Args:
+        model: The model.
+
     Raises:
-        ValueError: With the name of a quantised linear.
+        ValueError: If a linear is quantised, with its name.
     """
     by_transformers = getattr(model, "hf_quantizer", None) is not None
     for name, module in own_modules(model):

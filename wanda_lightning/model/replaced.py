@@ -12,7 +12,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     Args:
         owner: Any object with a ``__dict__``.
         name: The attribute.
-        value: What it is meanwhile.
+        value: Its value meanwhile.
     """
     own = dict(vars(owner))  # accelerate keeps its hooks in a forward of the object's own
     setattr(owner, name, value)

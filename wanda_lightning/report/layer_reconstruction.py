@@ -1,5 +1,6 @@
 """What a report says of the reconstruction of one decoder layer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -18,3 +19,21 @@ class LayerReconstruction:
     after: float
     epochs: int
     seconds: float
+
+
+def reconstruction_table(layers: Mapping[str, LayerReconstruction]) -> tuple[list[str], list[list[str]]]:
+    """Show how the training of each layer changed its error on held-out batches: a header and rows of text."""
+    return (
+        ["reconstruction, held-out error", "before", "after", "change", "epochs", "seconds"],
+        [
+            [
+                name,
+                f"{layer.before:.4g}",
+                f"{layer.after:.4g}",
+                f"{layer.after / layer.before - 1:+.1%}" if layer.before else "",
+                str(layer.epochs),
+                f"{layer.seconds:.2f}",
+            ]
+            for name, layer in layers.items()
+        ],
+    )

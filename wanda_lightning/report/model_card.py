@@ -77,7 +77,8 @@ def model_card(
         lines += [TRAINED[training].format(steps=steps), ""]
     for header, rows in report.overview():
         lines += [*markdown_table(header, rows), ""]
-    settings = {**report.calibration, **report.environment}
+    order = {"order": report.order} if report.order else {}
+    settings = {**order, **report.calibration, **report.environment}
     lines += markdown_table(["setting", ""], [[key, _without_folder(s)] for key, s in settings.items()], left=(0, 1))
     return "\n".join(lines) + "\n"
 

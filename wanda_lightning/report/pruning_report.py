@@ -10,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
-from wanda_lightning.report.layer_reconstruction import LayerReconstruction
-from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity
+from wanda_lightning.report.layer_reconstruction import LayerReconstruction, reconstruction_table
+from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity, order_of
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+ERROR = (
+    "error: how much of a linear's output on the calibration set the pruning changed, ||(W - W') X||² / ||W X||², mean "
+    "over linears; ~ where it is estimated from the norms of the inputs alone."
+)
 
 
 @dataclass
@@ -88,16 +94,32 @@ class PruningReport:
         lines = [f"# {self.title}", "", *([f"Model: {self.model_name}.", ""] if self.model else []), self.summary, ""]
         for header, rows in self._tables():
             lines += [*markdown_table(header, rows), ""]
+        lines += [ERROR, ""] if mean_error(self.linears) is not None else []
         return "\n".join(lines)
 
-    def to_table(self) -> "Group":
-        """Return the tables for a rich console."""
+    def to_table(self, details: bool = True) -> "Group":
+        """Return the tables for a rich console, the most wanted last, where the eye is.
+
+        Args:
+            details: Whether to show all; else the evaluations alone.
+
+        Returns:
+            What rich can print.
+        """
         from rich.console import Group
 
-        # The shortest and most wanted last, where the eye is.
-        tables = [terminal_table(header, rows) for header, rows in reversed(list(self._tables()))]
+        evaluation = self.evaluation_table()
+        others = [table for table in self._tables() if table != evaluation] if details else []
+        error = [ERROR] if details and mean_error(self.linears) is not None else []
         model = [f"Model: {self.model_name}."] if self.model else []
-        return Group(*tables, f"[bold]{self.title}[/bold]", *model, self.summary)
+        return Group(
+            *(terminal_table(*table) for table in reversed(others)),
+            *error,
+            f"[bold]{self.title}[/bold]",
+            *model,
+            *([terminal_table(*evaluation)] if evaluation else []),
+            self.summary,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
@@ -108,7 +130,7 @@ class PruningReport:
     @property
     def title(self) -> str:
         """The method and what it was asked for."""
-        return f"{self.method}, {self.pattern}, sparsity {self.target_sparsity:g}"
+        return f"{title_of(self.method)}, {self.pattern}, sparsity {self.target_sparsity:g}"
 
     @property
     def model_name(self) -> str:
@@ -124,6 +146,11 @@ class PruningReport:
             f"({self.whole_model_sparsity:.2%} of the whole model){took}."
         )
 
+    @property
+    def order(self) -> str:
+        """How often the calibration set ran through the layers: ``one pass; two in 3 of 30 layers``; empty without."""
+        return order_of(self.linears)
+
     def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
         if not self.evaluations:
@@ -132,23 +159,6 @@ class PruningReport:
         metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
         rows = [[metric, *(stage.get(metric, "") for stage in values.values())] for metric in metrics]
         return ["evaluation", *values], rows
-
-    def reconstruction_table(self) -> tuple[list[str], list[list[str]]]:
-        """Return how the training of each layer changed its error on held-out batches, as a header and rows of text."""
-        return (
-            ["reconstruction, held-out error", "before", "after", "change", "epochs", "seconds"],
-            [
-                [
-                    name,
-                    f"{layer.before:.4g}",
-                    f"{layer.after:.4g}",
-                    f"{layer.after / layer.before - 1:+.1%}" if layer.before else "",
-                    str(layer.epochs),
-                    f"{layer.seconds:.2f}",
-                ]
-                for name, layer in self.reconstruction.items()
-            ],
-        )
 
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         """Yield the tables that are not by layer, each a header and rows of text."""
@@ -180,29 +190,14 @@ class PruningReport:
 
     def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         yield from self.overview()
-        costs = [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
+        costs = [["order", self.order]] if self.order else []
+        costs += [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
         costs += [[name, in_bytes(size)] for name, size in self.memory.items()]
         if costs:
             yield ["time and memory", ""], costs
         if self.reconstruction:
-            yield self.reconstruction_table()
-        layers: dict[str, list[LinearReport]] = {}
-        for row in self.linears:
-            layers.setdefault(row.layer, []).append(row)
-        yield (
-            ["decoder layer", "linears", "weights", "sparsity", "error", "seconds"],
-            [
-                [
-                    name,
-                    str(len(rows)),
-                    f"{sum(row.shape[0] * row.shape[1] for row in rows):,}",
-                    f"{mean_sparsity(rows):.2%}",
-                    _show_error(rows),
-                    f"{sum(row.seconds for row in rows):.2f}",
-                ]
-                for name, rows in layers.items()
-            ],
-        )
+            yield reconstruction_table(self.reconstruction)
+        yield _layer_table(self.linears)
 
 
 def name_of_model(model: Mapping[str, Any]) -> str:
@@ -211,6 +206,26 @@ def name_of_model(model: Mapping[str, Any]) -> str:
     revision = f" at {model['revision']}" if model.get("revision") else ""
     parameters = f", {model['parameters']:,} parameters" if "parameters" in model else ""
     return f"{name}{revision}{parameters}"
+
+
+def _layer_table(linears: Iterable[LinearReport]) -> tuple[list[str], list[list[str]]]:
+    layers: dict[str, list[LinearReport]] = {}
+    for row in linears:
+        layers.setdefault(row.layer, []).append(row)
+    return (
+        ["decoder layer", "linears", "weights", "sparsity", "error", "seconds"],
+        [
+            [
+                name,
+                str(len(rows)),
+                f"{sum(row.shape[0] * row.shape[1] for row in rows):,}",
+                f"{mean_sparsity(rows):.2%}",
+                _show_error(rows),
+                f"{sum(row.seconds for row in rows):.2f}",
+            ]
+            for name, rows in layers.items()
+        ],
+    )
 
 
 def _show_error(rows: list[LinearReport]) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
-from wanda_lightning.checkpoints.quiet import without_progress_bars
+from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
@@ -85,7 +85,8 @@ class CausalLM(LightningModule):
         if self.stream:
             self._open_streamed(self.pretrained)
         else:
-            self.model = load_model(self.pretrained, **self.model_kwargs).train()
+            with quiet_if_small(self.pretrained):
+                self.model = load_model(self.pretrained, **self.model_kwargs).train()
             if self.lora is not None:  # before the optimizer is made; pruning then sees through the adapters
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
@@ -116,7 +117,7 @@ class CausalLM(LightningModule):
         return self.model(**inputs, use_cache=False)
 
     def on_fit_start(self) -> None:
-        """Make the metrics anew: what ``validate`` leaves are inference tensors, which nothing can be added to here."""
+        """Reset the metrics: ``validate`` leaves inference tensors in them, which cannot be added to here."""
         for metric in self.modules():
             if isinstance(metric, Perplexity):
                 metric.reset()
@@ -136,15 +137,18 @@ class CausalLM(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to ``val/perplexity``; of several sets, to ``val/perplexity/<name>``."""
+        """Add a batch to ``val/perplexity``, or to ``val/perplexity/<name>`` if there are several sets."""
         self._evaluate(batch, "val/perplexity", dataloader_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to ``test/perplexity``; of several sets, to ``test/perplexity/<name>``."""
+        """Add a batch to ``test/perplexity``, or to ``test/perplexity/<name>`` if there are several sets."""
         self._evaluate(batch, "test/perplexity", dataloader_idx)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler that were asked for.
+
+        Returns:
+            What Lightning takes from ``configure_optimizers``.
 
         Raises:
             ValueError: If the scheduler waits for a metric, and does not say which.
@@ -166,7 +170,7 @@ class CausalLM(LightningModule):
         self._ddp_params_and_buffers_to_ignore = [n for n, p in self.named_parameters() if p.is_meta]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move what the module holds, but not a streamed model: it is where it belongs."""
+        """Move the parts of the module, but not a streamed model, which is where it belongs."""
         if not self.stream:
             return super()._apply(fn, recurse)
         for child in self.children():

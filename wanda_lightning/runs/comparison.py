@@ -9,6 +9,7 @@ from typing import Any
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.pruning_report import name_of_model
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
+from wanda_lightning.report.titles import title_of
 
 TEXT = (0, 1, 3)
 """The columns of the table that hold words."""
@@ -16,7 +17,7 @@ TEXT = (0, 1, 3)
 
 @dataclass(frozen=True)
 class Run:
-    """What one ``pruning.json`` says.
+    """One run, as its ``pruning.json`` describes it.
 
     Attributes:
         folder: The run's folder.
@@ -53,11 +54,9 @@ class Comparison:
         self.runs = [_read(Path(folder)) for folder in folders]
 
     def label(self, run: Run) -> str:
-        """Name a run's method: with its settings where another run has others, with its folder where one has none."""
-        name = run.method.partition("(")[0]
-        if len({r.method for r in self.runs if r.method.partition("(")[0] == name}) > 1:
-            name = run.method
+        """Name a run's method: with its folder where another run has the same."""
         alike = [r for r in self.runs if (r.method, r.pattern, r.sparsity) == (run.method, run.pattern, run.sparsity)]
+        name = title_of(run.method)
         return name if len(alike) == 1 else f"{name} in {run.folder.name}"
 
     def rows(self) -> list[dict[str, Any]]:

@@ -44,8 +44,12 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
 def check_reports(trainer: Trainer, model: Any) -> None:
     """Make sure that the reports of a run are true of the model that is to be saved.
 
+    Args:
+        trainer: Has the callbacks that hold the reports.
+        model: The model of transformers.
+
     Raises:
-        RuntimeError: If one is not, with the linears and what is wrong.
+        RuntimeError: If a report is of other weights, with the linears and what is wrong.
     """
     for callback in pruning_callbacks(trainer):
         if callback.report is not None and (wrong := disagreements(model, callback.report, callback.layers)):

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.report.pruning_report import PruningReport
@@ -17,6 +19,8 @@ def prune(
     datamodule: LightningDataModule | None = None,
     evaluate: bool = True,
     save: bool = True,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
 ) -> PruningReport:
     """Prune once with the pruning callbacks of a Trainer; see :meth:`PruningTrainer.prune`."""
     callbacks = pruning_callbacks(trainer)
@@ -28,18 +32,25 @@ def prune(
     gradual = any(callback.schedule is not None for callback in callbacks)
     if gradual and save:
         raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+    if datamodule is not None and not hasattr(datamodule, "prepare_data"):
+        raise ValueError(
+            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: give dataloaders by name, as "
+            "train_dataloaders and val_dataloaders"
+        )
+    if train_dataloaders is not None and val_dataloaders is None:  # as fit, which then does not validate
+        evaluate = evaluate and is_overridden("val_dataloader", module)
     with whole_run(trainer, module, save):
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
         if evaluate:
-            _evaluate(trainer, module, datamodule)
+            _evaluate(trainer, module, datamodule, val_dataloaders)
         if gradual:
             first = callbacks[0]
             return PruningReport(str(first.method), str(first.pattern), first.pattern.sparsity)
         with _no_training(trainer):
-            trainer.fit(module, datamodule=datamodule)
+            trainer.fit(module, train_dataloaders, val_dataloaders, datamodule)
         if evaluate:
-            _evaluate(trainer, module, datamodule)
+            _evaluate(trainer, module, datamodule, val_dataloaders)
         if save:
             save_pretrained(trainer, module)
     report = callbacks[0].report
@@ -49,7 +60,7 @@ def prune(
 
 @contextmanager
 def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Iterator[None]:
-    """Leave the results of an earlier run as they are until all within is done; for good, if it fails.
+    """Keep the results of an earlier run until everything within is done; if that fails, they stay.
 
     Args:
         trainer: The Trainer.
@@ -79,8 +90,10 @@ def end_if_asked(trainer: Trainer) -> None:
         raise SIGTERMException(143)
 
 
-def _evaluate(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None) -> None:
-    trainer.validate(module, datamodule=datamodule, verbose=False)
+def _evaluate(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any
+) -> None:
+    trainer.validate(module, dataloaders, datamodule=datamodule, verbose=False)
     end_if_asked(trainer)
 
 

@@ -1,4 +1,4 @@
-"""A picture of a comparison: a metric against sparsity, one line a method (matplotlib, the extra ``[plot]``)."""
+"""A picture of a comparison: a metric against sparsity, one line for each method (matplotlib, the extra ``[plot]``)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,12 @@ Point = tuple[float, float]
 def check(file: str | Path) -> Path:
     """Make sure that a picture can be drawn to a file, before any work is done for it.
 
+    Args:
+        file: Where the picture is to go.
+
+    Returns:
+        The file.
+
     Raises:
         ValueError: If the file is neither PNG nor SVG, or matplotlib is not installed.
     """
@@ -30,7 +36,7 @@ def check(file: str | Path) -> Path:
 
 
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
-    """Draw a metric of several runs against their sparsity, one line a method.
+    """Draw a metric of several runs against their sparsity, one line for each method.
 
     N:M patterns are squares to the right of their sparsity, so that they do not hide what is unstructured; fine-tuned
     models have hollow markers and dashed lines; the dense model is a level.

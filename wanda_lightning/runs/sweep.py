@@ -114,7 +114,7 @@ def _name(method: PruningMethod, methods: Sequence[PruningMethod], pattern: Patt
 
 
 def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
-    """Read the dense evaluation of an earlier start of this sweep; refuse that of another one."""
+    """Read the dense evaluation of an earlier start of this sweep; refuse the folder of another sweep."""
     if not file.exists():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """A Trainer that can also prune: evaluate, prune, evaluate, save."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -19,7 +20,7 @@ class PruningTrainer(Trainer):
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
-        """The pruning callback of this Trainer, if it has one; of several the first."""
+        """The first pruning callback of this Trainer; None if there is none."""
         return next(iter(pruning_callbacks(self)), None)
 
     def prune(
@@ -28,6 +29,8 @@ class PruningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         evaluate: bool = True,
         save: bool = True,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
     ) -> PruningReport:
         """Prunes once, evaluates before and after, and saves the model; no training.
 
@@ -40,15 +43,18 @@ class PruningTrainer(Trainer):
             datamodule: Has ``calibration_dataloader()``, and ``val_dataloader()`` to evaluate with.
             evaluate: Whether to validate before and after.
             save: Whether to save the pruned model, to ``model/`` beside the report.
+            train_dataloaders: What to calibrate with where there is no datamodule: one or more iterables of batches, as
+                ``fit`` takes them. The pruning callback's ``num_samples`` says how many sequences are used.
+            val_dataloaders: What to evaluate with then. Without, and without the model's own, nothing is evaluated.
 
         Returns:
-            The report of the pruning callback; of several, the first one's.
+            The report of the first pruning callback.
 
         Raises:
             ValueError: If the Trainer has no pruning callback, or one that prunes during training, or the folder holds
                 the results of another model or of other settings.
         """
-        return prune(self, model, datamodule, evaluate, save)
+        return prune(self, model, datamodule, evaluate, save, train_dataloaders, val_dataloaders)
 
     def sweep(
         self,
@@ -75,8 +81,8 @@ class PruningTrainer(Trainer):
             The comparison of all runs.
 
         Raises:
-            ValueError: If nothing or a thing twice is asked for, the folder holds another sweep, or matplotlib is not
-                installed.
+            ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; or if matplotlib
+                is not installed.
         """
         from wanda_lightning.runs.sweep import sweep
 

@@ -42,7 +42,7 @@ def prune_with_admm(
         weight_OI: Weight, shape (out_features, in_features), any floating dtype and any strides.
         hessian_II: X^T X up to a scale, symmetric, shape (in_features, in_features), float32 or float64.
         pattern: How many weights stay; unstructured weights compete over the whole matrix.
-        steps: In how many the mask grows to its full sparsity, >= 1.
+        steps: Number of steps in which the mask grows to its full sparsity, >= 1.
         rho: How strongly weights are drawn to the mask at the end, relative to the curvature of a single weight, > 0.
         damping: By how much correlations between inputs count less: all but the diagonal is divided by 1 + damping.
 
@@ -82,7 +82,7 @@ def _inverse(matrix_II: Tensor, rho: float) -> Tensor:
 
 
 def _growing_mask(score_OI: Tensor, pattern: Pattern, progress: float) -> Tensor:
-    """Prune, of what the pattern would prune, the lowest of the matrix: a share 1 - (1 - progress)^3 of it."""
+    """Prune a share 1 - (1 - progress)^3 of what the pattern would prune: the lowest of the whole matrix."""
     score_1N = score_OI.reshape(1, -1)
     mask_1N = pattern.mask(score_1N)
     if progress < 1:

@@ -24,7 +24,7 @@ class WeightMasks:
 
     Args:
         weights: Parameters by name. Those without zeros need no mask and are left out.
-        spared: Of some of the parameters, booleans of their shape: True where a zero was not pruned and may be trained.
+        spared: Booleans of the shapes of some parameters: True where a zero was not pruned and may be trained.
 
     Attributes:
         masks: For each masked parameter its name, the parameter and the mask (True = kept).

@@ -20,8 +20,8 @@ class CalibrationBatches:
     """The calibration batches of a run, counted as they pass.
 
     They come from the ``calibration_dataloader()`` of the datamodule or of the module, else from the train dataloader.
-    Either may be several loaders. Training loses nothing of a train dataloader that can be read only once: what was
-    read is given back.
+    Either may be several loaders. If a train dataloader can be read only once, the batches that were read are given
+    back to training.
 
     Args:
         num_samples: How many sequences to take from a train dataloader, >= 1; also beyond ``limit_train_batches``, but
@@ -38,10 +38,13 @@ class CalibrationBatches:
         self._sequences = self._tokens = 0
 
     def of(self, trainer: Trainer) -> Iterator[Any]:
-        """Yield this process's share of the calibration batches.
+        """Return this process's share of the calibration batches.
 
         Args:
             trainer: The Trainer, in ``fit``.
+
+        Returns:
+            An iterator over them, which counts what it gives.
 
         Raises:
             ValueError: If there are fewer batches than processes, or a train dataloader can be read only once and
@@ -65,7 +68,7 @@ class CalibrationBatches:
 
         Returns:
             ``source``, ``num_samples`` (sequences asked for), ``sequences``, ``tokens`` (padding does not count), and
-            what the datamodule adds. Without calibration what the datamodule says alone.
+            what the datamodule adds. Where nothing was calibrated, only what the datamodule says.
         """
         describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
         told = describe() if describe else {}
@@ -117,9 +120,9 @@ class CalibrationBatches:
 
 
 def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[Any]:
-    """Return what training will read next, up to so many sequences; it is given back to the fetcher, which reads it.
+    """Return the items that training will read next, up to so many sequences, and let training read them too.
 
-    It is kept with the fetcher: when a schedule prunes for the last time, there may be nothing left to read.
+    They are kept with the fetcher: when a schedule prunes for the last time, there may be nothing left to read.
     """
     if not hasattr(fetcher, "batches"):
         raise ValueError(

@@ -28,12 +28,15 @@ def loaders_in(collection: Any) -> list[Any] | None:
 
 
 def each_batch(items: Iterable[Any], combined: CombinedLoader) -> Iterator[Any]:
-    """Yield the batches of single loaders that are in what a CombinedLoader yields.
+    """Take apart what a CombinedLoader yields into the batches of its single loaders.
 
     Args:
         items: A batch of every loader, an index and the number of a loader: what iterating over ``combined`` yields.
         combined: The loader. Sequentially it yields batches of single loaders; in the other modes a list or dict of
             them, and None in place of those of a loader that has ended.
+
+    Yields:
+        The batches, one by one.
     """
     for batch, _, _ in items:
         parts = [batch] if combined._mode == "sequential" else _parts(batch, combined.iterables)
@@ -41,10 +44,10 @@ def each_batch(items: Iterable[Any], combined: CombinedLoader) -> Iterator[Any]:
 
 
 def starts_anew(loader: Any) -> bool:
-    """Tell whether reading a loader once more certainly takes nothing from those who read it already.
+    """Tell whether a loader can certainly be read once more without taking batches from others that read it.
 
-    Generators can be read once only, and so can many data sets that are iterated over: nothing shows which. Persistent
-    workers have one iterator, which starts anew for all.
+    A generator can be read only once. So can many iterable data sets, and nothing tells which. Persistent workers have
+    one iterator for all: if it starts anew, it does so for every reader.
     """
     indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return indexed and not loader.persistent_workers

@@ -1,4 +1,4 @@
-"""How far a pruning is: a bar over the decoder layers, and an end between two of them."""
+"""A progress bar over the decoder layers; and after a SIGTERM an end between two of them."""
 
 import signal
 import threading
@@ -15,9 +15,12 @@ def progress(trainer: Trainer, asked_to_end: Callable[[], bool], layers: Iterabl
 
     Args:
         trainer: The Trainer.
-        asked_to_end: Whether this process was, see :func:`noticing_sigterm`.
-        layers: What to pass on.
+        asked_to_end: Tells whether this process was asked to end, see :func:`noticing_sigterm`.
+        layers: The layers.
         total: How many there are.
+
+    Yields:
+        The layers.
 
     Raises:
         SIGTERMException: Between two layers, if a process was asked to end: what is finished is on disk.
@@ -37,7 +40,7 @@ def noticing_sigterm() -> Iterator[Callable[[], bool]]:
     """Note a SIGTERM, as from SLURM, instead of ending at once; Lightning does so only when ``on_fit_start`` is over.
 
     Yields:
-        Whether there was one.
+        A function that tells whether there was one.
     """
     seen: list[int] = []
     before = signal.getsignal(signal.SIGTERM)

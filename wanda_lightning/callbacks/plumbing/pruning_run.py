@@ -39,16 +39,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+HANDED_ON = (
+    "targets",
+    "ignore",
+    "layers",
+    "allocation",
+    "exact_error",
+    "true_sequential",
+    "reconstruction",
+    "activations",
+)
+"""Settings of a callback that are also those of prune_model."""
+
 
 class PruningRun:
-    """What is known of the weights of one run. It belongs to them: of other weights nothing is known.
+    """The state of the weights of one run. It belongs to these weights: nothing is known about others.
 
     Args:
         callback: Says what is asked for.
 
     Attributes:
         results: The report and the evaluations.
-        files: What of the run is on disk while it is not through.
+        files: The files of the run while it goes on.
         pruned_at: The step of the schedule that was carried out last.
     """
 
@@ -68,7 +80,7 @@ class PruningRun:
         self.pruned_at = state["pruned_at"]
 
     def is_pruned(self, model: nn.Module) -> bool:
-        """Whether the report is of these weights; where pruned ones may regrow, zeros tell only in the end."""
+        """Whether the report is of these weights. While pruned weights may regrow, zeros do not tell."""
         return self.results.report is not None and (self.regrows or self.results.is_of(model, self.asked.layers))
 
     @property
@@ -121,10 +133,9 @@ class PruningRun:
             self._prune_to(self.asked.pattern, trainer, module)
 
     def prune_gradually(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Prune if the schedule says so at this step; a step that was passed over is made up for."""
+        """Prune if the schedule says so at this step; a step that was skipped is made up for."""
         schedule = self.asked.schedule
-        due = schedule.last_due(trainer.global_step) if schedule is not None else None
-        if schedule is None or due is None or due <= self.pruned_at:
+        if schedule is None or (due := schedule.last_due(trainer.global_step)) is None or due <= self.pruned_at:
             return False
         self.pruned_at = due
         if sparsity := schedule.sparsity(due, self.asked.pattern.sparsity):
@@ -142,7 +153,7 @@ class PruningRun:
             raise ValueError(f"the gradual schedule ends at step {schedule.end}, training at step {steps:g}")
 
     def end_training(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say so if the schedule is not through."""
+        """Warn if training ended before the schedule did."""
         schedule, report = self.asked.schedule, self.results.report
         if schedule is not None and self.pruned_at < schedule.end:
             model, layers = find_language_model(module), self.asked.layers
@@ -193,19 +204,14 @@ class PruningRun:
         asked, model, processes = self.asked, find_language_model(module), Processes()
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
+        needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
-                asked.calibration.of(trainer) if asked.needs_batches else None,
+                asked.calibration.of(trainer) if needs_batches else None,
                 asked.method,
                 pattern,
-                targets=asked.targets,
-                ignore=asked.ignore,
-                layers=asked.layers,
-                allocation=asked.allocation,
-                exact_error=asked.exact_error,
-                reconstruction=asked.reconstruction,
-                activations=asked.activations,
+                **{name: getattr(asked, name) for name in HANDED_ON},
                 journal=journal,
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),

@@ -1,4 +1,4 @@
-"""What a run has on disk while it is not through: its finished layers, and what it will write over earlier results."""
+"""The files of a run that goes on: its finished layers, and results that will replace those of an earlier run."""
 
 from typing import TYPE_CHECKING
 
@@ -38,15 +38,15 @@ class RunFiles:
         self._unfinished: UnfinishedLayers | None = None
 
     def begin(self, trainer: Trainer, module: LightningModule, loaded: bool = True) -> None:
-        """Begin a run: refuse a folder with the results of something else, and leave what is there until the end.
+        """Begin a run: refuse a folder with the results of another one, and keep earlier results until the end.
 
         Args:
             trainer: The Trainer.
             module: Its module.
-            loaded: Whether the model and the data are there; else only what was asked for is looked at.
+            loaded: Whether model and data are loaded. If not, only the settings and the model's name are compared.
 
         Raises:
-            ValueError: If it holds such, and they are not to be overwritten.
+            ValueError: If the folder holds results of another run, and they are not to be overwritten.
         """
         folder = self.asked.folder(trainer)
         if loaded:

@@ -1,4 +1,4 @@
-"""What tells runs apart: the model, the settings and the data, as a report tells them."""
+"""What tells runs apart: the model, the settings and the data, as a report describes them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -55,5 +55,6 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "ignore": asked.ignore,
         "allocation": asked.allocation,
         "schedule": str(asked.schedule) if asked.schedule else None,
+        **({"true_sequential": True} if asked.true_sequential else {}),  # as runs before there was a choice say
         **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
     }

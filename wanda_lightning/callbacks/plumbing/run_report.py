@@ -20,7 +20,7 @@ REPORT = "pruning.json"
 
 
 class RunReport:
-    """What is known of the weights of one run; it belongs to these weights, not to the callback that holds it.
+    """The report and the evaluations of one run; they belong to its weights, not to the callback that holds them.
 
     Where the folder holds the results of an earlier run, they stay until this one is through: see :meth:`begin`.
 
@@ -58,14 +58,14 @@ class RunReport:
         self.report, self._zeros = report, sample_zeros(linears_of(model, report, layers))
 
     def add_evaluation(self, stage: Stage, metrics: dict[str, float], trainer: Trainer, folder: Path) -> None:
-        """Put metrics under the stage that the weights are in; into loggers and folder where there is a report."""
+        """Keep metrics under the stage that the weights are in; if there is a report, log and save them too."""
         self.evaluations[stage] = metrics
         if self.report is not None:
             log_evaluation(self.report, stage, trainer)
             self.save(trainer, folder)
 
     def publish(self, trainer: Trainer, folder: Path, whole: bool = True) -> None:
-        """Bring the report to the loggers, of a pruning that is not over yet only its totals, and to its folder."""
+        """Log the report and save it in its folder; while a gradual pruning goes on, log only the totals."""
         assert self.report is not None
         (log_report if whole else log_totals)(self.report, trainer)
         self.save(trainer, folder)
@@ -80,17 +80,17 @@ class RunReport:
         """Refuse a folder with results of another model or of other settings.
 
         Args:
-            folder: Of the results.
+            folder: Folder of the results.
             now: The ``model``, ``settings`` and ``calibration`` of this run, as far as they are known yet.
 
         Raises:
-            ValueError: If it holds such.
+            ValueError: If the folder holds such results.
         """
         if (folder / REPORT).exists():
             _refuse_others(folder, now)
 
     def begin(self, folder: Path) -> None:
-        """Hold back what is written where the folder has results of an earlier run, until this one is through.
+        """Write nothing until this run is through, if the folder has results of an earlier one.
 
         A run within a run ends with the outer one.
         """
@@ -113,7 +113,7 @@ class RunReport:
         self._begun, self._held = 0, None
 
     def write(self, file: Path, write: Callable[[], None], trainer: Trainer) -> None:
-        """Write a file on the first process, now or in the end; of several writings of one file the last counts."""
+        """Write a file on the first process, now or in the end; in the end only the last version is written."""
         if not trainer.is_global_zero:
             return
         if self._held is None:
@@ -149,7 +149,9 @@ def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
         before["method"] = before["method"].removeprefix(FOUND)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / REPORT} is no report of a pruning ({error!r}): choose another folder") from error
-    there["settings"] = there.get("settings") or before  # a report of an older version says less
+    two_passes = {"true_sequential": False}  # which says nothing of it
+    there["settings"] = two_passes | (there.get("settings") or before)  # a report of an older version says less
+    now["settings"] = two_passes | now["settings"]
     now = json.loads(json.dumps(now, default=str))  # as it will be read back
     other = [
         difference

@@ -15,6 +15,9 @@ def stage_of(module: LightningModule, pruned: bool, trained: bool, came_with_zer
         pruned: Whether the weights are pruned as asked for.
         trained: Whether they were trained since then.
         came_with_zeros: Whether they have zeros of an earlier pruning.
+
+    Returns:
+        The name.
     """
     if not pruned:
         return "as loaded" if came_with_zeros else "dense"

@@ -22,7 +22,7 @@ class UnfinishedLayers:
         self._journal = Journal(folder / "unfinished")
 
     def journal(self, streamed: bool = False) -> Journal | None:
-        """Return where layers are recorded; those of a model that is on disk have to be in any case."""
+        """Return where layers are recorded, or None; layers of a model that is on disk always are."""
         return self._journal if self.keep or streamed else None
 
     def open(self, trainer: Trainer) -> None:

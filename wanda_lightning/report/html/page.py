@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wanda_lightning.model.names import kind_of
 from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
 from wanda_lightning.report.html.charts import bars, breakable, heat_map, histograms, lines
+from wanda_lightning.report.layer_reconstruction import reconstruction_table
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
 from wanda_lightning.report.tables import in_bytes
 from wanda_lightning.report.weight_magnitudes import ZERO
@@ -77,7 +78,7 @@ def _reconstruction(report: "PruningReport") -> dict[str, Any] | None:
         "pruned": [None if layer is None else layer.before for layer in trained],
         "and trained": [None if layer is None else layer.after for layer in trained],
     }
-    header, rows = report.reconstruction_table()
+    header, rows = reconstruction_table(report.reconstruction)
     return {"lines": lines(series, labels, "{:.3g}".format), "header": header, "rows": rows}
 
 
@@ -123,6 +124,7 @@ def _settings(report: "PruningReport") -> dict[str, str]:
         "method": report.method,
         "pattern": report.pattern,
         "target sparsity": f"{report.target_sparsity:g}",
+        **({"order": report.order} if report.order else {}),
         **report.calibration,
         **report.environment,
     }

@@ -1,0 +1,29 @@
+"""No line on the terminal that is not about the run."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="a GPU is worth a line")
+def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
+    shutil.copytree(tiny_model_folder, tmp_path / "tiny")
+    options = ["--num_samples=4", "--sequence_length=16", "--data.max_evaluation_windows=2", "--output=out"]
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "tiny", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    bars = [line for line in lines if re.match("Validation|Pruning", line)]
+    assert len(bars) == 3
+    shown = [line for line in lines if line not in bars]
+    assert shown == lines[-len(shown) :]
+    assert shown[0] == "Wanda, unstructured, sparsity 0.5"
+    assert shown[1] == "Model: tiny, 44,320 parameters."
+    assert any(re.match(r"│ val/perplexity +│ [\d.]+ │ +[\d.]+ │$", line) for line in shown)
+    assert shown[-1] == "Results are in out: report.html, model"
+    assert len(shown) <= 12

@@ -1,0 +1,166 @@
+"""``prune MODEL --method wanda --sparsity 0.6``, and what it is written out to."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from wanda_lightning import callbacks
+from wanda_lightning.cli.first_look import refuse_at_once
+from wanda_lightning.cli.recipes import recipes
+from wanda_lightning.cli.short_options import HELP, LONG, METHODS, OF_CALLBACK, RECIPES, closest, written_out
+from wanda_lightning.methods.named import METHODS as METHODS_IN_PYTHON
+
+
+def test_the_names_of_methods_are_those_of_python():
+    classes = {name: getattr(callbacks, callback)().method for name, callback in METHODS.items()}
+    assert {name: type(method) for name, method in classes.items()} == METHODS_IN_PYTHON
+
+
+def test_help_names_every_short_option():
+    for option in {*LONG, *OF_CALLBACK} - {"--model", "--max_steps"}:
+        assert f"  {option} " in HELP
+    assert all(name in HELP for name in METHODS)
+    assert set(RECIPES.values()) <= set(recipes())
+
+
+def given_by(arguments: list[str]) -> dict[str, str]:
+    return dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("prune M", "prune --config=wanda --model.pretrained=M --trainer.default_root_dir=results/wanda"),
+        ("fit M", "fit --config=wanda_finetune --model.pretrained=M --trainer.default_root_dir=results/wanda_finetune"),
+        ("prune M --output D", "prune --config=wanda --model.pretrained=M --trainer.default_root_dir=D"),
+        ("prune --output=D M", "prune --config=wanda --trainer.default_root_dir=D --model.pretrained=M"),
+        ("prune M -c sparsegpt", "prune --config=sparsegpt --model.pretrained=M"),
+        ("prune -csparsegpt M", "prune --config=sparsegpt --model.pretrained=M"),
+        ("prune --config=a.yaml --overwrite M", "prune --config=a.yaml --model.pretrained=M --overwrite"),
+        ("prune --trainer.devices 1 M -c a.yaml", "prune --config=a.yaml --model.pretrained=M --trainer.devices 1"),
+        ("validate M --eval wikitext2", "validate --model.pretrained=M --data.evaluation=wikitext2"),
+        ("sweep M", "sweep --config=sweep --model.pretrained=M"),
+        ("sweep M --data my.Notes", "sweep --config=sweep --model.pretrained=M --data my.Notes"),
+        ("validate M --data my.txt", "validate --model.pretrained=M --data.source=my.txt"),
+        ("validate M --data a/Corpus", "validate --model.pretrained=M --data.source=a/Corpus"),
+    ],
+)
+def test_short_becomes_long(short, long, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("trainer:\n  callbacks: WandaPruning\n")
+    assert written_out(short.split()) == long.split()
+    assert written_out(long.split()) == long.split()
+    refuse_at_once(long.split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["prune", "prune --help", "prune -c wanda --model.pretrained M", "fit --model CausalLM --data TextDataModule",
+     "prune --model {class_path:X} --data=mine.yaml", "prune -c", "prune --trainer.max_steps 3"],
+)  # fmt: skip
+def test_a_line_without_short_options_stays_as_it_is(line):
+    assert written_out(line.split()) == line.split()
+
+
+def test_a_file_that_is_called_like_a_class_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.Mine").write_text("text")
+    assert "--data.source=notes.Mine" in written_out(["prune", "M", "--data", "notes.Mine"])
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("--method sparsegpt", {"class_path": "SparseGPTPruning", "init_args": {"sparsity": 0.5}}),
+        ("--sparsity 0.6", {"class_path": "WandaPruning", "init_args": {"sparsity": 0.6, "pattern": "unstructured"}}),
+        ("--pattern 2:4", {"class_path": "WandaPruning", "init_args": {"sparsity": None, "pattern": "2:4"}}),
+        ("--method=RIA --pattern=1:4", {"class_path": "RIAPruning", "init_args": {"sparsity": None, "pattern": "1:4"}}),
+        (
+            "-c wanda_2of4 --sparsity 0.6",
+            {"class_path": "WandaPruning", "init_args": {"sparsity": 0.6, "pattern": "unstructured"}},
+        ),
+        ("-c wanda_2of4 --method admm", {"class_path": "ADMMPruning", "init_args": {"pattern": "2:4"}}),
+    ],
+)
+def test_what_the_pruning_callback_is_asked_for(options, settings):
+    (callback,) = json.loads(given_by(written_out(["prune", "M", *options.split()]))["--trainer.callbacks"])
+    assert callback == settings
+
+
+def test_other_callbacks_and_settings_stay(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    own = [
+        "StochasticWeightAveraging",
+        {"class_path": "wanda_lightning.WandaPruning", "init_args": {"ignore": ["down_proj"], "output_dir": "a"}},
+        {"class_path": "ZeroShotEvaluation", "init_args": {"tasks": ["x"]}},
+    ]
+    recipe.write_text(yaml.safe_dump({"trainer": {"callbacks": own}}))
+    written = written_out(["prune", "M", "-c", str(recipe), "--sparsity=0.7", "--output", "b"])
+    first, pruning, last = json.loads(given_by(written)["--trainer.callbacks"])
+    assert (first, last) == ({"class_path": own[0], "init_args": {}}, own[2])
+    assert pruning["init_args"] == {
+        "ignore": ["down_proj"],
+        "output_dir": "b",
+        "sparsity": 0.7,
+        "pattern": "unstructured",
+    }
+
+
+def test_a_recipe_without_pruning_gets_a_callback(tmp_path):
+    written = written_out(["prune", "M", "-c", "{trainer: {callbacks: [RichProgressBar]}}", "--pattern", "2:4"])
+    assert json.loads(given_by(written)["--trainer.callbacks"]) == [
+        {"class_path": "RichProgressBar", "init_args": {}},
+        {"class_path": "WandaPruning", "init_args": {"sparsity": None, "pattern": "2:4"}},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prune M --method wonda", "one of magnitude, wanda, .*, got 'wonda'; did you mean wanda"),
+        ("prune M --method", "--method needs a value"),
+        ("prune M N", "one model at a time, got 'M' and 'N'"),
+        ("prune M --sparsity half", r"--sparsity must be a number in \[0, 1\), got 'half'$"),
+        ("prune M --sparsity 2:4", "an N:M pattern is --pattern"),
+        ("validate M --sparsity 0.5", "validate has no --sparsity"),
+        ("sweep M --method wanda", "sweep has no --method: it takes --methods"),
+        ('prune M -c {"trainer":{"callbacks":[3]}} --sparsity 0.5', "a callback needs a class_path, got 3"),
+        ("prune M -c no_such --sparsity 0.5", "there is no file 'no_such'"),
+    ],
+)
+def test_mistakes(line, message):
+    with pytest.raises(ValueError, match=message):
+        written_out(line.split())
+
+
+@pytest.mark.parametrize(
+    ("mistyped", "meant"),
+    [
+        ("--sparsty", "--sparsity"),
+        ("--metod", "--method"),
+        ("--out", None),
+        ("--ouput", "--output"),
+        ("--trainer.max_stepz", "--trainer.max_steps"),
+        ("--data.num_sample", "--data.num_samples"),
+        ("--batch_size", "--data.batch_size"),
+        ("--something", None),
+    ],
+)
+def test_the_option_that_was_meant(mistyped, meant):
+    known = [*LONG, *OF_CALLBACK, "--trainer.max_steps", "--data.num_samples", "--data.batch_size"]
+    assert closest(mistyped, known) == meant
+
+
+def test_a_mistake_is_said_before_torch_is_imported(tmp_path):
+    code = (
+        "import sys; sys.argv = ['wanda-lightning', 'prune', 'M', '--method', 'x']\n"
+        "from wanda_lightning.__main__ import main\n"
+        "try: main()\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout.strip() == "False"
+    assert "--method must be one of" in done.stderr

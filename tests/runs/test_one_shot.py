@@ -1,0 +1,49 @@
+"""``PruningTrainer.prune`` with the dataloaders that ``fit`` takes."""
+
+import copy
+
+import pytest
+import torch
+from helpers import SomebodysModule, batches, sparsities, trainer
+
+from wanda_lightning import PruningTrainer, Wanda, WandaPruning, prune_model
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_prune_takes_dataloaders(tmp_path, evaluated):
+    module = SomebodysModule()
+    plain = copy.deepcopy(module.net)
+    loaders = {"train_dataloaders": batches(), **({"val_dataloaders": batches(seed=2)} if evaluated else {})}
+    callback = WandaPruning(sparsity=0.5, num_samples=8)
+    report = trainer(tmp_path, callback, cls=PruningTrainer).prune(module, **loaders)
+    assert sparsities(module) == {0.5}
+    assert report.calibration["source"] == "train dataloader"
+    assert report.calibration["sequences"] == 8
+    assert [*report.evaluations] == (["dense", "pruned"] if evaluated else [])
+    assert (tmp_path / "model").is_dir()
+    prune_model(plain, list(batches()), Wanda(), 0.5)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, module.net.state_dict()[name]), name
+
+
+def test_what_is_evaluated_without_training(tmp_path):
+    """The dense loss is that of the module before, the pruned one that of the module after."""
+    module, held_out = SomebodysModule(), batches(seed=2)
+
+    def loss():
+        with torch.no_grad():
+            losses = [module.net(input_ids=batch, labels=batch).loss.item() for batch in held_out]
+        return sum(losses) / len(losses)
+
+    dense = loss()
+    pruning = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    report = pruning.prune(module, train_dataloaders=batches(), val_dataloaders=held_out, save=False)
+    assert report.evaluations["dense"]["val_loss"] == pytest.approx(dense, rel=1e-5)
+    assert report.evaluations["pruned"]["val_loss"] == pytest.approx(loss(), rel=1e-5)
+
+
+def test_a_loader_in_the_place_of_the_datamodule_is_refused(tmp_path):
+    module = SomebodysModule()
+    with pytest.raises(ValueError, match="got DataLoader: give dataloaders by name, as train_dataloaders"):
+        trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, batches())
+    assert sparsities(module) == {0.0}

@@ -1,0 +1,185 @@
+"""``prune MODEL --method wanda --sparsity 0.6``: short options, written out as the long ones that LightningCLI takes.
+
+``prune MODEL --output DIR`` becomes ``prune -c wanda --model.pretrained MODEL --trainer.default_root_dir DIR``. Those
+of the pruning callback, which may stand anywhere in the list of callbacks, become that list.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.cli.recipes import settings_of
+
+METHODS = {
+    "magnitude": "MagnitudePruning",
+    "wanda": "WandaPruning",
+    "sparsegpt": "SparseGPTPruning",
+    "ablate": "AblatePruning",
+    "admm": "ADMMPruning",
+    "ria": "RIAPruning",
+}
+LONG = {
+    "MODEL": "--model.pretrained",
+    "--model": "--model.pretrained",
+    "--data": "--data.source",
+    "--eval": "--data.evaluation",
+    "--output": "--trainer.default_root_dir",
+    "--num_samples": "--data.num_samples",
+    "--sequence_length": "--data.sequence_length",
+    "--dtype": "--model.dtype",
+    "--max_steps": "--trainer.max_steps",
+}
+OF_CALLBACK = ("--method", "--sparsity", "--pattern")
+# The options that no value follows.
+FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
+RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
+
+HELP = f"""
+
+The options that matter most:
+  MODEL                   a hub name, a folder or a .gguf file
+  --method NAME           {", ".join(METHODS)}; by default wanda
+  --sparsity FRACTION     how many of the weights go, in [0, 1); by default 0.5
+  --pattern N:M           keep N of every M consecutive inputs, such as 2:4
+  --data TEXT             to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set
+  --eval TEXT             to evaluate with, named alike; by default a part of the other
+  --output DIR            where model and report go
+  --num_samples N         calibration windows, by default 128
+  --sequence_length N     tokens in a window, by default up to 2048
+  --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
+  --overwrite             replace other results that are there
+  -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
+
+
+def written_out(arguments: Sequence[str]) -> list[str]:
+    """Write out the short options of a command line.
+
+    Args:
+        arguments: A sub-command of LightningCLI and its options.
+
+    Returns:
+        The same with long options only. Where there were short ones, recipes come first: options override them.
+
+    Raises:
+        ValueError: If a short option lacks its value, or has one that cannot be used.
+    """
+    command, *rest = arguments
+    short, recipes, others = _parted(rest)
+    if not short:
+        return [*arguments]
+    _check(command, short)
+    if not recipes and command in RECIPES:
+        recipes = [RECIPES[command]]
+        if command != "sweep":
+            folder = recipes[0].replace("wanda", short.get("--method", "wanda").lower())
+            short.setdefault("--output", f"results/{folder}")
+    written = [f"{LONG[option]}={value}" for option, value in short.items() if option in LONG]
+    return [command, *(f"--config={recipe}" for recipe in recipes), *written, *_callbacks(short, recipes), *others]
+
+
+def closest(option: str, known: Iterable[str]) -> str | None:
+    """Find the option that was meant: the one that is spelled alike, or one of another part whose end is."""
+    names = list(dict.fromkeys(known))
+    ends = {name.lstrip("-").rpartition(".")[2]: name for name in reversed(names)}
+    if alike := get_close_matches(option, names, 1, 0.8):
+        return alike[0]
+    end = get_close_matches(option.lstrip("-").rpartition(".")[2], ends, 1, 0.75)
+    return ends[end[0]] if end else None
+
+
+def _parted(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Part short options and their values, recipes, and all others, which stay as they are."""
+    short: dict[str, str] = {}
+    recipes: list[str] = []
+    others: list[str] = []
+    for option, value, words in _options(arguments):
+        if option in ("-c", "--config") and value:
+            recipes.append(value)
+        elif option not in (*LONG, *OF_CALLBACK) or (option in ("--model", "--data") and _is_for_lightning(value)):
+            others += words
+        elif not value:
+            raise ValueError(f"{option} needs a value")
+        elif option == "MODEL" and option in short:
+            raise ValueError(f"one model at a time, got {short[option]!r} and {value!r}")
+        else:
+            short[option] = value
+    return short, recipes, others
+
+
+def _options(arguments: Iterable[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield each option with its value, empty if it has none, and the words for both; a word by itself is a MODEL."""
+    left = iter(arguments)
+    for word in left:
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            yield "MODEL", word, [word]
+        elif word.startswith("-c") and word != "-c":
+            yield "-c", word.removeprefix("-c").removeprefix("="), [word]
+        elif equals or option in FLAGS:
+            yield option, value, [word]
+        else:
+            following = [*islice(left, 1)]
+            yield option, "".join(following), [word, *following]
+
+
+def _is_for_lightning(value: str) -> bool:
+    """Whether ``--model`` or ``--data`` is followed by a class or by settings, as LightningCLI has it."""
+    if not value or "{" in value or value.endswith((".yaml", ".yml")):
+        return True
+    parts = value.split(".")
+    return all(map(str.isidentifier, parts)) and parts[-1][0].isupper() and not Path(value).exists()
+
+
+def _check(command: str, short: dict[str, str]) -> None:
+    """Refuse options that the command does not have, and values that are certainly wrong."""
+    if command not in ("prune", "fit") and (own := [option for option in OF_CALLBACK if option in short]):
+        several = "--methods, --sparsities and --patterns, with a list each"
+        raise ValueError(f"{command} has no {own[0]}" + (f": it takes {several}" if command == "sweep" else ""))
+    if short.get("--method", "wanda").lower() not in METHODS:
+        meant = closest(short["--method"].lower(), METHODS)
+        raise ValueError(
+            f"--method must be one of {', '.join(METHODS)}, got {short['--method']!r}"
+            + (f"; did you mean {meant}?" if meant else "")
+        )
+    if "--sparsity" in short:
+        try:
+            float(short["--sparsity"])
+        except ValueError:
+            hint = "; an N:M pattern is --pattern" if ":" in short["--sparsity"] else ""
+            raise ValueError(f"--sparsity must be a number in [0, 1), got {short['--sparsity']!r}{hint}") from None
+
+
+def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
+    """Return the option that sets the callbacks: those of the recipes, the first that prunes as the short ones say."""
+    callbacks: list[dict[str, Any]] = []
+    for recipe in recipes:
+        trainer = settings_of(recipe).get("trainer")
+        found = trainer.get("callbacks") if isinstance(trainer, dict) else None
+        callbacks = [_as_dict(each) for each in (found if isinstance(found, list) else [found])] if found else callbacks
+    pruning = [each for each in callbacks if each["class_path"].endswith(("Pruning", "PruningCallback"))]
+    asked = {option.removeprefix("--"): short[option] for option in OF_CALLBACK if option in short}
+    if asked and not pruning:
+        pruning = [_as_dict(METHODS["wanda"])]
+        callbacks += pruning
+    moved = False
+    for settings in (each["init_args"] for each in pruning):
+        if "--output" in short and settings.get("output_dir"):
+            settings["output_dir"], moved = short["--output"], True
+    if "method" in asked:
+        pruning[0]["class_path"] = METHODS[asked["method"].lower()]
+    if "sparsity" in asked or "pattern" in asked:  # either ends what the recipe says of the other
+        sparsity = float(asked["sparsity"]) if "sparsity" in asked else None
+        pruning[0]["init_args"] |= {"sparsity": sparsity, "pattern": asked.get("pattern", "unstructured")}
+    return [f"--trainer.callbacks={json.dumps(callbacks)}"] if asked or moved else []
+
+
+def _as_dict(callback: Any) -> dict[str, Any]:
+    """Write a callback of a recipe, which may be the name of a class alone, as a class and its arguments."""
+    if isinstance(callback, str):
+        callback = {"class_path": callback}
+    if not isinstance(callback, dict) or "class_path" not in callback:
+        raise ValueError(f"a callback needs a class_path, got {callback!s:.60}")
+    return {**callback, "init_args": callback.get("init_args") or {}}
