@@ -67,3 +67,13 @@ def test_missing_models_are_explained(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"'nobody/nothing'.*could not be had from the hub"):
         load_tokenizer("nobody/nothing")
+
+
+def test_a_weight_that_is_not_a_number_is_saved_as_it_is(tmp_path):
+    """It was left out of the pruning, which refuses it; saving is no place to complain of it."""
+    model = tiny_llama(layers=1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    save_pretrained(model, None, tmp_path / "model")
+    saved = load_model(str(tmp_path / "model")).model.layers[0].mlp.up_proj.weight
+    assert saved.isnan().sum() == 1
