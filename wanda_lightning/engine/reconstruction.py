@@ -52,6 +52,12 @@ class Reconstruction:
     def split(self, batches: int) -> tuple[list[int], list[int]]:
         """Say which of so many batches are trained on, and which are held out.
 
+        Args:
+            batches: How many there are.
+
+        Returns:
+            The numbers of both.
+
         Raises:
             ValueError: If there are too few for both.
         """
