@@ -201,7 +201,7 @@ def test_the_report_of_the_run_is_read(tmp_path):
     plain["evaluations"] = {"dense": {"val/perplexity": 12.345}}
     (tmp_path / "pruning.json").write_text(json.dumps(plain))
     text = text_of(inspect_model(str(tmp_path / "model")).weights)
-    assert "The report beside them says: Magnitude(), 2:4, sparsity 0.5" in text
+    assert "The report beside them says: Magnitude, 2:4, sparsity 0.5" in text
     assert "dense: val/perplexity 12.35" in text or "dense: val/perplexity 12.34" in text
     (tmp_path / "pruning.json").write_text("{}")
     assert inspect_model(str(tmp_path / "model")).weights.report is None
