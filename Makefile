@@ -33,7 +33,6 @@ lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/pydoclint --quiet wanda_lightning
 	$(BIN)/codespell
 
 test: lint
