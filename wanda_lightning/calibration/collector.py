@@ -150,7 +150,7 @@ def refuse_uncalled(names: Sequence[str]) -> None:
     """Refuse linears that the model does not call, whatever the tokens.
 
     Args:
-        names: The linears of such experts.
+        names: Such linears.
 
     Raises:
         ValueError: If there are such.

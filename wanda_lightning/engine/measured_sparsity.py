@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.allocation.by_name import Allocation, allocate
+from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.linears import PrunableLinear
@@ -31,10 +31,7 @@ def report_as_found(
     model: nn.Module,
     method: PruningMethod,
     pattern: Pattern,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-    layers: str | None = None,
-    allocation: Allocation | None = None,
+    selection: Selection,
 ) -> tuple[PruningReport, bool]:
     """Measure the linears that are to be pruned.
 
@@ -42,10 +39,7 @@ def report_as_found(
         model: A causal language model of transformers.
         method: What they are to be pruned with.
         pattern: What they are to be pruned to.
-        targets: As of :func:`wanda_lightning.prune_model`.
-        ignore: As of :func:`wanda_lightning.prune_model`.
-        layers: As of :func:`wanda_lightning.prune_model`.
-        allocation: As of :func:`wanda_lightning.prune_model`.
+        selection: What is asked for of linears.
 
     Returns:
         A report of the linears as they are, which says in its ``method`` that they were pruned before, and whether
@@ -53,8 +47,7 @@ def report_as_found(
         such as the last ones of new blocks that change nothing yet: they tell nothing and are left out.
     """
     report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
-    decoder = decoder_layers(model, targets, ignore, layers)
-    patterns = allocate([linear for layer in decoder for linear in layer.linears], pattern, allocation)
+    decoder, patterns = selection.choose(model, pattern)
     met = any(own.sparsity > 0 for own in patterns.values())
     for layer in decoder:
         report.not_pruned |= layer.left_dense

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from wanda_lightning.arguments import is_whole, whole_number
 from wanda_lightning.calibration.batches import count
 from wanda_lightning.callbacks.plumbing.loaders import each_batch, loaders_in, starts_anew
+from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
 from wanda_lightning.engine.processes import Processes
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,7 @@ class CalibrationBatches:
             ``source``, ``num_samples`` (sequences asked for), ``sequences``, ``tokens`` (padding does not count), and
             what the datamodule adds. Where nothing was calibrated, only what the datamodule says.
         """
-        describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
-        told = describe() if describe else {}
+        told = describe_calibration(trainer)
         if self._source is None:
             return told
         counts = Processes().gather((self._sequences, self._tokens))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from wanda_lightning.allocation.by_name import allocate
+from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
@@ -187,9 +188,8 @@ class PruningRun:
 
     def _look_at(self, model: nn.Module) -> tuple[PruningReport, bool]:
         asked = self.asked
-        return report_as_found(
-            model, asked.method, asked.pattern, asked.targets, asked.ignore, asked.layers, asked.allocation
-        )
+        selection = Selection(asked.targets, asked.ignore, asked.layers, asked.allocation)
+        return report_as_found(model, asked.method, asked.pattern, selection)
 
     @staticmethod
     def _was_pruned(found: PruningReport, met: bool) -> bool:
