@@ -29,8 +29,8 @@ ROOMS = {
     "report": {"model", "atomic_files"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
-        "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "sparsity",
-        "statistics",
+        "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "solvers",
+        "sparsity", "statistics",
     },
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},

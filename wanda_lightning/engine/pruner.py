@@ -2,11 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import nn
 
 from wanda_lightning.allocation.by_name import Allocation
@@ -20,6 +18,7 @@ from wanda_lightning.engine.clock import PhaseClock
 from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import prune_layer
+from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.measured_sparsity import ZeroCount
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
@@ -110,7 +109,7 @@ def prune_model(
     plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction)
     check_pruning(model, plan, calibration is not None, journal)
     report, zeros = plan.new_report(), ZeroCount(model)
-    with _left_as_found(model):
+    with left_as_found(model):
         batches = HashedBatches(calibration if plan.needs_batches else None, model)
         visits = clock.forwards(_visit(model, plan, batches, activations))
         with processes.together():
@@ -161,23 +160,3 @@ def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:
             unseen,
             experts,
         )
-
-
-@contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and run it uncompiled, without gradients; restore modes and the random state."""
-    modules = list(model.modules())
-    training = [module for module in modules if module.training]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -60,9 +60,13 @@ class PrunableLinear:
 
     def view(self, weight: Tensor) -> Tensor:
         """See a tensor that is laid out as the module stores its weight as this matrix, (out_features, in_features)."""
-        if self.expert is None:
-            return weight.t() if _is_conv1d(self.module) else weight.flatten(1)
-        return weight[self.expert].t() if self.module.is_transposed else weight[self.expert]
+        matrix = weight.flatten(1) if self.expert is None else weight[self.expert]
+        return matrix.t() if self.is_transposed else matrix
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the module stores the matrix as (in_features, out_features)."""
+        return _is_conv1d(self.module) if self.expert is None else bool(self.module.is_transposed)
 
     @property
     def is_router(self) -> bool:

@@ -1,0 +1,122 @@
+"""What it takes to make a model's MLPs narrower: found and checked before anything changes, then done at once."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.engine.checks import check_finite
+from wanda_lightning.engine.reshaping import check_can_change_shape, described
+from wanda_lightning.model.configuration import (
+    Path,
+    find_numbers,
+    set_number,
+    shapes_of,
+    skeleton,
+    take_over,
+)
+from wanda_lightning.model.coupling import find_neurons
+from wanda_lightning.model.decoder import DecoderLayer, decoder_layers
+from wanda_lightning.model.linears import own_modules
+from wanda_lightning.model.neurons import Neurons, keep_neurons
+
+MULTIPLES = (256, 64, 16, 8, 1)
+"""What the number of neurons is rounded to: the first of which the width is at least sixteen times as much."""
+
+
+def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, int]:
+    """Say how many neurons stay.
+
+    Args:
+        width: How many there are.
+        keep: The fraction that is to stay, in (0, 1].
+        multiple: What the number is rounded to. Default: 256 where that is at most a sixteenth of the width, else 64,
+            16, 8 or 1.
+
+    Returns:
+        The number, and the multiple that it is of.
+
+    Raises:
+        ValueError: If none stays.
+    """
+    multiple = multiple or next(each for each in MULTIPLES if width >= 16 * each or each == 1)
+    kept = min(width, round(keep * width / multiple) * multiple)
+    if kept < 1:
+        raise ValueError(
+            f"keep={keep} of {width} neurons, rounded to a multiple of {multiple}, leaves none: keep more, or give a "
+            "smaller multiple"
+        )
+    return kept, multiple
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How the MLPs of a model become narrower.
+
+    Attributes:
+        layers: The decoder layers, with the matrices that read neurons.
+        neurons: The groups of neurons by the name of the layer.
+        widths: How many neurons stay, by how many there are.
+        numbers: By the names that lead there, what the config says and is to say.
+    """
+
+    layers: list[DecoderLayer]
+    neurons: dict[str, list[Neurons]]
+    widths: dict[int, int]
+    numbers: dict[Path, tuple[int, int]]
+
+    @classmethod
+    def of(cls, model: nn.Module, kept: Callable[[int], int], layers: str | None = None) -> "Narrowing":
+        """Find out what is to be done to a model.
+
+        Args:
+            model: The model, in eval mode.
+            kept: Says how many of so many neurons stay.
+            layers: Name of the list of decoder layers, where the rule for finding it fails.
+
+        Returns:
+            What is to be done; nothing has changed.
+
+        Raises:
+            ValueError: If it cannot be done.
+        """
+        check_can_change_shape(model)
+        decoder = decoder_layers(model, targets=["*"], layers=layers)
+        neurons = find_neurons(model, decoder)
+        groups = [group for each in neurons.values() for group in each]
+        check_finite(linear for group in groups for linear in group.linears)
+        widths = {width: kept(width) for width in sorted({group.width for group in groups})}
+        decoder = [replace(layer, linears=[group.reader for group in neurons[layer.name]]) for layer in decoder]
+        return cls(decoder, neurons, widths, _numbers(model, groups, widths))
+
+    def apply(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+        """Remove the other neurons, and let the config say so.
+
+        Args:
+            model: The model.
+            kept: By the name of each reading matrix, the neurons that stay, ascending, shape (K,).
+        """
+        before = skeleton(model)
+        for layer in self.layers:
+            groups = self.neurons[layer.name]
+            keep_neurons(groups, [kept[group.reader.name] for group in groups])
+        for path, (width, number) in self.numbers.items():
+            set_number(model, path, width, number)
+        take_over(model, before, skeleton(model))
+
+    def apply_first(self, model: nn.Module) -> None:
+        """Keep the first neurons of each group, whichever they are: values of other neurons are to be loaded."""
+        groups = [group for each in self.neurons.values() for group in each]
+        self.apply(model, {group.reader.name: torch.arange(self.widths[group.width]) for group in groups})
+
+
+def _numbers(model: nn.Module, groups: list[Neurons], widths: Mapping[int, int]) -> dict[Path, tuple[int, int]]:
+    """Find the numbers of the config, by what they do to a model that has no values."""
+    empty = described(model)
+    modules = dict(own_modules(empty))
+    twins = {module: modules[name] for name, module in own_modules(model)}
+    there = [group.within(twins) for group in groups]
+    keep_neurons(there, [torch.arange(widths[group.width]) for group in there])
+    changed = {width: kept for width, kept in widths.items() if width != kept}
+    return find_numbers(model, changed, shapes_of(empty))

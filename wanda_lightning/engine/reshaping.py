@@ -1,0 +1,75 @@
+"""What is refused before a model gets other shapes, and what is known of its size."""
+
+from collections import defaultdict
+
+from torch import nn
+
+from wanda_lightning.engine.checks import refuse_sharded
+from wanda_lightning.model.configuration import shapes_of, skeleton
+from wanda_lightning.model.linears import own_modules
+
+
+def check_can_change_shape(model: nn.Module) -> None:
+    """Refuse a model whose parameters cannot be replaced by smaller ones.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If weights are not in memory, sharded, adapted, or shared by several modules of the decoder.
+    """
+    refuse_sharded(model)
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{len(absent)} weights are not in memory ({absent[0]}, ...), and a model that is streamed from disk keeps "
+            "its shapes: load it without stream or device_map"
+        )
+    if adapted := [name for name, module in model.named_modules() if "base_layer" in module._modules]:
+        raise ValueError(
+            f"{len(adapted)} linears have adapters ({adapted[0]}, ...), whose shapes would not fit any more: make the "
+            "model smaller before adapters are added"
+        )
+    names = defaultdict(list)
+    embeddings = {p for module in _embeddings(model) for p in module.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter not in embeddings:
+            names[parameter].append(name)
+    if shared := next((each for each in names.values() if len(each) > 1), None):
+        raise ValueError(
+            f"{' and '.join(shared[:3])} are one parameter: a model that uses matrices several times keeps its shapes"
+        )
+
+
+def described(model: nn.Module) -> nn.Module:
+    """Build a model from its config alone, on the meta device.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The model without values.
+
+    Raises:
+        ValueError: If the config is that of another model.
+    """
+    empty = skeleton(model)
+    has, says = shapes_of(model), shapes_of(empty)
+    if has != says:
+        name = next(name for name in [*has, *says] if has.get(name) != says.get(name))
+        raise ValueError(
+            f"the config describes another model: {name} is {has.get(name, 'not there')}, and by the config "
+            f"{says.get(name, 'not there')}; a smaller model could not be loaded again"
+        )
+    return empty
+
+
+def sizes(model: nn.Module) -> tuple[int, int]:
+    """Count the parameters of a model and their bytes; shared ones count once."""
+    parameters = {parameter for _, module in own_modules(model) for parameter in module.parameters(recurse=False)}
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the input and output embeddings, which are often tied."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    return [module for get in getters if get is not None and (module := get()) is not None]

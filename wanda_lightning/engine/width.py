@@ -1,0 +1,243 @@
+"""Width pruning: every MLP loses the same number of neurons, and the model is an ordinary, smaller one.
+
+Shapes: O out features, I in features (the neurons), K kept neurons.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.arguments import positive_number, whole_number
+from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.left_as_found import left_as_found
+from wanda_lightning.engine.narrowing import Narrowing, kept_of
+from wanda_lightning.engine.processes import Processes, share_statistics
+from wanda_lightning.engine.reshaping import sizes
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.report.shrink_report import ShrinkReport
+from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
+from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
+
+log = logging.getLogger(__name__)
+
+NeuronChoice = Literal["obs", "wanda", "magnitude"]
+
+
+class _Read(NamedTuple):
+    """What a reading matrix became: the neurons that stay (K,), and its relative squared error if it is known."""
+
+    kept_K: Tensor
+    error: float | None
+
+
+def prune_width(
+    model: nn.Module,
+    calibration: Iterable[Batch] | None,
+    keep: float = 0.8,
+    *,
+    choice: NeuronChoice = "obs",
+    refit: bool = True,
+    multiple: int | None = None,
+    damping: float = 0.01,
+    layers: str | None = None,
+    activations: Place = "device",
+    processes: Processes | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> ShrinkReport:
+    """Remove neurons from every MLP of a model, so that it is an ordinary model with a smaller intermediate size.
+
+    The neurons of a layer are chosen with what the narrower layers before it give, all of a model as many; and of a
+    mixture as many of every expert. What is left of the matrix that reads them is fitted to give what it gave with all
+    of them, by least squares (Meng et al. 2024, OSSCAR, arXiv:2403.12983, section 3.3; Ling et al. 2024, SlimGPT,
+    arXiv:2412.18110). The parameters are new ones: optimizers are made afterwards.
+
+    Args:
+        model: A causal language model of transformers; left in the mode, dtype and device it is in.
+        calibration: Batches, see :func:`wanda_lightning.prune_model`. May be None for magnitude without refit.
+        keep: Fraction of the neurons that stay, in (0, 1].
+        choice: Which go: ``"obs"``, one by one those whose loss the others make up for best; ``"wanda"``, the smallest
+            mean over outputs of |W| times the norm of the input (Sun et al. 2023, arXiv:2306.11695); or
+            ``"magnitude"``, the smallest mean of |W|; W is the matrix that reads them.
+        refit: Whether to fit the matrix that reads the neurons to those that stay.
+        multiple: What the number of neurons is rounded to, >= 1. Default: 256 where that is at most a sixteenth of the
+            width, else 64, 16, 8 or 1.
+        damping: Fraction of the mean diagonal that is added to the Hessian, > 0.
+        layers: Name of the list of decoder layers, where the rule for finding it fails.
+        activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
+            ``"disk"``.
+        processes: Where each has a part of the calibration set: ``Processes()``. All of them end with the same model.
+        progress: Wraps the iteration over layers, given it and its length, to show how far it is.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: If an argument, the model or the calibration set cannot be used; nothing has changed then.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> prune_width(model, list(torch.randint(0, 100, (4, 2, 16))), keep=0.5).title
+        'intermediate_size 64 -> 32'
+        >>> model.config.intermediate_size
+        32
+    """
+    started = time.perf_counter()
+    model, processes = uncompiled(model), processes or Processes.alone()
+    _check(keep, choice, multiple, damping, calibration is None and (refit or choice != "magnitude"))
+    before = sizes(model)
+    with left_as_found(model):
+        with processes.together():
+            plan = Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers)
+        solver = _Solver(plan, choice, refit, damping, processes)
+        visits = _visit(model, plan, solver.statistic, calibration, activations, processes)
+        dense: dict[str, Tensor] = {}
+        read: dict[str, _Read] = {}
+        try:
+            for layer, inputs in progress(visits, len(plan.layers)) if progress else visits:
+                dense |= {linear.name: linear.weight_OI.clone() for linear in layer.linears}
+                read |= solver.solve(layer, inputs)
+        except BaseException:
+            for linear in (linear for layer in plan.layers for linear in layer.linears):
+                if linear.name in dense:
+                    linear.weight_OI.copy_(dense[linear.name])
+            raise
+        plan.apply(model, {name: each.kept_K for name, each in read.items()})
+    after = sizes(model)
+    return ShrinkReport(
+        removed="neurons",
+        settings={"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping},
+        sizes={".".join(path): numbers for path, numbers in plan.numbers.items()},
+        parameters=(before[0], after[0]),
+        bytes=(before[1], after[1]),
+        figure="error",
+        figures={name: each.error for name, each in read.items() if each.error is not None},
+        kept=[[width, kept] for width, kept in plan.widths.items()],
+        tokens=solver.tokens,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Solver:
+    """Chooses the neurons of a layer; for now the matrix that reads them is zero where they go.
+
+    Args:
+        plan: How many stay.
+        choice: Which.
+        refit: Whether the rest is fitted.
+        damping: Of the Hessian.
+        processes: Those that have the other parts of the calibration set.
+
+    Attributes:
+        statistic: What has to be known of the neurons; None for nothing.
+        tokens: How many tokens were seen.
+    """
+
+    def __init__(
+        self, plan: Narrowing, choice: NeuronChoice, refit: bool, damping: float, processes: Processes
+    ) -> None:
+        self.plan, self.choice, self.refit, self.damping, self.processes = plan, choice, refit, damping, processes
+        by_score: dict[str, type[InputStatistic] | None] = {"obs": InputHessian, "wanda": InputNorm, "magnitude": None}
+        self.statistic = InputHessian if refit else by_score[choice]
+        self.tokens: int | None = None
+
+    def solve(self, layer: DecoderLayer, inputs: CalibratedLayer | None) -> dict[str, _Read]:
+        """Choose the neurons of a layer, and change the matrices that read them."""
+        processes = self.processes
+        with processes.together():
+            statistics = inputs.collect(self.statistic) if inputs and self.statistic and layer.linears else {}
+        owners = share_statistics(statistics, layer.linears, processes)
+        self.tokens = max((statistic.tokens for statistic in statistics.values()), default=self.tokens or 0) or None
+        weights = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
+        masks = {name: torch.zeros(w.shape[1], dtype=torch.uint8, device=w.device) for name, w in weights.items()}
+        errors: dict[str, float] = {}
+        with processes.together():
+            for name, weight_OI in weights.items():
+                if owners.get(name, processes.rank) == processes.rank:
+                    mask_I, error = self._solve_one(name, weight_OI, statistics.get(name))
+                    masks[name].copy_(mask_I)
+                    errors |= {name: error} if error is not None else {}
+        for name, owner in owners.items():
+            weights[name], masks[name] = (processes.send(owner, each) for each in (weights[name], masks[name]))
+        for others in processes.gather(errors):
+            errors |= others
+        for linear in layer.linears:
+            linear.weight_OI.copy_(weights[linear.name])
+        torch.clear_autocast_cache()
+        return {name: _Read(mask_I.nonzero().flatten(), errors.get(name)) for name, mask_I in masks.items()}
+
+    def _solve_one(
+        self, name: str, weight_OI: Tensor, statistic: InputStatistic | None
+    ) -> tuple[Tensor, float | None]:
+        """Choose the inputs of a matrix that stay, (I,), and change the matrix in place."""
+        width = weight_OI.shape[1]
+        kept = self.plan.widths[width]
+        if statistic is None or not statistic.tokens:  # none, or of an expert that no token reached
+            mask_I = _largest(weight_OI.float().abs().mean(0), kept)
+            weight_OI[:, ~mask_I] = 0
+            return mask_I, None
+        dense_OI = weight_OI.clone()
+        try:
+            if isinstance(statistic, InputHessian) and self.choice == "obs":
+                mask_I = remove_inputs(weight_OI, statistic.factor(self.damping), width - kept)
+            else:
+                norm = statistic.norm() if isinstance(statistic, InputHessian) else statistic
+                norm_I = norm.compute() if self.choice == "wanda" else 1
+                mask_I = _largest(weight_OI.float().abs().mean(0) * norm_I, kept)
+            weight_OI[:, ~mask_I] = 0
+            if isinstance(statistic, InputHessian) and self.refit:
+                weight_OI[:, mask_I] = fit_to_all_inputs(dense_OI, mask_I, statistic.compute(), self.damping).to(
+                    weight_OI.dtype
+                )
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"the neurons that {name} reads cannot be chosen: {error}") from error
+        lost = statistic.output_energy(dense_OI - weight_OI).sum()
+        whole = statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny)
+        return mask_I, float(lost / whole)
+
+
+def _largest(score_I: Tensor, number: int) -> Tensor:
+    """Mark the largest scores; ties go by position."""
+    order_I = score_I.sort(descending=True, stable=True).indices
+    return torch.zeros_like(score_I, dtype=torch.bool).index_fill_(0, order_I[:number], 1)
+
+
+def _visit(
+    model: nn.Module,
+    plan: Narrowing,
+    statistic: type[InputStatistic] | None,
+    calibration: Iterable[Batch] | None,
+    activations: Place,
+    processes: Processes,
+) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
+    """Visit the layers, with what enters them if that has to be known."""
+    if statistic is None or calibration is None:
+        yield from ((layer, None) for layer in plan.layers)
+        return
+    steps = walk(model, plan.layers, calibration, activations)
+    with processes.together():
+        first = next(steps)  # the dry run reads the batches
+    yield first.layer, first
+    yield from ((step.layer, step) for step in steps)
+
+
+def _check(keep: float, choice: str, multiple: int | None, damping: float, lacks_batches: bool) -> None:
+    if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be a fraction of the neurons in (0, 1], got {keep!r}")
+    if choice not in get_args(NeuronChoice):
+        raise ValueError(f"choice must be one of {', '.join(get_args(NeuronChoice))}, got {choice!r}")
+    if multiple is not None:
+        whole_number("multiple", multiple, 1)
+    positive_number("damping", damping)
+    if lacks_batches:
+        raise ValueError("the choice and the refit need calibration batches, got None; magnitude without refit does not")

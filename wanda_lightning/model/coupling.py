@@ -1,0 +1,157 @@
+"""The neurons of a decoder layer's MLPs: which matrices write them, and which one reads them.
+
+The rule names no family. A linear may read neurons if linears beside it, in the same module, have as many outputs as it
+has inputs (or twice as many, where gate and up are one matrix). Whether it does is tried out: on a copy of the module
+in which some neurons are gone, the outputs have to be those of the module that does not read them. Attention, whose
+matrices have such shapes too, fails that.
+
+Shapes: O out features, I in features, K kept neurons, B batch, T tokens.
+"""
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.model.convolutions import is_conv2d
+from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.linears import PrunableLinear, own_modules, prunable_linears
+from wanda_lightning.model.neurons import Layout, Neurons, keep_neurons
+from wanda_lightning.model.offload import device_of
+
+log = logging.getLogger(__name__)
+
+TWICE: tuple[Layout, ...] = ("halves", "pairs")
+
+
+@torch.no_grad()
+def find_neurons(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, list[Neurons]]:
+    """Find the neurons of every decoder layer.
+
+    Args:
+        model: The causal language model, in eval mode; run once on a few tokens.
+        layers: Its decoder layers.
+
+    Returns:
+        The groups of neurons by the name of the layer; layers without an MLP have none.
+
+    Raises:
+        ValueError: If no layer has any, with the matrices that were looked at.
+    """
+    candidates = [(layer.name, each) for layer in layers for each in _candidates(layer)]
+    calls = _calls(model, {each[0].module for _, each in candidates})
+    works: dict[Any, bool] = {}  # modules that are built alike are tried once; no token may reach an expert
+    for _, each in candidates:
+        if (kind := _kind(each)) not in works and each[0].module in calls:
+            works[kind] = _works(each, *calls[each[0].module])
+    found: dict[str, list[Neurons]] = {layer.name: [] for layer in layers}
+    for name, each in candidates:
+        if works.get(_kind(each)):
+            found[name] += each
+    if not any(found.values()):
+        matrices = [f"{x.name} {tuple(x.weight_OI.shape)}" for x in prunable_linears(layers[0].module, layers[0].name)]
+        raise ValueError(
+            f"no MLP of a known coupling was found in {type(model).__name__}: no matrix reads neurons that others beside "
+            f"it write, one by one; {layers[0].name} has {', '.join(matrices)}"
+        )
+    return found
+
+
+def _candidates(layer: DecoderLayer) -> Iterator[list[Neurons]]:
+    """Yield what may be neurons by the shapes of matrices in one module; those of fused experts come together."""
+    modules = dict(own_modules(layer.module, layer.name))
+    within: dict[str, dict[str, list[PrunableLinear]]] = {}  # matrices by holder and place, one an expert
+    for linear in prunable_linears(layer.module, layer.name):
+        if not linear.is_router and not linear.is_thin and not is_conv2d(linear.module):
+            holder = linear.parameter_name.rpartition(".")[0]
+            holder = holder if linear.expert is not None else holder.rpartition(".")[0]
+            within.setdefault(holder, {}).setdefault(_place(linear), []).append(linear)
+    for holder, matrices in within.items():
+        for place, readers in matrices.items():
+            width = readers[0].weight_OI.shape[1]
+            others = {name: linears[0].weight_OI.shape[0] for name, linears in matrices.items() if name != place}
+            once = [(name, "once") for name, rows in others.items() if rows == width]
+            twice = [[(name, layout)] for layout in TWICE for name, rows in others.items() if rows == 2 * width]
+            for writers in ([once] if once else []) + twice:
+                yield [
+                    Neurons(
+                        holder if reader.expert is None else f"{holder}.{reader.expert}",
+                        modules[holder],
+                        reader,
+                        tuple((matrices[name][number], cast(Layout, layout)) for name, layout in writers),
+                    )
+                    for number, reader in enumerate(readers)
+                ]
+
+
+def _place(linear: PrunableLinear) -> str:
+    """Name a matrix within the module that holds it."""
+    return linear.parameter if linear.expert is not None else linear.name.rpartition(".")[2]
+
+
+def _kind(group: Sequence[Neurons]) -> Any:
+    """Tell how a module and its neurons are built; what is alike works alike."""
+    first = group[0]
+    modules = tuple((name, type(module)) for name, module in own_modules(first.module))
+    shapes = tuple((name, tuple(p.shape)) for name, p in first.module.named_parameters())
+    return modules, shapes, _place(first.reader), tuple((_place(x), layout) for x, layout in first.writers)
+
+
+def _calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return what modules are called with when the model reads a few tokens."""
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    embeddings = model.get_input_embeddings()
+    ids_BT = torch.arange(min(16, embeddings.weight.shape[0]), device=device_of(embeddings))[None]
+    with ExitStack() as hooks:
+        for module in modules:
+            handle = module.register_forward_pre_hook(
+                lambda module, args, kwargs: calls.update({module: (args, kwargs)}), with_kwargs=True
+            )
+            hooks.callback(handle.remove)
+        model(input_ids=ids_BT, use_cache=False)
+    return calls
+
+
+def _works(group: Sequence[Neurons], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Remove half of the neurons from a copy of their module, in float32, and see whether it is as if nobody read them.
+
+    The matrices of the copy are random, so that zeros in the model hide nothing.
+    """
+    module = copy.deepcopy(group[0].module).float()
+    twins = dict(zip(group[0].module.modules(), module.modules(), strict=True))
+    group = [each.within(twins) for each in group]
+    random = torch.Generator().manual_seed(0)
+    for linear in (linear for each in group for linear in each.linears):
+        linear.weight_OI.copy_(torch.randn(linear.weight_OI.shape, generator=random) / linear.weight_OI.shape[1] ** 0.5)
+    kept = [torch.randperm(each.width, generator=random)[: each.width // 2].sort().values for each in group]
+    args, kwargs = _in_float32(args), _in_float32(kwargs)
+    try:
+        whole = _first(module(*args, **kwargs))
+        for each, kept_K in zip(group, kept, strict=True):
+            gone = torch.ones(each.width, dtype=torch.bool).index_fill_(0, kept_K, 0)
+            each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
+        unread = _first(module(*args, **kwargs))
+        keep_neurons(group, kept)
+        smaller = _first(module(*args, **kwargs))
+    except (RuntimeError, ValueError, IndexError) as reason:
+        log.debug("%s does not read neurons: %s", group[0].reader.name, reason)
+        return False
+    close = 1e-4 * unread.abs().max()
+    return smaller.shape == unread.shape and bool((smaller - unread).abs().max() <= close < (whole - unread).abs().max())
+
+
+def _in_float32(value: Any) -> Any:
+    """Convert the floating-point tensors among arguments."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_in_float32, value))
+    return {name: _in_float32(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple | list) else out

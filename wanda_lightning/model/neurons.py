@@ -1,0 +1,110 @@
+"""Removing hidden neurons: the matrices that write them lose rows, the one that reads them loses columns.
+
+Shapes: O out features, I in features, K kept neurons.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.model.linears import PrunableLinear
+
+Layout = Literal["once", "halves", "pairs"]
+"""Where the rows of neuron j of n are: j; j and n + j (gate and up in one matrix); or 2 j and 2 j + 1."""
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The hidden neurons of one MLP, or of one expert.
+
+    Attributes:
+        name: The module that holds them; fused experts have a number behind it.
+        module: That module.
+        reader: The matrix whose inputs they are.
+        writers: The matrices whose outputs they are made of, and where in these.
+    """
+
+    name: str
+    module: nn.Module
+    reader: PrunableLinear
+    writers: tuple[tuple[PrunableLinear, Layout], ...]
+
+    @property
+    def width(self) -> int:
+        """How many there are."""
+        return self.reader.weight_OI.shape[1]
+
+    @property
+    def linears(self) -> tuple[PrunableLinear, ...]:
+        """The matrices that change when neurons go."""
+        return (self.reader, *(writer for writer, _ in self.writers))
+
+    def within(self, twins: Mapping[nn.Module, nn.Module]) -> "Neurons":
+        """Return the same neurons in another model, given the modules there by those here."""
+
+        def twin(linear: PrunableLinear) -> PrunableLinear:
+            return replace(linear, module=twins[linear.module])
+
+        writers = tuple((twin(linear), layout) for linear, layout in self.writers)
+        return Neurons(self.name, twins[self.module], twin(self.reader), writers)
+
+
+@torch.no_grad()
+def keep_neurons(groups: Sequence[Neurons], kept: Sequence[Tensor]) -> None:
+    """Remove all neurons but some. The parameters are new ones: no optimizer may hold the old ones yet.
+
+    Args:
+        groups: Groups of neurons; of fused experts all that share a parameter.
+        kept: For each group the numbers of the neurons that stay, ascending, shape (K,); K is the same for groups that
+            share a parameter.
+    """
+    slices: dict[tuple[nn.Module, str], list[tuple[PrunableLinear, int, Tensor]]] = {}
+    for neurons, kept_K in zip(groups, kept, strict=True):
+        width = neurons.width
+        cuts = [(neurons.reader, 1, kept_K)]
+        cuts += [(writer, 0, _rows(kept_K, width, layout)) for writer, layout in neurons.writers]
+        for linear, axis, index_K in cuts:
+            slices.setdefault((linear.module, linear.parameter), []).append((linear, axis, index_K))
+    for (module, parameter), cuts in slices.items():
+        _shrink_weight(module, parameter, cuts)
+        if cuts[0][1] == 0:
+            _shrink_bias(module, parameter, cuts)
+
+
+def _rows(kept_K: Tensor, width: int, layout: Layout) -> Tensor:
+    """Number the rows of a writing matrix that belong to some neurons."""
+    if layout == "once":
+        return kept_K
+    if layout == "halves":
+        return torch.cat([kept_K, width + kept_K])
+    return torch.stack([2 * kept_K, 2 * kept_K + 1], 1).flatten()
+
+
+def _shrink_weight(module: nn.Module, parameter: str, cuts: list[tuple[PrunableLinear, int, Tensor]]) -> None:
+    matrices = [
+        (linear, linear.weight_OI.index_select(axis, index_K.to(linear.weight.device))) for linear, axis, index_K in cuts
+    ]
+    first, matrix_OI = matrices[0]
+    shape = tuple(reversed(matrix_OI.shape)) if first.is_transposed else tuple(matrix_OI.shape)
+    weight = first.weight.new_empty(shape if first.expert is None else (len(matrices), *shape))
+    for linear, matrix_OI in matrices:
+        linear.view(weight).copy_(matrix_OI)
+    setattr(module, parameter, nn.Parameter(weight, requires_grad=first.weight.requires_grad))
+    if first.expert is None:
+        sizes = dict(zip(("out_features", "in_features"), matrices[0][1].shape, strict=True))
+        sizes = sizes if hasattr(module, "in_features") else {"nf": sizes["out_features"], "nx": sizes["in_features"]}
+        for name, size in sizes.items():
+            setattr(module, name, size)
+
+
+def _shrink_bias(module: nn.Module, parameter: str, cuts: list[tuple[PrunableLinear, int, Tensor]]) -> None:
+    name = "bias" if cuts[0][0].expert is None else f"{parameter}_bias"
+    bias = cast(Any, getattr(module, name, None))
+    if bias is not None:
+        rows = [bias.detach() if linear.expert is None else bias.detach()[linear.expert] for linear, _, _ in cuts]
+        kept = [row_O[index_K.to(row_O.device)] for row_O, (_, _, index_K) in zip(rows, cuts, strict=True)]
+        smaller = kept[0] if cuts[0][0].expert is None else torch.stack(kept)
+        setattr(module, name, nn.Parameter(smaller, requires_grad=bias.requires_grad))
