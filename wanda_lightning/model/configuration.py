@@ -6,7 +6,7 @@ its shapes are compared with those that are wanted.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -86,7 +86,12 @@ def change(config: Any, path: Path, before: int, after: int) -> None:
     setattr(owner, path[-1], after_all)
 
 
-def find_numbers(model: nn.Module, sizes: Mapping[int, int], wanted: Shapes) -> dict[Path, tuple[int, int]]:
+def find_numbers(
+    model: nn.Module,
+    sizes: Mapping[int, int],
+    wanted: Shapes,
+    also: Callable[[Any, Path], None] | None = None,
+) -> dict[Path, tuple[int, int]]:
     """Find the numbers in a model's config that give its parameters other shapes.
 
     A number is right if all that it changes becomes what is wanted.
@@ -94,8 +99,9 @@ def find_numbers(model: nn.Module, sizes: Mapping[int, int], wanted: Shapes) -> 
     Args:
         model: The model; it does not change.
         sizes: What numbers are to be, by what they are. Where the config says no such number, one that is not said at
-            all may do.
+            all may do, unless there is more to change.
         wanted: The shapes of all parameters then.
+        also: Changes what else has to change in a config, given the names that lead to the number.
 
     Returns:
         By the names that lead to a number, what it is and what it is to be.
@@ -107,24 +113,26 @@ def find_numbers(model: nn.Module, sizes: Mapping[int, int], wanted: Shapes) -> 
     is_now = shapes_of(skeleton(model))
     shapes, found = {**is_now}, dict[Path, tuple[int, int]]()
     tried = [(path, size) for size in sizes.items() for path in numbers(config, size[0])]
-    unsaid = ((path, size) for size in sizes.items() for path in numbers(config, None))
+    unsaid = ((path, size) for size in sizes.items() if also is None for path in numbers(config, None))
     alike: dict[frozenset[str], Path] = {}
     for path, (before, after) in chain(tried, unsaid):
         if shapes == wanted and path not in dict(tried):
             break
-        then = _shapes_with(model, path, before, after)
-        changed = frozenset(name for name, shape in is_now.items() if then.get(name) != shape)
-        if not changed or then.keys() != wanted.keys() or any(then[name] != wanted[name] for name in changed):
+        then = _shapes_with(model, path, before, after, also)
+        changed = frozenset(name for name in {**is_now, **then} if then.get(name) != is_now.get(name))
+        if not then or not changed or any(then.get(name) != wanted.get(name) for name in changed):
             continue
         if changed in alike:
             names = " and ".join(".".join(each) for each in (alike[changed], path))
             raise ValueError(f"{type(config).__name__} says {before} in {names}, and either would give these shapes")
         alike[changed], found[path] = path, (before, after)
-        shapes |= {name: then[name] for name in changed}
+        shapes = {n: shape for n, shape in shapes.items() if n not in changed} | {
+            name: then[name] for name in changed if name in then
+        }
     if shapes != wanted:
-        name = next(name for name in wanted if shapes[name] != wanted[name])
+        name = next(name for name in [*wanted, *shapes] if shapes.get(name) != wanted.get(name))
         raise ValueError(
-            f"no number in {type(config).__name__} makes {name} {wanted[name]} and leaves all else as it is or has to be,"
+            f"no number in {type(config).__name__} makes {name} {wanted.get(name)} and leaves all else as it is or has to be,"
             f" so the smaller model could not be loaded again; tried {_listed(path for path, _ in tried)}"
         )
     return found
@@ -148,26 +156,33 @@ def set_number(model: nn.Module, path: Path, before: int, after: int) -> None:
             change(each, path[-1:], before, after)
 
 
-def take_over(model: nn.Module, before: nn.Module, after: nn.Module) -> None:
+def take_over(model: nn.Module, before: nn.Module, after: nn.Module, apart_from: str | None = None) -> None:
     """Take over what modules keep of their own sizes, such as ``intermediate_size``.
 
     Args:
         model: The model that has changed.
         before: A skeleton as it was built.
         after: One as it would be built now.
+        apart_from: Name of a part to leave alone.
     """
     old, new = dict(own_modules(before)), dict(own_modules(after))
     for name, module in own_modules(model):
+        if apart_from and f"{name}.".startswith(f"{apart_from}."):
+            continue
         for attribute, value in vars(new[name]).items():
             was = vars(old[name]).get(attribute)
             if type(value) is int and value != was and vars(module).get(attribute) == was:
                 setattr(module, attribute, value)
 
 
-def _shapes_with(model: nn.Module, path: Path, before: int, after: int) -> Shapes:
+def _shapes_with(
+    model: nn.Module, path: Path, before: int, after: int, also: Callable[[Any, Path], None] | None
+) -> Shapes:
     """Return the shapes of the model that a config with another number describes; none if it describes nothing."""
     config = copy.deepcopy(model.config)
     try:
+        if also is not None:
+            also(config, path)
         change(config, path, before, after)
         return shapes_of(skeleton(model, config))
     except Exception as error:  # whatever a config or model makes of a number that is none of its own
