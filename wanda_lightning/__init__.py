@@ -31,10 +31,12 @@ _MODULES = {
         "Wanda",
     ),
     "allocation.schedule": ("Gradual",),
+    "engine.depth": ("prune_depth",),
     "engine.journal": ("Journal",),
     "engine.processes": ("Processes",),
     "engine.pruner": ("prune_model",),
     "engine.reconstruction": ("Reconstruction",),
+    "engine.width": ("prune_width",),
     "report.pruning_report": ("PruningReport",),
     "training.distillation": ("Distillation",),
     "training.lora": (
@@ -59,12 +61,14 @@ _MODULES = {
     "callbacks": (
         "ADMMPruning",
         "AblatePruning",
+        "DepthPruning",
         "MagnitudePruning",
         "PruningCallback",
         "RIAPruning",
         "SparseFinetuning",
         "SparseGPTPruning",
         "WandaPruning",
+        "WidthPruning",
         "ZeroShotEvaluation",
     ),
     "runs.causal_lm": ("CausalLM",),
@@ -79,21 +83,25 @@ if TYPE_CHECKING:
     from wanda_lightning.callbacks import (
         AblatePruning,
         ADMMPruning,
+        DepthPruning,
         MagnitudePruning,
         PruningCallback,
         RIAPruning,
         SparseFinetuning,
         SparseGPTPruning,
         WandaPruning,
+        WidthPruning,
         ZeroShotEvaluation,
     )
     from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
     from wanda_lightning.checkpoints.saving import save_pretrained
     from wanda_lightning.data import TextDataModule
+    from wanda_lightning.engine.depth import prune_depth
     from wanda_lightning.engine.journal import Journal
     from wanda_lightning.engine.processes import Processes
     from wanda_lightning.engine.pruner import prune_model
     from wanda_lightning.engine.reconstruction import Reconstruction
+    from wanda_lightning.engine.width import prune_width
     from wanda_lightning.evaluation import evaluate_zero_shot
     from wanda_lightning.export.compression import compress, decompress, load_compressed
     from wanda_lightning.export.semi_structured import to_semi_structured

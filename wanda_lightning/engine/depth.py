@@ -26,7 +26,7 @@ from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
-from wanda_lightning.report.shrink_report import ShrinkReport
+from wanda_lightning.report.shrinking import ShrinkReport
 
 LayerChoice = Literal["influence", "contiguous", "loss"]
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]

@@ -41,7 +41,7 @@ def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, 
         ValueError: If none stays.
     """
     multiple = multiple or next(each for each in MULTIPLES if width >= 16 * each or each == 1)
-    kept = min(width, round(keep * width / multiple) * multiple)
+    kept = width if keep == 1 else min(width, round(keep * width / multiple) * multiple)
     if kept < 1:
         raise ValueError(
             f"keep={keep} of {width} neurons, rounded to a multiple of {multiple}, leaves none: keep more, or give a "

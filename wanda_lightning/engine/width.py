@@ -22,7 +22,7 @@ from wanda_lightning.engine.processes import Processes, share_statistics
 from wanda_lightning.engine.reshaping import sizes
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.report.shrink_report import ShrinkReport
+from wanda_lightning.report.shrinking import ShrinkReport
 from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
@@ -94,7 +94,11 @@ def prune_width(
     """
     started = time.perf_counter()
     model, processes = uncompiled(model), processes or Processes.alone()
-    _check(keep, choice, multiple, damping, calibration is None and (refit or choice != "magnitude"))
+    check_settings(keep, choice, multiple, damping)
+    if calibration is None and (refit or choice != "magnitude"):
+        raise ValueError(
+            "the choice and the refit need calibration batches, got None; magnitude without refit does not"
+        )
     before = sizes(model)
     with left_as_found(model):
         with processes.together():
@@ -231,7 +235,18 @@ def _visit(
     yield from ((step.layer, step) for step in steps)
 
 
-def _check(keep: float, choice: str, multiple: int | None, damping: float, lacks_batches: bool) -> None:
+def check_settings(keep: float, choice: str, multiple: int | None, damping: float) -> None:
+    """Refuse settings that are out of range.
+
+    Args:
+        keep: See :func:`prune_width`, as all.
+        choice: A name.
+        multiple: A whole number.
+        damping: A fraction.
+
+    Raises:
+        ValueError: If one is.
+    """
     if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
         raise ValueError(f"keep must be a fraction of the neurons in (0, 1], got {keep!r}")
     if choice not in get_args(NeuronChoice):
@@ -239,5 +254,3 @@ def _check(keep: float, choice: str, multiple: int | None, damping: float, lacks
     if multiple is not None:
         whole_number("multiple", multiple, 1)
     positive_number("damping", damping)
-    if lacks_batches:
-        raise ValueError("the choice and the refit need calibration batches, got None; magnitude without refit does not")

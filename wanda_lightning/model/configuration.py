@@ -86,6 +86,12 @@ def change(config: Any, path: Path, before: int, after: int) -> None:
     setattr(owner, path[-1], after_all)
 
 
+def says(config: Any, path: Path, number: int) -> bool:
+    """Whether a config says a number at some place, or has a list with it there."""
+    value = reduce(lambda owner, name: getattr(owner, name, None), path, config)
+    return _is(value, number) or _in(value, number)
+
+
 def find_numbers(
     model: nn.Module,
     sizes: Mapping[int, int],

@@ -1,0 +1,207 @@
+"""Width and depth pruning as callbacks: once, before optimizers, again when a checkpoint is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import smaller_with_ddp
+import torch
+from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
+from wanda_lightning.callbacks.plumbing.before_setup import before_setup
+from wanda_lightning.engine.depth import prune_depth
+from wanda_lightning.engine.width import prune_width
+
+
+def by_the_engine(**settings):
+    model = tiny_llama(layers=2)
+    prune_width(model, token_batches(seed=3), 0.5, **settings)
+    prune_depth(model, token_batches(seed=3), 1)
+    return model
+
+
+def both():
+    return WidthPruning(keep=0.5), DepthPruning(layers=1)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_does_what_the_engine_does(tmp_path, lazy):
+    module = SomebodysModule(lazy=lazy)
+    trainer(tmp_path, *both(), max_steps=0).fit(module, datamodule=SomebodysData())
+    expected = by_the_engine()
+    assert all(map(torch.equal, module.net.state_dict().values(), expected.state_dict().values()))
+    assert module.net.config.intermediate_size == 32
+    assert module.net.config.num_hidden_layers == len(module.net.model.layers) == 1
+
+
+def test_optimizers_hold_the_parameters_that_there_are(tmp_path):
+    module, run = SomebodysModule(), trainer(tmp_path, *both())
+    run.fit(module, datamodule=SomebodysData())
+    held = {parameter for group in run.optimizers[0].param_groups for parameter in group["params"]}
+    assert held == set(module.net.parameters())
+    expected = by_the_engine()
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert module.net.get_parameter(down).shape == expected.get_parameter(down).shape
+    assert not torch.equal(module.net.get_parameter(down), expected.get_parameter(down))  # it did train
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions(tmp_path, precision):
+    module = SomebodysModule()
+    trainer(tmp_path, *both(), precision=precision).fit(module, datamodule=SomebodysData())
+    assert module.net.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16 if "true" in precision else torch.float32
+    assert module.net.config.intermediate_size == 32
+
+
+def test_validate_and_test_change_nothing(tmp_path):
+    module = SomebodysModule()
+    before = [parameter.clone() for parameter in module.parameters()]
+    run = trainer(tmp_path, *both())
+    run.validate(module, batches(), verbose=False)
+    run.test(module, batches(), verbose=False)
+    assert all(map(torch.equal, module.parameters(), before))
+
+
+def test_once_for_a_model_and_again_for_another(tmp_path):
+    module, callbacks = SomebodysModule(), both()
+    run = trainer(tmp_path, *callbacks, limit_train_batches=0)
+    run.validate(module, batches(), verbose=False)
+    run.fit(module, datamodule=SomebodysData())
+    reports = [callback.report for callback in callbacks]
+    run.validate(module, batches(), verbose=False)
+    run.limit_train_batches = 1.0
+    run.fit(module, datamodule=SomebodysData())
+    run.validate(module, batches(), verbose=False)
+    assert [callback.report for callback in callbacks] == reports
+    assert module.net.config.intermediate_size == 32
+    assert list(callbacks[0].evaluations) == ["dense", "smaller", "fine-tuned"]
+    plain = json.loads((tmp_path / "shrinking.json").read_text())
+    assert plain["steps"][0]["sizes"] == {"intermediate_size": [64, 32]}
+    assert plain["steps"][1]["gone"] == reports[1].gone
+    assert plain["parameters"][1] == plain["model"]["parameters"] == sum(p.numel() for p in module.net.parameters())
+    assert plain["calibration"]["tokens"] == 128
+    assert list(plain["evaluations"]) == ["dense", "smaller", "fine-tuned"]
+    assert "intermediate_size" in (tmp_path / "shrinking.md").read_text()
+    other = SomebodysModule()
+    trainer(tmp_path, *callbacks, max_steps=0).fit(other, datamodule=SomebodysData())
+    assert other.net.config.intermediate_size == 32
+    assert callbacks[0].evaluations == {}
+
+
+def test_calibrates_with_the_train_dataloader_where_there_is_no_other(tmp_path):
+    module, pruning = SomebodysModule(), WidthPruning(keep=0.5, num_samples=3)
+    trainer(tmp_path, pruning, max_steps=1).fit(module, batches())
+    assert pruning.report.tokens == 2 * 2 * 16
+
+
+def test_zeros_on_the_smaller_model(tmp_path):
+    module = SomebodysModule()
+    sparse = WandaPruning(pattern="2:4")
+    trainer(tmp_path, *both(), sparse).fit(module, datamodule=SomebodysData())
+    assert sparsities(module) == {0.5}
+    assert {row.shape for row in sparse.report.linears} == {(32, 32), (16, 32)}
+    assert module.net.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_checkpoint_is_loaded_into_a_module_of_its_shapes(tmp_path, lazy):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    module, settings = SomebodysModule(lazy=lazy), {"enable_checkpointing": True, "max_steps": 4}
+    trainer(tmp_path, *both(), checkpoint, **settings).fit(module, datamodule=SomebodysData())
+    saved = next(tmp_path.glob("*step=2.ckpt"))
+    resumed, callbacks = SomebodysModule(lazy=lazy), both()
+
+    class NoCalibration(SomebodysData):
+        def calibration_dataloader(self):
+            raise AssertionError("pruned again")
+
+    trainer(tmp_path, *callbacks, max_steps=4).fit(resumed, datamodule=NoCalibration(), ckpt_path=saved)
+    assert all(map(torch.equal, resumed.net.state_dict().values(), module.net.state_dict().values()))
+    assert callbacks[1].report.kept and callbacks[0].report.sizes == {"intermediate_size": (64, 32)}
+    evaluated = SomebodysModule(lazy=lazy)
+    trainer(tmp_path, *both()).validate(evaluated, batches(), ckpt_path=saved, verbose=False)
+    there = torch.load(saved, weights_only=True)["state_dict"]
+    assert all(torch.equal(there[name], tensor) for name, tensor in evaluated.state_dict().items())
+    assert evaluated.net.generate(token_batches()[0][:1], max_new_tokens=3, do_sample=False).shape == (1, 19)
+
+
+def test_what_a_checkpoint_says_counts_whatever_the_callback_asks_for(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    run = trainer(tmp_path, *both(), checkpoint, max_steps=2, enable_checkpointing=True)
+    run.fit(SomebodysModule(), datamodule=SomebodysData())
+    resumed = SomebodysModule()
+    callbacks = WidthPruning(keep=0.75, overwrite=True), DepthPruning(layers=1)
+    trainer(tmp_path, *callbacks, max_steps=3).fit(
+        resumed, datamodule=SomebodysData(), ckpt_path=checkpoint.best_model_path
+    )
+    assert resumed.net.config.intermediate_size == 32
+
+
+def test_all_processes_end_with_the_same_model(tmp_path):
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, smaller_with_ddp.__file__, str(tmp_path)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
+    )
+    (first, kept, tokens), (second, *_) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["model.layers.0.mlp.down_proj.weight"].shape == (32, 32)
+    alone = tiny_llama(layers=2)
+    reports = prune_width(alone, token_batches(seed=3), 0.5), prune_depth(alone, token_batches(seed=3), 1)
+    assert kept == [[[*pair] for pair in reports[0].kept], reports[1].kept]
+    assert tokens == reports[0].tokens
+
+
+def test_strategies_that_cannot_work_are_refused(tmp_path):
+    module = SomebodysModule()
+    with pytest.raises(Exception, match="whose model keeps its shapes"):
+        trainer(tmp_path, *both(), strategy="ddp_fork", devices=2).fit(module, datamodule=SomebodysData())
+
+
+def test_a_folder_of_other_settings_is_not_overwritten(tmp_path):
+    trainer(tmp_path, *both(), max_steps=0).fit(SomebodysModule(), datamodule=SomebodysData())
+    other = SomebodysModule()
+    with pytest.raises(ValueError, match=r"holds the results of another run.*'keep': 0.5.*'keep': 0.75"):
+        trainer(tmp_path, WidthPruning(keep=0.75), max_steps=0).fit(other, datamodule=SomebodysData())
+    assert other.net.config.intermediate_size == 64
+    callback = WidthPruning(keep=0.75, overwrite=True)
+    trainer(tmp_path, callback, max_steps=0).fit(other, datamodule=SomebodysData())
+    assert other.net.config.intermediate_size == 48
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WidthPruning(keep=0), "keep must be a fraction"),
+        (lambda: WidthPruning(choice="best"), "choice must be one of"),
+        (lambda: WidthPruning(num_samples=0), "num_samples must be"),
+        (lambda: DepthPruning(layers=-1), "layers must be a whole number"),
+    ],
+)
+def test_settings_are_checked_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_too_many_layers_are_refused_before_anything_changes(tmp_path):
+    module = SomebodysModule()
+    with pytest.raises(ValueError, match="layers=2 of 2 decoder layers leaves none"):
+        trainer(tmp_path, DepthPruning(layers=2)).fit(module, datamodule=SomebodysData())
+    assert len(module.net.model.layers) == 2
+
+
+def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
+    run = trainer(tmp_path, max_steps=1)
+    done = []
+    for number in range(2):
+        before_setup(run, lambda number=number: done.append(number), lambda _: None)
+    run.fit(SomebodysModule(), datamodule=SomebodysData())
+    assert done == [1]
+    assert not {"setup", "load_model_state_dict"} & vars(run.strategy).keys()

@@ -1,0 +1,74 @@
+"""Depth pruning as a Lightning callback."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from wanda_lightning.arguments import whole_number
+from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.callbacks.shape_pruning import ShapePruning
+from wanda_lightning.engine.depth import LayerChoice, prune_depth
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.shortening import Shortening
+from wanda_lightning.report.shrinking import ShrinkReport
+
+
+class DepthPruning(ShapePruning):
+    """Takes whole decoder layers out before training: the model is an ordinary, smaller one, and faster everywhere.
+
+    See :func:`wanda_lightning.prune_depth` for the choice of the layers. Works with any LightningModule that holds a
+    Hugging Face causal language model in memory, alone or with DDP; beside :class:`WidthPruning`, and before callbacks
+    that prune weights to zero. Fine-tune, best with distillation: what is left is worth much less without it.
+
+    Args:
+        layers: How many layers go, fewer than there are.
+        choice: ``influence`` (ShortGPT, arXiv:2403.03853), ``contiguous`` (arXiv:2403.17887) or ``loss``.
+        layer_list: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        num_samples: How many sequences to take where calibration uses the train dataloader.
+        activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
+        overwrite: Replace the results in the folder also if they are of other settings.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        layers: int = 4,
+        choice: LayerChoice = "influence",
+        layer_list: str | None = None,
+        num_samples: int = 128,
+        activations: Place = "device",
+        overwrite: bool = False,
+    ) -> None:
+        whole_number("layers", layers, 0)
+        super().__init__(num_samples, overwrite, layers=layers, choice=choice)
+        self.layer_list, self.activations = layer_list, activations
+
+    @override
+    def prune(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        processes: Processes,
+        progress: Callable[[Iterable[Any], int], Iterable[Any]],
+    ) -> ShrinkReport:
+        """Take layers out."""
+        return prune_depth(
+            model,
+            batches,
+            **self.settings,
+            layer_list=self.layer_list,
+            activations=self.activations,
+            processes=processes,
+            progress=progress,
+        )
+
+    @override
+    def reshape(self, model: nn.Module, report: ShrinkReport) -> None:
+        """Take out the layers that the report does not keep."""
+        plan = Shortening.of(model, self.layer_list)
+        if gone := set(range(len(plan.layers))) - set(report.kept):
+            plan.apply(model, gone)

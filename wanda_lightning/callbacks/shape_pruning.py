@@ -1,0 +1,224 @@
+"""Pruning that changes the shapes of a model: before there are optimizers, and again before a checkpoint is loaded."""
+
+import json
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from typing_extensions import override
+
+from wanda_lightning.callbacks.plumbing.before_setup import before_setup
+from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
+from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
+from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
+from wanda_lightning.callbacks.plumbing.run_identity import describe_model
+from wanda_lightning.callbacks.pruning import run_folder
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.configuration import says
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.report.shrinking import SHRINKING, Shrinking, ShrinkReport
+
+log = logging.getLogger(__name__)
+
+
+class ShapePruning(Callback):
+    """What callbacks that make a model smaller have in common.
+
+    The model is changed once, in ``fit``, after it was loaded and before it is moved, wrapped and given to optimizers.
+    ``validate`` and ``test`` change nothing. A checkpoint of such a run says what was removed: whoever resumes from it,
+    or evaluates it, with the same callbacks gets the module in these shapes before the weights are loaded.
+
+    Args:
+        num_samples: How many sequences to take where calibration uses the train dataloader.
+        overwrite: Replace the results in the folder also if they are of other settings.
+        **settings: What is asked for, by the names of :func:`prune_width` or :func:`prune_depth`.
+    """
+
+    def __init__(self, num_samples: int, overwrite: bool, **settings: Any) -> None:
+        self.calibration = CalibrationBatches(num_samples)
+        self.num_samples, self.overwrite, self.settings = num_samples, overwrite, settings
+        self.report: ShrinkReport | None = None
+        self.evaluations: dict[str, dict[str, float]] = {}
+        self.calibrated: dict[str, Any] = {}
+        self.trained = False
+
+    @abstractmethod
+    def prune(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        processes: Processes,
+        progress: Callable[[Iterable[Any], int], Iterable[Any]],
+    ) -> ShrinkReport:
+        """Make a model smaller."""
+
+    @abstractmethod
+    def reshape(self, model: nn.Module, report: ShrinkReport) -> None:
+        """Give a model the shapes that a report tells of; its values are loaded afterwards."""
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Tell callbacks of different settings apart in a checkpoint."""
+        return self._generate_state_key(**self.settings)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait for the moment in which the model is loaded and nothing holds its parameters yet."""
+        leave_gloo_at_exit()
+        callbacks = shape_callbacks(trainer)
+        if self is not callbacks[0]:  # which speaks for all of them, in their order
+            return
+        if stage == "fit":
+            _check_strategy(trainer)
+            if not any(callback.overwrite for callback in callbacks):
+                _check_folder(run_folder(trainer), callbacks)
+        before_setup(
+            trainer,
+            partial(_prune_all, callbacks, trainer, pl_module, prunes=stage == "fit"),
+            partial(_reshape_all, callbacks, pl_module),
+        )
+
+    def is_done(self, model: Any) -> bool:
+        """Whether a model is what this callback made."""
+        return self.report is not None and all(
+            says(model.config, tuple(path.split(".")), after) for path, (_, after) in self.report.sizes.items()
+        )
+
+    def look_again(self, model: Any) -> bool:
+        """Begin anew if this is another model than the one that was made smaller; return whether it is to be."""
+        due = not self.is_done(model)
+        if due and self.report is not None:
+            self.report, self.evaluations, self.trained = None, {}, False
+        return due
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Remember that the weights are no longer as they were left."""
+        self.trained = True
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the metrics of ``trainer.validate`` into the report, under the stage that the weights are in."""
+        callbacks = shape_callbacks(trainer)
+        if trainer.state.fn != "validate" or self is not callbacks[0]:
+            return
+        model = find_language_model(pl_module)
+        due = [callback for callback in callbacks if callback.look_again(model)]
+        stage = "dense" if due else "fine-tuned" if self.trained else "smaller"
+        self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        save(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it takes to give a module these shapes again."""
+        report = self.report.to_dict() if self.report else None
+        plain = {name: getattr(self, name) for name in ("evaluations", "calibrated", "trained")}
+        return {"report": report, **plain}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of the run that wrote the checkpoint."""
+        self.report = ShrinkReport.from_dict(state_dict["report"]) if state_dict["report"] else None
+        for name in ("evaluations", "calibrated", "trained"):
+            setattr(self, name, state_dict[name])
+
+
+def shape_callbacks(trainer: Trainer) -> list[ShapePruning]:
+    """List the callbacks of a Trainer that change the shapes of its model."""
+    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, ShapePruning)]
+
+
+def shrinking_of(trainer: Trainer, module: LightningModule) -> Shrinking | None:
+    """Gather what the callbacks of a Trainer made of a module's model; None before they did."""
+    callbacks = shape_callbacks(trainer)
+    model = find_language_model(module) if callbacks else None
+    if model is None or not all(callback.is_done(model) for callback in callbacks):
+        return None
+    return Shrinking(
+        [callback.report for callback in callbacks if callback.report is not None],
+        describe_model(module, model),
+        callbacks[0].evaluations,
+        callbacks[0].calibrated,
+    )
+
+
+def save(trainer: Trainer, module: LightningModule) -> None:
+    """Write the report of all callbacks into the folder of the run, if the model is smaller already."""
+    folder, shrinking = run_folder(trainer), shrinking_of(trainer, module)  # all processes must ask for them
+    if shrinking is not None and trainer.is_global_zero:
+        shrinking.save(folder)
+
+
+def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: LightningModule, prunes: bool) -> None:
+    """Have every callback make the model smaller, unless it did."""
+    model: Any = find_language_model(module)
+    due = [callback for callback in callbacks if not callback.is_done(model)]
+    if not prunes or not due:
+        return
+    trainer.strategy.model_to_device()
+    for callback in due:
+        callback.look_again(model)
+        with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
+            callback.report = callback.prune(
+                model, callback.calibration.of(trainer), Processes(), partial(progress, trainer, asked_to_end)
+            )
+        callback.calibrated = callback.calibration.describe(trainer)
+        if trainer.is_global_zero:
+            log.info("%s", callback.report.summary)
+    check_can_be_saved(model, getattr(module, "tokenizer", None))
+    save(trainer, module)
+
+
+def _reshape_all(callbacks: list[ShapePruning], module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give the module the shapes that a checkpoint has, as far as its callbacks tell."""
+    model: Any = find_language_model(module)
+    states = checkpoint.get("callbacks", {})
+    for callback in callbacks:
+        kind = type(callback)
+        of_kind = [state for key, state in states.items() if key.startswith(kind.__qualname__)]
+        number = [each for each in callbacks if type(each) is kind].index(callback)
+        if number < len(of_kind) and of_kind[number]["report"]:
+            callback.load_state_dict(of_kind[number])
+            if callback.report is not None and not callback.is_done(model):
+                callback.reshape(model, callback.report)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which the shapes of a model cannot change in ``fit``."""
+    name = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{name} starts processes that send their weights back to the first one, whose model keeps its shapes: use "
+            'strategy="ddp"'
+        )
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            f"{name} shards weights before they can be pruned: make the model smaller on one device or with DDP, save "
+            "it, and train the saved model sharded"
+        )
+
+
+def _check_folder(folder: Path, callbacks: list[ShapePruning]) -> None:
+    """Refuse a folder with a report of other settings."""
+    file = folder / SHRINKING
+    if not file.exists():
+        return
+    try:
+        there = [step["settings"] for step in json.loads(file.read_text(encoding="utf-8"))["steps"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of a run ({error!r}): choose another folder") from error
+    now = [callback.settings for callback in callbacks]
+    if len(there) != len(now) or any(before.get(k, v) != v for before, each in zip(there, now, strict=True) for k, v in each.items()):
+        raise ValueError(
+            f"{folder} holds the results of another run, with {there}, not {now}: choose another folder, or say "
+            "overwrite=True to the callback (--overwrite on the command line) to replace them"
+        )

@@ -1,0 +1,88 @@
+"""Width pruning as a Lightning callback."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from typing_extensions import override
+
+from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.callbacks.shape_pruning import ShapePruning
+from wanda_lightning.engine.left_as_found import left_as_found
+from wanda_lightning.engine.narrowing import Narrowing
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.width import NeuronChoice, check_settings, prune_width
+from wanda_lightning.report.shrinking import ShrinkReport
+
+
+class WidthPruning(ShapePruning):
+    """Removes neurons from every MLP before training: the model is an ordinary, smaller one, and faster everywhere.
+
+    The neurons go whose loss the others make up for best, and the matrix that reads them is fitted anew (OSSCAR,
+    arXiv:2403.12983; SlimGPT, arXiv:2412.18110); see :func:`wanda_lightning.prune_width`. Works with any LightningModule
+    that holds a Hugging Face causal language model in memory, alone or with DDP. Callbacks that prune weights to zero
+    find the smaller model. Fine-tune, best with distillation: what is left is worth much less without it.
+
+    Args:
+        keep: Fraction of the neurons that stay, in (0, 1].
+        choice: ``obs``, ``wanda`` or ``magnitude``.
+        refit: Whether to fit the matrix that reads the neurons to those that stay.
+        multiple: What the number of neurons is rounded to. Default: 256 where that is at most a sixteenth of the width,
+            else 64, 16, 8 or 1.
+        damping: Fraction of the mean diagonal that is added to the Hessian, > 0.
+        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        num_samples: How many sequences to take where calibration uses the train dataloader.
+        activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
+        overwrite: Replace the results in the folder also if they are of other settings.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example::
+
+        Trainer(callbacks=[WidthPruning(keep=0.8)], max_steps=200).fit(CausalLM(name, distillation=Distillation()), data)
+    """
+
+    def __init__(
+        self,
+        keep: float = 0.8,
+        choice: NeuronChoice = "obs",
+        refit: bool = True,
+        multiple: int | None = None,
+        damping: float = 0.01,
+        layers: str | None = None,
+        num_samples: int = 128,
+        activations: Place = "device",
+        overwrite: bool = False,
+    ) -> None:
+        check_settings(keep, choice, multiple, damping)
+        super().__init__(
+            num_samples, overwrite, keep=keep, choice=choice, refit=refit, multiple=multiple, damping=damping
+        )
+        self.layers, self.activations = layers, activations
+
+    @override
+    def prune(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        processes: Processes,
+        progress: Callable[[Iterable[Any], int], Iterable[Any]],
+    ) -> ShrinkReport:
+        """Remove neurons."""
+        return prune_width(
+            model,
+            batches,
+            **self.settings,
+            layers=self.layers,
+            activations=self.activations,
+            processes=processes,
+            progress=progress,
+        )
+
+    @override
+    def reshape(self, model: nn.Module, report: ShrinkReport) -> None:
+        """Make the MLPs as narrow as the report says."""
+        widths = dict(map(tuple, report.kept))
+        with left_as_found(model):
+            Narrowing.of(model, lambda width: widths.get(width, width), self.layers).apply_first(model)

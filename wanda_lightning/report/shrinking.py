@@ -1,0 +1,162 @@
+"""What was taken out of a model so that it is truly smaller, as JSON and Markdown."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.report.environment import environment
+from wanda_lightning.report.tables import in_bytes, markdown_table, with_errors
+
+SHRINKING = "shrinking.json"
+Table = tuple[list[str], list[list[str]]]
+
+
+@dataclass
+class ShrinkReport:
+    """What one pruning of shapes took out of a model.
+
+    Attributes:
+        removed: What: ``neurons`` or ``layers``.
+        settings: What was asked for.
+        sizes: Numbers of the config before and after, such as ``{"intermediate_size": (1536, 1216)}``.
+        parameters: Number of parameters before and after.
+        bytes: Their bytes before and after.
+        figure: What ``figures`` are, such as ``error``.
+        figures: A figure for each part that was looked at: the matrices that read neurons, or the decoder layers.
+        gone: The parts that are no longer there, by the names they had; empty where all became smaller.
+        kept: What it takes to make the same shapes again: pairs of a width and of what is left of it, or the numbers of
+            the layers that stay.
+        tokens: Calibration tokens; None where none were needed.
+        seconds: Time it took.
+    """
+
+    removed: str
+    settings: dict[str, Any]
+    sizes: dict[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    figure: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
+    tokens: int | None = None
+    seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """What became of the numbers, in a few words: ``intermediate_size 1536 -> 1216``."""
+        return ", ".join(f"{name} {before} -> {after}" for name, (before, after) in self.sizes.items()) or "unchanged"
+
+    @property
+    def summary(self) -> str:
+        """One sentence of totals."""
+        return f"{self.title}: {change_of(self.parameters, self.bytes)}, in {self.seconds:.1f} s."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "ShrinkReport":
+        """Read back what :meth:`to_dict` gave, also from JSON."""
+        pairs = {name: tuple(plain[name]) for name in ("parameters", "bytes")}
+        return cls(**plain | pairs | {"sizes": {name: tuple(each) for name, each in plain["sizes"].items()}})
+
+    def table(self) -> Table:
+        """Return the figures as a header and rows of text."""
+        gone = set(self.gone)
+        rows = [
+            [name, f"{value:.4g}", *(["removed" if name in gone else ""] if gone else [])]
+            for name, value in self.figures.items()
+        ]
+        return [self.removed, self.figure, *([""] if gone else [])], rows
+
+
+@dataclass
+class Shrinking:
+    """All that was taken out of the model of a run, and what it was worth before and after.
+
+    Attributes:
+        steps: What was done, in order.
+        model: Which model: its ``name`` or path as given, and number of ``parameters`` now.
+        evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
+        calibration: Where the calibration set came from.
+        environment: Versions, machine and date.
+    """
+
+    steps: list[ShrinkReport] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=environment)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Number of parameters before and after."""
+        return self.steps[0].parameters[0], self.steps[-1].parameters[1]
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Their bytes before and after."""
+        return self.steps[0].bytes[0], self.steps[-1].bytes[1]
+
+    @property
+    def title(self) -> str:
+        """What became of the numbers, in a few words."""
+        return ", ".join(step.title for step in self.steps)
+
+    @property
+    def summary(self) -> str:
+        """One sentence of totals."""
+        return f"{self.title}: {change_of(self.parameters, self.bytes)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all as plain types, the totals first."""
+        return {"parameters": self.parameters, "bytes": self.bytes, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Shrinking":
+        """Read back what :meth:`to_dict` gave, also from JSON."""
+        rest = {name: value for name, value in plain.items() if name not in ("parameters", "bytes")}
+        return cls(**rest | {"steps": [ShrinkReport.from_dict(step) for step in plain["steps"]]})
+
+    def evaluation_table(self) -> Table | None:
+        """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+        if not self.evaluations:
+            return None
+        values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
+        metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
+        return ["evaluation", *values], [[m, *(stage.get(m, "") for stage in values.values())] for m in metrics]
+
+    def tables(self) -> Iterable[Table]:
+        """Yield the evaluations, the sizes, and what was looked at in each step."""
+        if evaluation := self.evaluation_table():
+            yield evaluation
+        numbers = [(name, *numbers) for step in self.steps for name, numbers in step.sizes.items()]
+        rows = [[name, f"{before:,}", f"{after:,}"] for name, before, after in [*numbers, ("parameters", *self.parameters)]]
+        yield ["", "before", "after"], [*rows, ["bytes", *map(in_bytes, self.bytes)]]
+        yield from (step.table() for step in self.steps if step.figures)
+
+    def to_markdown(self) -> str:
+        """Return the summary and the tables as Markdown."""
+        lines = [f"# {self.title}", "", self.summary, ""]
+        for header, rows in self.tables():
+            lines += [*markdown_table(header, rows, left=(0, 2) if len(header) == 3 and not header[2] else (0,)), ""]
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``shrinking.json`` and ``shrinking.md`` into a folder."""
+        write_text(Path(folder) / SHRINKING, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(folder) / "shrinking.md", self.to_markdown())
+
+
+def change_of(parameters: tuple[int, int], size: tuple[int, int]) -> str:
+    """Write how a model's size changed."""
+    before, after = parameters
+    return (
+        f"{before:,} parameters became {after:,} ({after / max(1, before) - 1:+.2%}), "
+        f"{in_bytes(size[0])} became {in_bytes(size[1])}"
+    )
