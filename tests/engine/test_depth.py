@@ -194,6 +194,6 @@ def test_layers_that_are_one_are_refused(llama):
 
 def test_layers_that_depend_on_their_place_are_refused():
     model = build("Jamba")  # whether a layer has attention or experts goes by its number
-    with pytest.raises(ValueError, match="of JambaConfig|no number in JambaConfig makes model.layers"):
+    with pytest.raises(ValueError, match=r"no number in JambaConfig makes model\.layers|would be built otherwise"):
         prune_depth(model, BATCHES, 3)
     assert len(model.model.layers) == 4

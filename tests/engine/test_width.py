@@ -121,7 +121,10 @@ def test_experts_lose_as_many_neurons_each_and_not_the_same():
     assert experts.down_proj.shape == (4, 32, 8)
     assert experts.gate_up_proj.shape == (4, 16, 32)
     dense = mixtral().model.layers[0].mlp.experts.gate_up_proj
-    stayed = [[(row == one).all(1).nonzero().item() for one in rows] for row, rows in zip(dense, experts.gate_up_proj, strict=True)]
+    stayed = [
+        [(row == one).all(1).nonzero().item() for one in rows]
+        for row, rows in zip(dense, experts.gate_up_proj, strict=True)
+    ]
     assert all([16 + j for j in each[:8]] == each[8:] for each in stayed)
     assert len({tuple(each) for each in stayed}) > 1
 

@@ -5,7 +5,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +19,6 @@ from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model
 from wanda_lightning.callbacks.pruning import run_folder
-from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.configuration import says
 from wanda_lightning.model.language_model import find_language_model
@@ -79,8 +77,7 @@ class ShapePruning(Callback):
             return
         if stage == "fit":
             _check_strategy(trainer)
-            if not any(callback.overwrite for callback in callbacks):
-                _check_folder(run_folder(trainer), callbacks)
+            check_folder(trainer)
         before_setup(
             trainer,
             partial(_prune_all, callbacks, trainer, pl_module, prunes=stage == "fit"),
@@ -174,7 +171,6 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
         callback.calibrated = callback.calibration.describe(trainer)
         if trainer.is_global_zero:
             log.info("%s", callback.report.summary)
-    check_can_be_saved(model, getattr(module, "tokenizer", None))
     save(trainer, module)
 
 
@@ -207,18 +203,26 @@ def _check_strategy(trainer: Trainer) -> None:
         )
 
 
-def _check_folder(folder: Path, callbacks: list[ShapePruning]) -> None:
-    """Refuse a folder with a report of other settings."""
-    file = folder / SHRINKING
-    if not file.exists():
+def check_folder(trainer: Trainer) -> None:
+    """Refuse a folder with a report of other settings; every process must ask.
+
+    Args:
+        trainer: The Trainer; nothing is refused if its callbacks do not change shapes, or are to overwrite results.
+
+    Raises:
+        ValueError: If the folder holds such a report.
+    """
+    callbacks = shape_callbacks(trainer)
+    file = run_folder(trainer) / SHRINKING if callbacks else None
+    if file is None or not file.exists() or any(callback.overwrite for callback in callbacks):
         return
     try:
         there = [step["settings"] for step in json.loads(file.read_text(encoding="utf-8"))["steps"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of a run ({error!r}): choose another folder") from error
     now = [callback.settings for callback in callbacks]
-    if len(there) != len(now) or any(before.get(k, v) != v for before, each in zip(there, now, strict=True) for k, v in each.items()):
+    if there != now:
         raise ValueError(
-            f"{folder} holds the results of another run, with {there}, not {now}: choose another folder, or say "
+            f"{file.parent} holds the results of another run, with {there}, not {now}: choose another folder, or say "
             "overwrite=True to the callback (--overwrite on the command line) to replace them"
         )

@@ -19,9 +19,10 @@ class WidthPruning(ShapePruning):
     """Removes neurons from every MLP before training: the model is an ordinary, smaller one, and faster everywhere.
 
     The neurons go whose loss the others make up for best, and the matrix that reads them is fitted anew (OSSCAR,
-    arXiv:2403.12983; SlimGPT, arXiv:2412.18110); see :func:`wanda_lightning.prune_width`. Works with any LightningModule
-    that holds a Hugging Face causal language model in memory, alone or with DDP. Callbacks that prune weights to zero
-    find the smaller model. Fine-tune, best with distillation: what is left is worth much less without it.
+    arXiv:2403.12983; SlimGPT, arXiv:2412.18110); see :func:`wanda_lightning.prune_width`. Works with any
+    LightningModule that holds a Hugging Face causal language model in memory, alone or with DDP. Callbacks that
+    prune weights to zero find the smaller model. Fine-tune, best with distillation: what is left is worth much less
+    without it.
 
     Args:
         keep: Fraction of the neurons that stay, in (0, 1].
@@ -40,7 +41,8 @@ class WidthPruning(ShapePruning):
 
     Example::
 
-        Trainer(callbacks=[WidthPruning(keep=0.8)], max_steps=200).fit(CausalLM(name, distillation=Distillation()), data)
+        module = CausalLM(name, distillation=Distillation())
+        Trainer(callbacks=[WidthPruning(keep=0.8)], max_steps=200).fit(module, data)
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from typing_extensions import override
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
+from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
 from wanda_lightning.cli.quiet_terminal import leave_out_what_nobody_asked
@@ -113,7 +114,7 @@ class PruningCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
-        for callback in pruning_callbacks(self.trainer):
+        for callback in self._prunes:
             callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
         if subcommand not in ("prune", "fit", "sweep"):  # which write results
             super()._run_subcommand(subcommand)
@@ -139,25 +140,32 @@ class PruningCLI(LightningCLI):
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
         if isinstance(self.model, CausalLM):
             self.model.check_trainable()
-        if self.trainer.pruning_callback and not self.config_init[self.subcommand].get("ckpt_path"):
+        if self._prunes and not self.config_init[self.subcommand].get("ckpt_path"):
             self.trainer.prune(self.model, datamodule=self.datamodule, save=False)
 
     def after_fit(self) -> None:
         """Evaluate, save and show what training made of the pruned model."""
-        if self.trainer.pruning_callback:
+        if self._prunes:
             end_if_asked(self.trainer)
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
             self.trainer.save_pretrained(self.model)
             self._show_report()
 
+    @property
+    def _prunes(self) -> list[Any]:
+        """The callbacks that change the model before it is trained."""
+        return [*shape_callbacks(self.trainer), *pruning_callbacks(self.trainer)]
+
     def _show_report(self) -> None:
         folder = run_folder(self.trainer)  # all processes must ask for it
-        reports = [callback.report for callback in pruning_callbacks(self.trainer) if callback.report]
+        shrinking = shrinking_of(self.trainer, self.model)
+        reports: list[Any] = [shrinking, *(callback.report for callback in pruning_callbacks(self.trainer))]
+        reports = [report for report in reports if report is not None]
         if reports and self.trainer.is_global_zero:
             details = self.config_init[self.subcommand].details
             for report in reports:
                 Console().print(report.to_table(details))
-            there = [name for name in ("report.html", "model", "adapter") if (folder / name).exists()]
+            there = [name for name in ("report.html", "shrinking.md", "model", "adapter") if (folder / name).exists()]
             Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
 
 

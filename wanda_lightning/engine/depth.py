@@ -233,7 +233,7 @@ def _turned(entered: Sequence[Tensor], step: CalibratedLayer, as_angle: bool) ->
 
 
 def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, Tensor]) -> list[Callable[..., Any]]:
-    """Return for each layer a forward that changes nothing; what layers give beside hidden states is as they give it."""
+    """Return for each layer a forward that passes hidden states on, beside all else that the layer gives."""
     given: dict[nn.Module, Any] = {}
     with ExitStack() as hooks:
         for module in modules:

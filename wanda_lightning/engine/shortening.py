@@ -133,7 +133,7 @@ def _layer_list(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 def _cut_lists(config: Any, path: Path, number: int, gone: Collection[int]) -> None:
-    """Cut what a config says layer by layer, such as ``layer_types``: its lists that are as long; not those of tokens."""
+    """Cut what a config says layer by layer, such as ``layer_types``: its lists that are as long, but for tokens."""
     owner = reduce(getattr, path, config)
     for name, value in [*vars(owner).items()]:
         if isinstance(value, list | tuple) and len(value) == number and not name.endswith(("_token_id", "_token_ids")):

@@ -180,9 +180,7 @@ class _Solver:
         torch.clear_autocast_cache()
         return {name: _Read(mask_I.nonzero().flatten(), errors.get(name)) for name, mask_I in masks.items()}
 
-    def _solve_one(
-        self, name: str, weight_OI: Tensor, statistic: InputStatistic | None
-    ) -> tuple[Tensor, float | None]:
+    def _solve_one(self, name: str, weight_OI: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float | None]:
         """Choose the inputs of a matrix that stay, (I,), and change the matrix in place."""
         width = weight_OI.shape[1]
         kept = self.plan.widths[width]

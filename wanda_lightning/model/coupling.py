@@ -55,8 +55,8 @@ def find_neurons(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, 
     if not any(found.values()):
         matrices = [f"{x.name} {tuple(x.weight_OI.shape)}" for x in prunable_linears(layers[0].module, layers[0].name)]
         raise ValueError(
-            f"no MLP of a known coupling was found in {type(model).__name__}: no matrix reads neurons that others beside "
-            f"it write, one by one; {layers[0].name} has {', '.join(matrices)}"
+            f"no MLP of a known coupling was found in {type(model).__name__}: no matrix reads neurons that others "
+            f"beside it write, one by one; {layers[0].name} has {', '.join(matrices)}"
         )
     return found
 
@@ -141,7 +141,9 @@ def _works(group: Sequence[Neurons], args: tuple[Any, ...], kwargs: dict[str, An
         log.debug("%s does not read neurons: %s", group[0].reader.name, reason)
         return False
     close = 1e-4 * unread.abs().max()
-    return smaller.shape == unread.shape and bool((smaller - unread).abs().max() <= close < (whole - unread).abs().max())
+    return smaller.shape == unread.shape and bool(
+        (smaller - unread).abs().max() <= close < (whole - unread).abs().max()
+    )
 
 
 def _in_float32(value: Any) -> Any:

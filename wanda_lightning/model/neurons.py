@@ -85,7 +85,8 @@ def _rows(kept_K: Tensor, width: int, layout: Layout) -> Tensor:
 
 def _shrink_weight(module: nn.Module, parameter: str, cuts: list[tuple[PrunableLinear, int, Tensor]]) -> None:
     matrices = [
-        (linear, linear.weight_OI.index_select(axis, index_K.to(linear.weight.device))) for linear, axis, index_K in cuts
+        (linear, linear.weight_OI.index_select(axis, index_K.to(linear.weight.device)))
+        for linear, axis, index_K in cuts
     ]
     first, matrix_OI = matrices[0]
     shape = tuple(reversed(matrix_OI.shape)) if first.is_transposed else tuple(matrix_OI.shape)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +10,7 @@ from wanda_lightning.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from wanda_lightning.report.pruning_report import PruningReport
+    from wanda_lightning.report.shrinking import Shrinking
 
 Training = Literal["none", "whole", "gradual", "adapter", "merged"]
 """What happened besides the pruning: nothing; the kept weights were trained, after it or while it went on step by step;
@@ -32,6 +33,7 @@ def model_card(
     training: Training = "none",
     steps: int = 0,
     others: Sequence["PruningReport"] = (),
+    shrinking: "Shrinking | None" = None,
 ) -> str:
     """Write a model card in the hub's format.
 
@@ -42,24 +44,15 @@ def model_card(
         training: How the model was trained after the pruning.
         steps: Number of training steps.
         others: Reports of other matrices of the same model that were pruned in another way.
+        shrinking: What was taken out of the model before, if anything was.
 
     Returns:
         Markdown with a YAML header.
     """
-    from huggingface_hub import ModelCardData
-
-    on_the_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
-    data = ModelCardData(
-        base_model=base if on_the_hub else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["pruned", "sparse"],
-    )
-    lines = ["---", data.to_yaml(), "---", "", f"# {report.title}", ""]
-    if named := base or report.model.get("name"):
-        size = f" ({report.model['parameters']:,} parameters)" if report.model else ""
-        revision = f" at revision {report.model['revision']}" if report.model.get("revision") else ""
-        lines += [f"Made from `{_without_folder(named)}`{revision}{size}.", ""]
+    made_from = report.model | ({"parameters": shrinking.parameters[0]} if shrinking else {})
+    lines = _head(report.title, base, made_from, ["pruned", "sparse"])
+    if shrinking is not None:
+        lines += [f"It was made smaller first: {shrinking.summary}", ""]
     for other in others:
         lines += [f"Other matrices were pruned in another way: {other.title}. {other.summary}", ""]
     lines += [
@@ -78,9 +71,51 @@ def model_card(
     for header, rows in report.overview():
         lines += [*markdown_table(header, rows), ""]
     order = {"order": report.order} if report.order else {}
-    settings = {**order, **report.calibration, **report.environment}
-    lines += markdown_table(["setting", ""], [[key, _without_folder(s)] for key, s in settings.items()], left=(0, 1))
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_settings({**order, **report.calibration, **report.environment})]) + "\n"
+
+
+def card_of_smaller(shrinking: "Shrinking", base: str | None = None, steps: int = 0) -> str:
+    """Write the card of a model that was made smaller and has no zeros.
+
+    Args:
+        shrinking: What was taken out, and the evaluations.
+        base: Name or folder of the dense model, if it is known.
+        steps: Number of training steps afterwards.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    made_from = shrinking.model | {"parameters": shrinking.parameters[0]}
+    lines = _head(shrinking.title, base, made_from, ["pruned"])
+    lines += [f"{shrinking.summary} It is an ordinary model; `from_pretrained` loads it.", ""]
+    if steps:
+        lines += [f"It was then trained for {steps} steps.", ""]
+    for header, rows in shrinking.overview():
+        lines += [*markdown_table(header, rows), ""]
+    return "\n".join([*lines, *_settings({**shrinking.calibration, **shrinking.environment})]) + "\n"
+
+
+def _head(title: str, base: str | None, model: Mapping[str, Any], tags: list[str]) -> list[str]:
+    """Return the YAML header, the title, and what the model was made from."""
+    from huggingface_hub import ModelCardData
+
+    on_the_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
+    data = ModelCardData(
+        base_model=base if on_the_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]
+    if named := base or model.get("name"):
+        size = f" ({model['parameters']:,} parameters)" if "parameters" in model else ""
+        revision = f" at revision {model['revision']}" if model.get("revision") else ""
+        lines += [f"Made from `{_without_folder(named)}`{revision}{size}.", ""]
+    return lines
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    return markdown_table(["setting", ""], [[key, _without_folder(s)] for key, s in settings.items()], left=(0, 1))
 
 
 def _without_folder(value: Any) -> str:

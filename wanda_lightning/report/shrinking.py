@@ -4,11 +4,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
-from wanda_lightning.report.tables import in_bytes, markdown_table, with_errors
+from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 SHRINKING = "shrinking.json"
 Table = tuple[list[str], list[list[str]]]
@@ -131,21 +134,39 @@ class Shrinking:
         metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
         return ["evaluation", *values], [[m, *(stage.get(m, "") for stage in values.values())] for m in metrics]
 
-    def tables(self) -> Iterable[Table]:
-        """Yield the evaluations, the sizes, and what was looked at in each step."""
+    def overview(self) -> Iterable[Table]:
+        """Yield the evaluations and the sizes."""
         if evaluation := self.evaluation_table():
             yield evaluation
         numbers = [(name, *numbers) for step in self.steps for name, numbers in step.sizes.items()]
-        rows = [[name, f"{before:,}", f"{after:,}"] for name, before, after in [*numbers, ("parameters", *self.parameters)]]
+        rows = [
+            [name, f"{before:,}", f"{after:,}"] for name, before, after in [*numbers, ("parameters", *self.parameters)]
+        ]
         yield ["", "before", "after"], [*rows, ["bytes", *map(in_bytes, self.bytes)]]
-        yield from (step.table() for step in self.steps if step.figures)
 
     def to_markdown(self) -> str:
-        """Return the summary and the tables as Markdown."""
+        """Return the summary, and what was looked at in each step, as Markdown."""
         lines = [f"# {self.title}", "", self.summary, ""]
-        for header, rows in self.tables():
-            lines += [*markdown_table(header, rows, left=(0, 2) if len(header) == 3 and not header[2] else (0,)), ""]
+        for header, rows in self.overview():
+            lines += [*markdown_table(header, rows), ""]
+        for step in self.steps:
+            lines += [*markdown_table(*step.table(), left=(0, 2)), ""] if step.figures else []
         return "\n".join(lines)
+
+    def to_table(self, details: bool = True) -> "Group":
+        """Return the tables for a rich console, the most wanted last, where the eye is.
+
+        Args:
+            details: Whether to show all; else the evaluations and the sizes alone.
+
+        Returns:
+            What rich can print.
+        """
+        from rich.console import Group
+
+        steps = [terminal_table(*step.table(), left=(0, 2)) for step in self.steps if details and step.figures]
+        overview = [terminal_table(*table) for table in self.overview()]
+        return Group(*steps, f"[bold]{self.title}[/bold]", *reversed(overview), self.summary)
 
     def save(self, folder: str | Path) -> None:
         """Write ``shrinking.json`` and ``shrinking.md`` into a folder."""

@@ -9,11 +9,12 @@ from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import SparseFinetuning
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
+from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import saving
 from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.offload import is_on_disk
-from wanda_lightning.report.model_card import Training, model_card
+from wanda_lightning.report.model_card import Training, card_of_smaller, model_card
 from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
 
 
@@ -64,9 +65,13 @@ def check_reports(trainer: Trainer, model: Any) -> None:
 def _write_card(trainer: Trainer, module: LightningModule, folder: Path) -> None:
     callbacks = pruning_callbacks(trainer)
     reports = [callback.report for callback in callbacks if callback.report is not None]
+    shrinking, base, steps = shrinking_of(trainer, module), name_of(module), trainer.global_step
     if reports:
-        card = model_card(reports[0], name_of(module), _training(trainer, module), trainer.global_step, reports[1:])
+        card = model_card(reports[0], base, _training(trainer, module), steps, reports[1:], shrinking)
         write_text(folder / "README.md", card)
+    elif shrinking is not None:
+        trained = any(callback.trained for callback in shape_callbacks(trainer))
+        write_text(folder / "README.md", card_of_smaller(shrinking, base, steps if trained else 0))
 
 
 def _training(trainer: Trainer, module: LightningModule) -> Training:

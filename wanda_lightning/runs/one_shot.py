@@ -9,7 +9,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from wanda_lightning.callbacks.pruning import pruning_callbacks
+from wanda_lightning.callbacks.shape_pruning import check_folder, shape_callbacks, shrinking_of
 from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.model_folder import save_pretrained
 
 
@@ -21,10 +23,10 @@ def prune(
     save: bool = True,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
-) -> PruningReport:
+) -> PruningReport | Shrinking:
     """Prune once with the pruning callbacks of a Trainer; see :meth:`PruningTrainer.prune`."""
     callbacks = pruning_callbacks(trainer)
-    if not callbacks:
+    if not callbacks and not shape_callbacks(trainer):
         raise ValueError(
             "nothing to prune with: give the Trainer a pruning callback such as WandaPruning; on the command line "
             "a recipe has one, such as -c wanda"
@@ -53,7 +55,7 @@ def prune(
             _evaluate(trainer, module, datamodule, val_dataloaders)
         if save:
             save_pretrained(trainer, module)
-    report = callbacks[0].report
+    report = callbacks[0].report if callbacks else shrinking_of(trainer, module)
     assert report is not None
     return report
 
@@ -70,6 +72,7 @@ def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Ite
     Raises:
         ValueError: If these results are of another model or of other settings, and are not to be overwritten.
     """
+    check_folder(trainer)
     runs = [callback.run.files for callback in pruning_callbacks(trainer)]
     for run in runs:
         run.begin(trainer, module, loaded=False)

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.model_folder import save_pretrained
 from wanda_lightning.runs.one_shot import prune
@@ -31,7 +32,7 @@ class PruningTrainer(Trainer):
         save: bool = True,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
-    ) -> PruningReport:
+    ) -> PruningReport | Shrinking:
         """Prunes once, evaluates before and after, and saves the model; no training.
 
         Layers that are finished are kept on disk until the model is saved: after a crash the same call goes on there.
@@ -48,7 +49,7 @@ class PruningTrainer(Trainer):
             val_dataloaders: What to evaluate with then. Without, and without the model's own, nothing is evaluated.
 
         Returns:
-            The report of the first pruning callback.
+            The report of the first pruning callback; where there is none, what the callbacks that change shapes did.
 
         Raises:
             ValueError: If the Trainer has no pruning callback, or one that prunes during training, or the folder holds

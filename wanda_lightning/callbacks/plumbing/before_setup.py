@@ -10,9 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 
-def before_setup(
-    trainer: Trainer, act: Callable[[], None], before_loading: Callable[[dict[str, Any]], None]
-) -> None:
+def before_setup(trainer: Trainer, act: Callable[[], None], before_loading: Callable[[dict[str, Any]], None]) -> None:
     """Have something done before the strategy sets up the model, once.
 
     Args:
@@ -21,13 +19,16 @@ def before_setup(
         before_loading: Is called with a checkpoint before its weights are loaded.
     """
     strategy: Any = trainer.strategy
-    for name in ("setup", "load_model_state_dict"):  # of a run that failed before it came so far
-        if hasattr(vars(strategy).get(name), "is_before_setup"):
-            delattr(strategy, name)
+
+    def forget() -> None:
+        del strategy.setup, strategy.load_model_state_dict, strategy.is_set_up_later
+
+    if hasattr(strategy, "is_set_up_later"):  # by a run that failed before it came so far
+        forget()
     setup, load = strategy.setup, strategy.load_model_state_dict
 
     def set_up(trainer: Trainer) -> None:
-        del strategy.setup, strategy.load_model_state_dict
+        forget()
         act()
         setup(trainer)
 
@@ -35,6 +36,5 @@ def before_setup(
         before_loading(checkpoint)
         load(checkpoint, *args, **kwargs)
 
-    for function in (set_up, load_model_state_dict):
-        function.is_before_setup = True  # type: ignore[attr-defined]
     strategy.setup, strategy.load_model_state_dict = set_up, load_model_state_dict
+    strategy.is_set_up_later = True
