@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,14 @@ FOLDER = Path(wanda_lightning.__file__).parent / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 
+OTHERS = ("sweep.yaml", "shrink.yaml")  # see test_sweep.py, and below
+
+
 def launch_line(recipe: str) -> str:
     return re.search(r"^# Run: +wanda-lightning (.*)$", (FOLDER / recipe).read_text(), re.MULTILINE)[1]
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "sweep.yaml"])  # see test_sweep.py
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in OTHERS])
 def test_recipe_runs(recipe, tiny_model_folder, tmp_path):
     command, dash_c, path, *_ = launch_line(recipe).split()
     assert (dash_c, path) == ("-c", f"recipes/{recipe}")
@@ -53,6 +58,44 @@ def test_recipe_runs(recipe, tiny_model_folder, tmp_path):
         weight = model.get_parameter(f"{row['name']}.weight")
         assert (weight == 0).float().mean().item() == 0.5
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed_everything"] == settings["seed_everything"]
+
+
+def test_shrink_gives_an_ordinary_model_that_needs_nothing_of_ours(tiny_model_folder, tmp_path):
+    command, dash_c, path, *_ = launch_line("shrink.yaml").split()
+    assert (dash_c, path) == ("-c", "recipes/shrink.yaml")
+    small = {
+        "model.pretrained": tiny_model_folder,
+        "data.num_samples": 4,
+        "data.sequence_length": 16,
+        "data.max_evaluation_windows": 4,
+        "trainer.default_root_dir": tmp_path,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.max_steps": 2,
+    }
+    run([command, "-c", str(FOLDER / "shrink.yaml"), *(f"--{key}={value}" for key, value in small.items())])
+    report = json.loads((tmp_path / "shrinking.json").read_text())
+    assert list(report["evaluations"]) == ["dense", "smaller", "fine-tuned"]
+    assert [step["sizes"] for step in report["steps"]] == [
+        {"intermediate_size": [64, 51]},
+        {"num_hidden_layers": [3, 1]},
+    ]
+    card = (tmp_path / "model/README.md").read_text()
+    assert "# intermediate_size 64 -> 51, num_hidden_layers 3 -> 1" in card
+    assert "trained for 2 steps" in card
+    assert f"{report['parameters'][0]:,} parameters became {report['parameters'][1]:,}" in card
+    code = f"""
+import sys
+sys.modules["wanda_lightning"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (auto.from_pretrained({str(tmp_path / "model")!r}) for auto in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("Some words", return_tensors="pt").input_ids
+print(sum(p.numel() for p in model.parameters()), model.generate(ids, max_new_tokens=5, min_new_tokens=5).shape[1])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    parameters, tokens = map(int, found.stdout.split())
+    assert parameters == report["parameters"][1]
+    assert tokens > 5
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -10,8 +10,9 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.narrowing import Narrowing
+from wanda_lightning.engine.neuron_solver import NeuronChoice
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.width import NeuronChoice, check_settings, prune_width
+from wanda_lightning.engine.width import check_settings, prune_width
 from wanda_lightning.report.shrinking import ShrinkReport
 
 

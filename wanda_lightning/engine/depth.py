@@ -1,35 +1,23 @@
-"""Depth pruning: whole decoder layers go, those that change the hidden states or the loss least.
-
-Shapes: B batch, T tokens, D hidden size, V vocabulary, N real tokens.
-"""
+"""Depth pruning: whole decoder layers go, those that change the hidden states or the loss least."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable
+from typing import Literal, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.arguments import whole_number
-from wanda_lightning.calibration.batches import Batch, model_inputs
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.layer_choice import LayerChooser, Progress
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reshaping import sizes
 from wanda_lightning.engine.shortening import Shortening
-from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import device_of
-from wanda_lightning.model.replaced import replaced
 from wanda_lightning.report.shrinking import ShrinkReport
 
 LayerChoice = Literal["influence", "contiguous", "loss"]
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 FIGURES = {"influence": "influence", "contiguous": "angle", "loss": "loss without it"}
 
 
@@ -94,7 +82,7 @@ def prune_depth(
                     f"layers={layers} of {len(plan.layers)} decoder layers leaves none: give a number in "
                     f"[0, {len(plan.layers)})"
                 )
-        chooser = _Chooser(model, plan, layers, processes, progress or (lambda items, _: items))
+        chooser = LayerChooser(model, plan, layers, processes, progress or (lambda items, _: items))
         if choice == "loss":
             gone, figures = chooser.by_loss(calibration)
         else:
@@ -115,155 +103,3 @@ def prune_depth(
         tokens=chooser.tokens,
         seconds=time.perf_counter() - started,
     )
-
-
-class _Chooser:
-    """Chooses layers.
-
-    Args:
-        model: The model.
-        plan: Its layers, and which of them may go.
-        number: How many are to go.
-        processes: Those that have the other parts of the calibration set.
-        progress: Shows how far it is.
-
-    Attributes:
-        tokens: How many calibration tokens were seen.
-    """
-
-    def __init__(
-        self, model: nn.Module, plan: Shortening, number: int, processes: Processes, progress: Progress
-    ) -> None:
-        self.model, self.plan, self.number, self.processes, self.progress = model, plan, number, processes, progress
-        self.tokens: int | None = None
-
-    def by_angle(
-        self, calibration: Iterable[Batch], activations: Place, contiguous: bool
-    ) -> tuple[set[int], dict[int, float]]:
-        """Choose by how layers turn the hidden states: one layer at a time, or a run of them by its first."""
-        run = self.number if contiguous else 1
-        if not run:
-            return set(), {}
-        decoder = [DecoderLayer(layer.name, layer.module, [], {}) for layer in self.plan.layers]
-        steps = walk(self.model, decoder, calibration, activations)
-        entered: deque[list[Tensor]] = deque(maxlen=run)
-        figures: dict[int, float] = {}
-        with self.processes.together():
-            first = next(steps)  # the dry run reads the batches
-        visits = _and_then(first, steps)
-        for index, step in enumerate(self.progress(visits, len(decoder))):
-            entered.append([hidden.cpu() if activations != "device" else hidden for hidden in step.hidden_BTD])
-            step.advance()
-            if len(entered) == run:
-                figures[index + 1 - run] = self._mean(_turned(entered[0], step, as_angle=contiguous))
-        if contiguous:
-            return self._first_that_may([set(range(start, start + run)) for start in _ascending(figures)]), figures
-        return self._collect(_ascending(figures)), figures
-
-    def by_loss(self, calibration: Iterable[Batch]) -> tuple[set[int], dict[int, float]]:
-        """Choose one by one the layer without which the loss is smallest."""
-        with self.processes.together():
-            batches = [model_inputs(batch, self.model) for batch in calibration]
-            if not batches:
-                raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
-        gone: set[int] = set()
-        figures: dict[int, float] = {}
-        modules = [layer.module for layer in self.plan.layers]
-        stand_in = _stand_ins(self.model, modules, batches[0])
-        rounds = [(n, layer) for n in range(self.number) for layer in range(len(modules) - n)]
-        shown = iter(self.progress(rounds, len(rounds)))
-        for _ in range(self.number):
-            losses: dict[int, float] = {}
-            for layer in [layer for layer in range(len(modules)) if layer not in gone]:
-                next(shown)
-                with ExitStack() as stack:
-                    for each in (*gone, layer):
-                        stack.enter_context(replaced(modules[each], "forward", stand_in[each]))
-                    losses[layer] = self._mean(_losses(self.model, batches))
-            figures |= losses
-            gone = self._first_that_may([{*gone, layer} for layer in _ascending(losses)])
-        for _ in shown:
-            pass
-        return gone, figures
-
-    def _mean(self, values: Iterator[Tensor]) -> float:
-        """Average values (N,) over all batches of all processes."""
-        sums = [torch.stack([each.double().sum(), each.new_tensor(each.numel()).double()]).cpu() for each in values]
-        total = torch.stack(sums).sum(0)
-        device = next(self.model.parameters()).device
-        total = total.to(device) if device.type == "cuda" else total
-        self.processes.sum([total])
-        self.tokens = int(total[1])
-        return float(total[0] / total[1])
-
-    def _collect(self, ascending: Sequence[int]) -> set[int]:
-        """Take the first layers that may go together."""
-        gone: set[int] = set()
-        for layer in ascending:
-            if len(gone) < self.number and not self.plan.why_not(self.model, {*gone, layer}):
-                gone.add(layer)
-        if len(gone) < self.number:
-            why = next(filter(None, (self.plan.why_not(self.model, {*gone, x}) for x in ascending if x not in gone)))
-            raise ValueError(f"only {len(gone)} layers can go, {self.number} are asked for: {why}")
-        return gone
-
-    def _first_that_may(self, sets: Sequence[set[int]]) -> set[int]:
-        """Take the first set of layers that may go."""
-        for gone in sets:
-            if not self.plan.why_not(self.model, gone):
-                return gone
-        raise ValueError(f"{len(sets[0])} layers cannot go together: {self.plan.why_not(self.model, sets[0])}")
-
-
-def _ascending(figures: dict[int, float]) -> list[int]:
-    return sorted(figures, key=figures.__getitem__)
-
-
-def _and_then(first: CalibratedLayer, others: Iterator[CalibratedLayer]) -> Iterator[CalibratedLayer]:
-    yield first
-    yield from others
-
-
-def _turned(entered: Sequence[Tensor], step: CalibratedLayer, as_angle: bool) -> Iterator[Tensor]:
-    """Yield for each batch how far hidden states are turned, (N,): 1 - cosine, or the angle as a fraction of pi."""
-    for before_BTD, after_BTD, mask_BT in zip(entered, step.hidden_BTD, step.masks_BT, strict=True):
-        cosine_BT = F.cosine_similarity(before_BTD.to(after_BTD.device).float(), after_BTD.float(), dim=-1)
-        real_N = cosine_BT.flatten() if mask_BT is None else cosine_BT[mask_BT.to(cosine_BT.device)]
-        yield real_N.clamp(-1, 1).acos() / torch.pi if as_angle else 1 - real_N
-
-
-def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, Tensor]) -> list[Callable[..., Any]]:
-    """Return for each layer a forward that passes hidden states on, beside all else that the layer gives."""
-    given: dict[nn.Module, Any] = {}
-    with ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_hook(lambda module, _, out: given.update({module: out}))
-            hooks.callback(handle.remove)
-        _logits(model, {name: tensor[:1] for name, tensor in batch.items()})
-
-    def stand_in(out: Any) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden_BTD = args[0] if args else kwargs["hidden_states"]
-            return type(out)((hidden_BTD, *out[1:])) if isinstance(out, tuple | list) else hidden_BTD
-
-        return forward
-
-    return [stand_in(given[module]) for module in modules]
-
-
-def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    device = device_of(cast(Any, model).get_input_embeddings())
-    return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
-
-
-def _losses(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-    """Yield the loss of every predicted token, (N,), a sequence at a time: logits are large."""
-    for batch in batches:
-        for row in range(len(batch["input_ids"])):
-            inputs = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-            logits_BTV = _logits(model, inputs)
-            labels_BT = inputs["input_ids"].to(logits_BTV.device)
-            if "attention_mask" in inputs:
-                labels_BT = labels_BT.masked_fill(inputs["attention_mask"].to(labels_BT.device) == 0, -100)
-            losses_N = F.cross_entropy(logits_BTV[0, :-1].float(), labels_BT[0, 1:], reduction="none")
-            yield losses_N[labels_BT[0, 1:] != -100]

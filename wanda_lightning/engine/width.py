@@ -6,9 +6,8 @@ Shapes: O out features, I in features (the neurons), K kept neurons.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.arguments import positive_number, whole_number
@@ -18,24 +17,15 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.narrowing import Narrowing, kept_of
-from wanda_lightning.engine.processes import Processes, share_statistics
+from wanda_lightning.engine.neuron_solver import NeuronChoice, NeuronSolver, ReadMatrix
+from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reshaping import sizes
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.report.shrinking import ShrinkReport
-from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
-from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
+from wanda_lightning.statistics import InputStatistic
 
 log = logging.getLogger(__name__)
-
-NeuronChoice = Literal["obs", "wanda", "magnitude"]
-
-
-class _Read(NamedTuple):
-    """What a reading matrix became: the neurons that stay (K,), and its relative squared error if it is known."""
-
-    kept_K: Tensor
-    error: float | None
 
 
 def prune_width(
@@ -103,10 +93,10 @@ def prune_width(
     with left_as_found(model):
         with processes.together():
             plan = Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers)
-        solver = _Solver(plan, choice, refit, damping, processes)
+        solver = NeuronSolver(plan, choice, refit, damping, processes)
         visits = _visit(model, plan, solver.statistic, calibration, activations, processes)
         dense: dict[str, Tensor] = {}
-        read: dict[str, _Read] = {}
+        read: dict[str, ReadMatrix] = {}
         try:
             for layer, inputs in progress(visits, len(plan.layers)) if progress else visits:
                 dense |= {linear.name: linear.weight_OI.clone() for linear in layer.linears}
@@ -130,88 +120,6 @@ def prune_width(
         tokens=solver.tokens,
         seconds=time.perf_counter() - started,
     )
-
-
-class _Solver:
-    """Chooses the neurons of a layer; for now the matrix that reads them is zero where they go.
-
-    Args:
-        plan: How many stay.
-        choice: Which.
-        refit: Whether the rest is fitted.
-        damping: Of the Hessian.
-        processes: Those that have the other parts of the calibration set.
-
-    Attributes:
-        statistic: What has to be known of the neurons; None for nothing.
-        tokens: How many tokens were seen.
-    """
-
-    def __init__(
-        self, plan: Narrowing, choice: NeuronChoice, refit: bool, damping: float, processes: Processes
-    ) -> None:
-        self.plan, self.choice, self.refit, self.damping, self.processes = plan, choice, refit, damping, processes
-        by_score: dict[str, type[InputStatistic] | None] = {"obs": InputHessian, "wanda": InputNorm, "magnitude": None}
-        self.statistic = InputHessian if refit else by_score[choice]
-        self.tokens: int | None = None
-
-    def solve(self, layer: DecoderLayer, inputs: CalibratedLayer | None) -> dict[str, _Read]:
-        """Choose the neurons of a layer, and change the matrices that read them."""
-        processes = self.processes
-        with processes.together():
-            statistics = inputs.collect(self.statistic) if inputs and self.statistic and layer.linears else {}
-        owners = share_statistics(statistics, layer.linears, processes)
-        self.tokens = max((statistic.tokens for statistic in statistics.values()), default=self.tokens or 0) or None
-        weights = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
-        masks = {name: torch.zeros(w.shape[1], dtype=torch.uint8, device=w.device) for name, w in weights.items()}
-        errors: dict[str, float] = {}
-        with processes.together():
-            for name, weight_OI in weights.items():
-                if owners.get(name, processes.rank) == processes.rank:
-                    mask_I, error = self._solve_one(name, weight_OI, statistics.get(name))
-                    masks[name].copy_(mask_I)
-                    errors |= {name: error} if error is not None else {}
-        for name, owner in owners.items():
-            weights[name], masks[name] = (processes.send(owner, each) for each in (weights[name], masks[name]))
-        for others in processes.gather(errors):
-            errors |= others
-        for linear in layer.linears:
-            linear.weight_OI.copy_(weights[linear.name])
-        torch.clear_autocast_cache()
-        return {name: _Read(mask_I.nonzero().flatten(), errors.get(name)) for name, mask_I in masks.items()}
-
-    def _solve_one(self, name: str, weight_OI: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float | None]:
-        """Choose the inputs of a matrix that stay, (I,), and change the matrix in place."""
-        width = weight_OI.shape[1]
-        kept = self.plan.widths[width]
-        if statistic is None or not statistic.tokens:  # none, or of an expert that no token reached
-            mask_I = _largest(weight_OI.float().abs().mean(0), kept)
-            weight_OI[:, ~mask_I] = 0
-            return mask_I, None
-        dense_OI = weight_OI.clone()
-        try:
-            if isinstance(statistic, InputHessian) and self.choice == "obs":
-                mask_I = remove_inputs(weight_OI, statistic.factor(self.damping), width - kept)
-            else:
-                norm = statistic.norm() if isinstance(statistic, InputHessian) else statistic
-                norm_I = norm.compute() if self.choice == "wanda" else 1
-                mask_I = _largest(weight_OI.float().abs().mean(0) * norm_I, kept)
-            weight_OI[:, ~mask_I] = 0
-            if isinstance(statistic, InputHessian) and self.refit:
-                weight_OI[:, mask_I] = fit_to_all_inputs(dense_OI, mask_I, statistic.compute(), self.damping).to(
-                    weight_OI.dtype
-                )
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(f"the neurons that {name} reads cannot be chosen: {error}") from error
-        lost = statistic.output_energy(dense_OI - weight_OI).sum()
-        whole = statistic.output_energy(dense_OI).sum().clamp_min(torch.finfo(lost.dtype).tiny)
-        return mask_I, float(lost / whole)
-
-
-def _largest(score_I: Tensor, number: int) -> Tensor:
-    """Mark the largest scores; ties go by position."""
-    order_I = score_I.sort(descending=True, stable=True).indices
-    return torch.zeros_like(score_I, dtype=torch.bool).index_fill_(0, order_I[:number], 1)
 
 
 def _visit(

@@ -8,6 +8,7 @@ from typing import Any
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.pruning_report import name_of_model
+from wanda_lightning.report.shrinking import SHRINKING, Shrinking
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
 
@@ -133,8 +134,12 @@ class Comparison:
 
 def _read(folder: Path) -> Run:
     file = folder / "pruning.json" if folder.is_dir() else folder
+    if folder.is_dir() and not file.exists() and (folder / SHRINKING).exists():
+        file = folder / SHRINKING
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
+        if file.name == SHRINKING:
+            plain = _as_of_a_pruning(Shrinking.from_dict(plain))
         return Run(
             folder if folder.is_dir() else folder.parent,
             plain["method"],
@@ -148,3 +153,15 @@ def _read(folder: Path) -> Run:
         raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of a pruning: {error!r}") from error
+
+
+def _as_of_a_pruning(shrinking: Shrinking) -> dict[str, Any]:
+    """Describe a run that only made its model smaller as one that pruned no weight to zero."""
+    return {
+        "method": shrinking.title,
+        "pattern": "dense",
+        "sparsity": 0.0,
+        "evaluations": shrinking.evaluations,
+        "calibration": shrinking.calibration,
+        "model": shrinking.model | {"parameters": shrinking.parameters[0]},
+    }
