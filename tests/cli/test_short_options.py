@@ -164,3 +164,11 @@ def test_a_mistake_is_said_before_torch_is_imported(tmp_path):
     assert done.returncode == 2
     assert done.stdout.strip() == "False"
     assert "--method must be one of" in done.stderr
+
+
+def test_zeros_are_asked_of_callbacks_that_make_zeros():
+    found = given_by(written_out(["fit", "M", "-c", "shrink", "--pattern", "2:4"]))
+    callbacks = json.loads(found["--trainer.callbacks"])
+    assert [each["class_path"] for each in callbacks] == ["WidthPruning", "DepthPruning", "WandaPruning"]
+    assert callbacks[0]["init_args"] == {"keep": 0.8}
+    assert callbacks[2]["init_args"] == {"sparsity": None, "pattern": "2:4"}

@@ -11,6 +11,7 @@ from wanda_lightning import __main__
 from wanda_lightning.cli.compare import main
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.report.shrinking import Shrinking, ShrinkReport
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.plotting import plot
 
@@ -159,3 +160,13 @@ def test_the_commands_errors_are_short(tmp_path, monkeypatch, capsys):
         __main__.main()
     assert stop.value.code == 2
     assert re.match(r"wanda-lightning: error: .* is no finished run", capsys.readouterr().err)
+
+
+def test_runs_that_made_a_model_smaller_have_a_row_too(tmp_path):
+    step = ShrinkReport("neurons", {"keep": 0.8}, {"intermediate_size": (64, 48)}, (1000, 800), (4000, 3200))
+    stages = {"dense": {"val/perplexity": 10.0}, "smaller": {"val/perplexity": 20.0}}
+    Shrinking([step], {"name": "some", "parameters": 800}, stages).save(tmp_path / "small")
+    comparison = Comparison([tmp_path / "small"])
+    assert [row["stage"] for row in comparison.rows()] == ["dense", "smaller"]
+    assert comparison.rows()[1]["method"] == "intermediate_size 64 -> 48"
+    assert comparison.models() == ["some, 1,000 parameters"]

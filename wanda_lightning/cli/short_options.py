@@ -33,6 +33,7 @@ LONG = {
     "--max_steps": "--trainer.max_steps",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern")
+OF_SHAPES = ("WidthPruning", "DepthPruning")  # callbacks that have none of these options
 # The options that no value follows.
 FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
@@ -159,7 +160,9 @@ def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
         trainer = settings_of(recipe).get("trainer")
         found = trainer.get("callbacks") if isinstance(trainer, dict) else None
         callbacks = [_as_dict(each) for each in (found if isinstance(found, list) else [found])] if found else callbacks
-    pruning = [each for each in callbacks if each["class_path"].endswith(("Pruning", "PruningCallback"))]
+    kinds = [each["class_path"] for each in callbacks]
+    zeros = [kind.endswith(("Pruning", "PruningCallback")) and not kind.endswith(OF_SHAPES) for kind in kinds]
+    pruning = [each for each, makes_zeros in zip(callbacks, zeros, strict=True) if makes_zeros]
     asked = {option.removeprefix("--"): short[option] for option in OF_CALLBACK if option in short}
     if asked and not pruning:
         pruning = [_as_dict(METHODS["wanda"])]

@@ -15,6 +15,7 @@ from torch import Tensor
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
+from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import decoder_layers
@@ -89,7 +90,7 @@ def _callbacks(
     folder: Path,
 ) -> list[PruningCallback]:
     """Make a pruning callback for every run; all settings are checked here, before the first."""
-    if pruning_callbacks(trainer):
+    if pruning_callbacks(trainer) or shape_callbacks(trainer):
         raise ValueError("a sweep brings its own pruning callbacks: name methods, and leave callbacks like it out")
     asked: list[Pattern] = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
     asked += [parse_pattern(pattern) for pattern in patterns]
