@@ -201,7 +201,7 @@ OTHERS = {
     "ignore": ({"ignore": ["q_proj"]}, "ignore: None there, ['q_proj'] now"),
     "allocation": ({"allocation": {"q_proj": 0.25}}, "allocation: None there, {'q_proj': 0.25} now"),
     "error": ({"exact_error": True}, "exact_error: False there, True now"),
-    "passes": ({"true_sequential": True}, "true_sequential: None there, True now"),
+    "passes": ({"true_sequential": False}, "true_sequential: True there, None now"),
     "calibration": ({"batches": token_batches(batches=3, seed=2)}, "calibration: ["),
     "order": ({"batches": BATCHES[::-1]}, "calibration: ["),
     "batch size": ({"batches": [torch.cat(BATCHES)]}, "calibration: ["),
