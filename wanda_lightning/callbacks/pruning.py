@@ -192,11 +192,7 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this callback's files go; every process must ask for it.
-
-        That is ``output_dir``, else the Trainer's ``log_dir``. Of several pruning callbacks with the same folder the
-        second takes ``pruning-2`` in it, and so on.
-        """
+        """Return where the files go, for the second callback of a folder ``pruning-2`` in it; each process must ask."""
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1

@@ -52,7 +52,10 @@ def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
         return None
     devices = {torch.device("cpu")}
     if place == "device":
-        devices = {inputs.hidden_BTD[0].device, *(linear.weight.device for linear in linears if not linear.weight.is_meta)}
+        devices = {
+            inputs.hidden_BTD[0].device,
+            *(linear.weight.device for linear in linears if not linear.weight.is_meta),
+        }
     for device in devices:
         free = free_memory(device)
         if free is not None and waiting > free:
