@@ -186,6 +186,7 @@ def test_a_folder_of_other_settings_is_not_overwritten(tmp_path):
         (lambda: WidthPruning(choice="best"), "choice must be one of"),
         (lambda: WidthPruning(num_samples=0), "num_samples must be"),
         (lambda: DepthPruning(layers=-1), "layers must be a whole number"),
+        (lambda: DepthPruning(choice="best"), "choice must be one of"),
     ],
 )
 def test_settings_are_checked_at_once(make, message):
@@ -196,7 +197,8 @@ def test_settings_are_checked_at_once(make, message):
 def test_too_many_layers_are_refused_before_anything_changes(tmp_path):
     module = SomebodysModule()
     with pytest.raises(ValueError, match="layers=2 of 2 decoder layers leaves none"):
-        trainer(tmp_path, DepthPruning(layers=2)).fit(module, datamodule=SomebodysData())
+        trainer(tmp_path, WidthPruning(keep=0.5), DepthPruning(layers=2)).fit(module, datamodule=SomebodysData())
+    assert module.net.config.intermediate_size == 64
     assert len(module.net.model.layers) == 2
 
 

@@ -6,10 +6,9 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from wanda_lightning.arguments import whole_number
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
-from wanda_lightning.engine.depth import LayerChoice, prune_depth
+from wanda_lightning.engine.depth import LayerChoice, check_number, check_settings, prune_depth
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.report.shrinking import ShrinkReport
@@ -43,9 +42,14 @@ class DepthPruning(ShapePruning):
         activations: Place = "device",
         overwrite: bool = False,
     ) -> None:
-        whole_number("layers", layers, 0)
+        check_settings(layers, choice)
         super().__init__(num_samples, overwrite, layers=layers, choice=choice)
         self.layer_list, self.activations = layer_list, activations
+
+    @override
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that has too few layers."""
+        check_number(self.settings["layers"], Shortening.of(model, self.layer_list))
 
     @override
     def prune(

@@ -49,6 +49,10 @@ class ShapePruning(Callback):
         self.trained = False
 
     @abstractmethod
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be made smaller as asked for, before any callback changes it."""
+
+    @abstractmethod
     def prune(
         self,
         model: nn.Module,
@@ -162,6 +166,8 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     if not prunes or not due:
         return
     trainer.strategy.model_to_device()
+    for callback in due:
+        callback.check(model)
     for callback in due:
         callback.look_again(model)
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
-from wanda_lightning.engine.narrowing import Narrowing
+from wanda_lightning.engine.narrowing import Narrowing, kept_of
 from wanda_lightning.engine.neuron_solver import NeuronChoice
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.width import check_settings, prune_width
@@ -62,7 +62,13 @@ class WidthPruning(ShapePruning):
         super().__init__(
             num_samples, overwrite, keep=keep, choice=choice, refit=refit, multiple=multiple, damping=damping
         )
-        self.layers, self.activations = layers, activations
+        self.keep, self.multiple, self.layers, self.activations = keep, multiple, layers, activations
+
+    @override
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be made narrower."""
+        with left_as_found(model):
+            Narrowing.of(model, lambda width: kept_of(width, self.keep, self.multiple)[0], self.layers)
 
     @override
     def prune(

@@ -69,19 +69,13 @@ def prune_depth(
         2
     """
     started = time.perf_counter()
-    whole_number("layers", layers, 0)
-    if choice not in get_args(LayerChoice):
-        raise ValueError(f"choice must be one of {', '.join(get_args(LayerChoice))}, got {choice!r}")
+    check_settings(layers, choice)
     model, processes = uncompiled(model), processes or Processes.alone()
     before = sizes(model)
     with left_as_found(model):
         with processes.together():
             plan = Shortening.of(model, layer_list)
-            if layers >= len(plan.layers):
-                raise ValueError(
-                    f"layers={layers} of {len(plan.layers)} decoder layers leaves none: give a number in "
-                    f"[0, {len(plan.layers)})"
-                )
+            check_number(layers, plan)
         chooser = LayerChooser(model, plan, layers, processes, progress or (lambda items, _: items))
         if choice == "loss":
             gone, figures = chooser.by_loss(calibration)
@@ -103,3 +97,35 @@ def prune_depth(
         tokens=chooser.tokens,
         seconds=time.perf_counter() - started,
     )
+
+
+def check_settings(layers: int, choice: str) -> None:
+    """Refuse settings that are out of range.
+
+    Args:
+        layers: See :func:`prune_depth`, as all.
+        choice: A name.
+
+    Raises:
+        ValueError: If one is.
+    """
+    whole_number("layers", layers, 0)
+    if choice not in get_args(LayerChoice):
+        raise ValueError(f"choice must be one of {', '.join(get_args(LayerChoice))}, got {choice!r}")
+
+
+def check_number(layers: int, plan: Shortening) -> None:
+    """Refuse to take all layers out of a model.
+
+    Args:
+        layers: How many are to go.
+        plan: Knows how many there are.
+
+    Raises:
+        ValueError: If none would be left.
+    """
+    if layers >= len(plan.layers):
+        raise ValueError(
+            f"layers={layers} of {len(plan.layers)} decoder layers leaves none: give a number in "
+            f"[0, {len(plan.layers)})"
+        )
