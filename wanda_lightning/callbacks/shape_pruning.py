@@ -37,7 +37,8 @@ class ShapePruning(Callback):
     Args:
         num_samples: How many sequences to take where calibration uses the train dataloader.
         overwrite: Replace the results in the folder also if they are of other settings.
-        **settings: What is asked for, by the names of :func:`prune_width` or :func:`prune_depth`.
+        **settings: What is asked for, by the names of :func:`wanda_lightning.prune_width` or
+            :func:`wanda_lightning.prune_depth`.
     """
 
     def __init__(self, num_samples: int, overwrite: bool, **settings: Any) -> None:
