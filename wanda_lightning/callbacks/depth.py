@@ -18,8 +18,9 @@ class DepthPruning(ShapePruning):
     """Takes whole decoder layers out before training: the model is an ordinary, smaller one, and faster everywhere.
 
     See :func:`wanda_lightning.prune_depth` for the choice of the layers. Works with any LightningModule that holds a
-    Hugging Face causal language model in memory, alone or with DDP; beside
-    :class:`wanda_lightning.WidthPruning`, and before callbacks that prune weights to zero. Fine-tune, best with distillation: what is left is worth much less without it.
+    Hugging Face causal language model in memory, alone or with DDP; beside :class:`wanda_lightning.WidthPruning`, and
+    before callbacks that prune weights to zero. Fine-tune, best with distillation: what is left is worth much less
+    without it.
 
     Args:
         layers: How many layers go, fewer than there are.
