@@ -15,7 +15,7 @@ from wanda_lightning.report.shrinking import ShrinkReport
 
 
 class DepthPruning(ShapePruning):
-    """Takes whole decoder layers out before training: the model is an ordinary, smaller one, and faster everywhere.
+    """Takes whole decoder layers out before training: what is left is an ordinary, smaller model.
 
     See :func:`wanda_lightning.prune_depth` for the choice of the layers. Works with any LightningModule that holds a
     Hugging Face causal language model in memory, alone or with DDP; beside :class:`wanda_lightning.WidthPruning`, and

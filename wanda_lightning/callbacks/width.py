@@ -17,7 +17,7 @@ from wanda_lightning.report.shrinking import ShrinkReport
 
 
 class WidthPruning(ShapePruning):
-    """Removes neurons from every MLP before training: the model is an ordinary, smaller one, and faster everywhere.
+    """Removes neurons from every MLP before training: what is left is an ordinary, smaller model.
 
     The neurons go whose loss the others make up for best, and the matrix that reads them is fitted anew (OSSCAR,
     arXiv:2403.12983; SlimGPT, arXiv:2412.18110); see :func:`wanda_lightning.prune_width`. Works with any
