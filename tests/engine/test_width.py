@@ -76,14 +76,14 @@ def by_hand(model, choice: str, refit: bool, kept: int):
         weight, hessian = linear.weight_OI.double(), step.collect(InputHessian)[linear.name]
         norm = step.collect(InputNorm)[linear.name].compute().double()
         if choice == "obs":
-            mask = remove_inputs(linear.weight_OI, factorize(hessian.total, 0.01), weight.shape[1] - kept)
+            mask = remove_inputs(linear.weight_OI, factorize(hessian.total, 0.1), weight.shape[1] - kept)
         else:
             score = (weight.abs() * (norm if choice == "wanda" else 1)).mean(0)
             mask = torch.zeros(len(score), dtype=torch.bool).index_fill_(0, score.argsort()[-kept:], 1)
         new = weight * mask
         if refit:
             h = hessian.compute().double()
-            added = 0.01 * h.diagonal()[mask].mean() * torch.eye(kept).double()
+            added = 0.1 * h.diagonal()[mask].mean() * torch.eye(kept).double()
             change = torch.linalg.solve(h[mask][:, mask] + added, h[mask][:, ~mask] @ weight[:, ~mask].t()).t()
             new[:, mask] += change
         linear.weight_OI.copy_(new)

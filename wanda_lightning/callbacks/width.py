@@ -52,7 +52,7 @@ class WidthPruning(ShapePruning):
         choice: NeuronChoice = "obs",
         refit: bool = True,
         multiple: int | None = None,
-        damping: float = 0.01,
+        damping: float = 0.1,
         layers: str | None = None,
         num_samples: int = 128,
         activations: Place = "device",

@@ -36,7 +36,7 @@ def prune_width(
     choice: NeuronChoice = "obs",
     refit: bool = True,
     multiple: int | None = None,
-    damping: float = 0.01,
+    damping: float = 0.1,
     layers: str | None = None,
     activations: Place = "device",
     processes: Processes | None = None,
@@ -59,7 +59,8 @@ def prune_width(
         refit: Whether to fit the matrix that reads the neurons to those that stay.
         multiple: What the number of neurons is rounded to, >= 1. Default: 256 where that is at most a sixteenth of the
             width, else 64, 16, 8 or 1.
-        damping: Fraction of the mean diagonal that is added to the Hessian, > 0.
+        damping: Fraction of the mean diagonal that is added to the Hessian, > 0. More than for single weights: a tenth
+            gave the smallest errors of the refit on windows that were held out.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
