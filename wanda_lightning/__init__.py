@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.moved import MovedModules
 
-__version__ = "0.1.0.dev0"
-
 _MODULES = {
     "sparsity": (
         "SemiStructured",
@@ -113,10 +111,22 @@ sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])
+
+
+def _version() -> str:
+    """Return the version that was installed, which comes from the tags of the repository."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("wanda-lightning")
+    except PackageNotFoundError:  # used from a folder
+        return "unknown"
