@@ -123,6 +123,10 @@ class PruningCLI(LightningCLI):
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):
                 callback.replace(self.trainer, self.model)
+        if self.trainer.hub_url:
+            Console().print(f"The model is at {self.trainer.hub_url}", soft_wrap=True)
+        if self.trainer.push_failed:  # which was said; everything is on disk by now
+            sys.exit(1)
 
     def after_prune(self) -> None:
         """Show the report."""

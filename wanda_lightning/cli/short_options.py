@@ -31,6 +31,7 @@ LONG = {
     "--sequence_length": "--data.sequence_length",
     "--dtype": "--model.dtype",
     "--max_steps": "--trainer.max_steps",
+    "--push_to_hub": "--trainer.push_to_hub",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern")
 # The options that no value follows.

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
+from wanda_lightning.checkpoints.hub import check_can_push
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.runs.comparison import Comparison
@@ -14,9 +15,33 @@ from wanda_lightning.runs.one_shot import prune
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer, which can also prune and sweep."""
+    """Lightning's Trainer, which can also prune and sweep.
+
+    Args:
+        *args: Of Lightning's Trainer.
+        push_to_hub: Name of a repository on the model hub, such as ``me/model``: a model that is saved goes there too,
+            with its card. It is made if needed, public unless the hub's settings say otherwise.
+        **kwargs: Of Lightning's Trainer.
+
+    Attributes:
+        comparison: Of the last sweep.
+        hub_url: Where the model is that was pushed last.
+        push_failed: Whether the last push failed.
+
+    Raises:
+        ValueError: If there is a name but no token that the hub takes, or it is no name.
+        ConnectionError: If the hub cannot be reached.
+    """
 
     comparison: Comparison | None = None
+    hub_url: str | None = None
+    push_failed = False
+
+    def __init__(self, *args: Any, push_to_hub: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.push_to_hub = push_to_hub
+        if push_to_hub is not None and self.is_global_zero:
+            check_can_push(push_to_hub)
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
@@ -94,7 +119,8 @@ class PruningTrainer(Trainer):
 
         That is in the ``output_dir`` of the pruning callback, else in the Trainer's ``log_dir``.
         Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``
-        says so, merged under the masks. A merged model is evaluated too if the trained one was.
+        says so, merged under the masks. A merged model is evaluated too if the trained one was. With ``push_to_hub``
+        the model goes to the hub, too; a push that fails is said, and loses nothing.
 
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
