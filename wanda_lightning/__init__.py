@@ -65,6 +65,7 @@ _MODULES = {
         "WandaPruning",
         "ZeroShotEvaluation",
     ),
+    "callbacks.transformers_trainer": ("KeepZeros",),
     "runs.causal_lm": ("CausalLM",),
     "runs.comparison": ("Comparison",),
     "runs.trainer": ("PruningTrainer",),
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
         WandaPruning,
         ZeroShotEvaluation,
     )
+    from wanda_lightning.callbacks.transformers_trainer import KeepZeros
     from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
     from wanda_lightning.checkpoints.saving import save_pretrained
     from wanda_lightning.data import TextDataModule

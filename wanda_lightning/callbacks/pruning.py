@@ -18,6 +18,7 @@ from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import parse_pattern
+from wanda_lightning.training.masks import masks_of
 
 
 class PruningCallback(SparseFinetuning):
@@ -182,8 +183,7 @@ class PruningCallback(SparseFinetuning):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that were pruned, unless the schedule lets them grow back."""
         self._masks = None
-        linears, pruned_to = self.run.zeros_to_keep(find_language_model(pl_module))
-        self.mask(trainer, pl_module, linears, pruned_to)
+        self.mask(trainer, pl_module, masks_of(*self.run.zeros_to_keep(find_language_model(pl_module))))
 
     def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.prune_gradually(trainer, pl_module):
