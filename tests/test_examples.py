@@ -1,20 +1,12 @@
 """Every example runs, on a tiny model. As a script: write the notebook anew from the Python file beside it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
-from helpers import digests, tiny_llama
-
-from wanda_lightning.__main__ import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "from_model_to_report.ipynb"
@@ -54,7 +46,8 @@ def run(name: str, smaller: dict[str, str]) -> dict[str, object]:
 
 
 def test_every_example_is_listed_and_tested():
-    page, tests = (EXAMPLES / "README.md").read_text(), Path(__file__).read_text()
+    page = (EXAMPLES / "README.md").read_text()
+    tests = Path(__file__).read_text() + Path(__file__).with_name("cli").joinpath("test_preempted_job.py").read_text()
     for file in EXAMPLES.iterdir():
         if file.name not in ("README.md", "__pycache__"):
             assert f"({file.name})" in page
@@ -102,87 +95,6 @@ def test_tensorboard(logged):
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb brings 20 packages, and is not among the extras")
 def test_weights_and_biases(logged):
     assert list(logged.glob("wandb/offline-run-*/*.wandb"))
-
-
-# What runs in place of the command, in a cluster of one node: layers take long enough for a signal to hit one.
-SLOW = """
-import sys, time
-from wanda_lightning.engine import pruner
-from wanda_lightning.__main__ import main
-
-prune_layer = pruner.prune_layer
-pruner.prune_layer = lambda *args, **kwargs: (time.sleep({seconds}), prune_layer(*args, **kwargs))[1]
-sys.argv += {small}
-main()
-"""
-SMALL = ["--num_samples=4", "--sequence_length=16", "--data.max_evaluation_windows=2", "--trainer.accelerator=cpu"]
-LAYERS = 8
-
-
-class Cluster:
-    """Runs a batch script as a job; ``srun`` starts the step, ``scontrol`` notes that it is to come back."""
-
-    def __init__(self, folder: Path, script: Path) -> None:
-        self.folder, self.script = folder, script
-        self.programs = folder / "bin"
-        self.programs.mkdir()
-        self._program("srun", 'echo $$ > step; exec env SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 "$@"')
-        self._program("scontrol", 'echo "$@" >> scontrol.log')
-        self._program("wanda-lightning", f'exec {sys.executable} {folder}/slow.py "$@"')
-
-    def _program(self, name: str, line: str) -> None:
-        (self.programs / name).write_text(f"#!/bin/bash\n{line}\n")
-        (self.programs / name).chmod(0o755)
-
-    def job(self, *arguments: str, seconds: float = 0.3) -> "subprocess.Popen[str]":
-        (self.folder / "slow.py").write_text(SLOW.format(seconds=seconds, small=SMALL))
-        here = Path(__file__).parents[1]
-        environment = {
-            **os.environ, "PATH": f"{self.programs}:{os.environ['PATH']}", "PYTHONPATH": str(here),
-            "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "prune", "SLURM_NTASKS": "1", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        return subprocess.Popen(["bash", self.script, *arguments], cwd=self.folder, env=environment, text=True)
-
-    def signal(self, number: int, finished_layers: int) -> None:
-        """Signal the step that runs when so many layers are finished."""
-        deadline = time.monotonic() + 120
-        while len(self.finished()) < finished_layers and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(int((self.folder / "step").read_text()), number)
-
-    def finished(self) -> list[Path]:
-        return sorted((self.folder / "out/unfinished").glob("layer-*"))
-
-
-def test_a_job_that_is_preempted_goes_on(tmp_path, tokenizer, monkeypatch):
-    model = tmp_path / "dense"
-    tiny_llama(layers=LAYERS, vocab_size=len(tokenizer)).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    cluster = Cluster(tmp_path, EXAMPLES / "preempted.sbatch")
-    requeued = tmp_path / "scontrol.log"
-
-    job = cluster.job(str(model), "out")
-    cluster.signal(signal.SIGTERM, finished_layers=2)
-    assert job.wait() == 143
-    assert requeued.read_text() == "requeue 7\n"
-    kept = {file: file.read_bytes() for file in cluster.finished()}
-    assert 2 <= len(kept) < LAYERS
-
-    job = cluster.job(str(model), "out")
-    cluster.signal(signal.SIGKILL, finished_layers=len(kept) + 2)
-    assert job.wait() == 137  # as a node that goes down; SLURM brings the job back by itself
-    assert {file: file.read_bytes() for file in kept} == kept
-    assert len(cluster.finished()) < LAYERS
-
-    assert cluster.job(str(model), "out", seconds=0).wait() == 0
-    assert not cluster.finished()
-    assert requeued.read_text() == "requeue 7\n"
-
-    monkeypatch.chdir(tmp_path)  # and the same run, to which nothing happens
-    asked = ["prune", str(model), "--method=sparsegpt", "--output=whole", *SMALL]
-    monkeypatch.setattr(sys, "argv", ["wanda-lightning", *asked])
-    main()
-    assert digests(tmp_path / "out/model") == digests(tmp_path / "whole/model")
 
 
 def cells(code: str) -> Iterator[dict[str, object]]:

@@ -49,10 +49,13 @@ class Server:
 class Run:
     """A run of the command line that has been started."""
 
-    def __init__(self, server: Server, folder: Path, arguments: list[str], seconds: float, step: str | None) -> None:
+    def __init__(
+        self, server: Server, folder: Path, arguments: list[str], seconds: float, step: str | None,
+        variables: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.server, self.folder = server, folder
         self._before, self._solved_before = len(self._output()), len(self._solved())
-        self.pid = server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step)
+        self.pid = server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step, variables=variables)
         self._code: int | None = None
 
     def end(self) -> int:
