@@ -1,7 +1,7 @@
 """Runs the command line in processes of their own, as often as asked; importing everything, which takes long, once.
 
 Each line of the input is JSON. It asks for a run: its ``arguments`` and ``folder``, how many ``seconds`` a layer takes
-longer than it would, so that a signal can hit one, which ``step`` is to crash, and ``variables`` of its environment; the
+longer than it would, so that a signal can hit one, which ``step`` is to crash, ``variables`` of its environment; the
 answer is the process id. Or it asks to ``wait`` for a process; the answer is the exit code. What a run says goes to
 ``output`` in its folder, the layers that it solves to ``solved``. Used by test_crashes.py and test_preempted_job.py.
 """
