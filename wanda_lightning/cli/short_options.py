@@ -51,6 +51,7 @@ The options that matter most:
   --num_samples N         calibration windows, by default 128
   --sequence_length N     tokens in a window, by default up to 2048
   --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
+  --push_to_hub ME/NAME   push the saved model to the hub, with its card
   --overwrite             replace other results that are there
   -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
 
