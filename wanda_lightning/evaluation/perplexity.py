@@ -40,16 +40,19 @@ class Perplexity(Metric):
 
     @torch.no_grad()
     @override
-    def update(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+    def update(self, logits_BTV: Tensor, labels_BT: Tensor, head: nn.Module | None = None) -> None:
         """Add a batch.
 
         Args:
-            logits_BTV: Predictions, shape (B, T, V); those at t are for the label at t + 1, as in transformers.
+            logits_BTV: Predictions, shape (B, T, V); those at t are for the label at t + 1, as in transformers. With a
+                head they are hidden states, shape (B, T, D).
             labels_BT: Token ids, shape (B, T); -100 is not counted.
+            head: What makes logits of hidden states.
         """
         labels_BT = labels_BT[:, 1:]
-        for logits_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT, strict=True):  # flattened they would be copied
-            for logits, labels in zip(logits_TV.split(CHUNK), labels_T.split(CHUNK), strict=True):
+        for given_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT, strict=True):  # flattened they would be copied
+            for given, labels in zip(given_TV.split(CHUNK), labels_T.split(CHUNK), strict=True):
+                logits = given if head is None else head(given[None])[0].to(labels.device)
                 self.nll += F.cross_entropy(logits.float(), labels, reduction="sum").double()
         self.tokens += (labels_BT != -100).sum()
 
@@ -84,13 +87,10 @@ class Perplexity(Metric):
             and hidden[0].shape[:2] == labels_BT.shape
             and torch.equal(last_B1V, head(hidden[0][:, -1:]).to(last_B1V.device))
         )
-        if not self.head_ends_model:
+        if self.head_ends_model:
+            self.update(hidden[0], labels_BT, head)
+        else:
             self.update_from(model, inputs, labels_BT)
-            return
-        for hidden_1TD, labels_1T in zip(hidden[0].split(1), labels_BT.split(1), strict=True):
-            for start in range(0, labels_BT.shape[1] - 1, CHUNK):
-                piece = slice(start, start + CHUNK + 1)  # the last label of one is predicted, so it starts the next
-                self.update(head(hidden_1TD[:, piece]).to(labels_BT.device), labels_1T[:, piece])
 
     @override
     def compute(self) -> Tensor:

@@ -68,16 +68,10 @@ def measure_speed(
         whole_number("batch_sizes", batch_size, 1)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype must be auto, or the name of a torch data type such as float32, got {dtype!r}")
-    configs = [load_config(str(model)).get_text_config() for model in models]
-    for model, config in zip(models, configs, strict=True):
-        limit, length = getattr(config, "max_position_embeddings", None), max(prompt, CONTEXT + new_tokens)
-        if limit is not None and length > limit:
-            raise ValueError(f"{model} has positions for {limit} tokens, and prompt or new_tokens ask for {length}")
+    vocabulary = min(_vocabulary(str(model), max(prompt, CONTEXT + new_tokens)) for model in models)
     place = _checked_device(device)
     loaded = [_load(str(model), dtype, place) for model in models]
-    ids_1P = torch.randint(
-        min(config.vocab_size for config in configs), (1, prompt), generator=torch.Generator().manual_seed(0)
-    ).to(place)
+    ids_1P = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
     inputs = {f"decoding (batch {size})": (ids_1C.repeat(size, 1), new_tokens) for size in dict.fromkeys(batch_sizes)}
     inputs[f"prompt ({prompt} tokens)"] = (ids_1P, 0)
@@ -102,6 +96,15 @@ def measure_speed(
     settings = {"prompt": prompt, "new_tokens": new_tokens, "context": ids_1C.shape[1], "rounds": rounds}
     where = {"device": str(place), "threads": torch.get_num_threads()}
     return SpeedReport(measured, settings, where | {"environment": environment()})
+
+
+def _vocabulary(pretrained: str, length: int) -> int:
+    """Return how many tokens a model knows; refuse one that has no room for so many."""
+    config = load_config(pretrained).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{pretrained} has positions for {limit} tokens, and prompt or new_tokens ask for {length}")
+    return config.vocab_size
 
 
 def _checked_device(device: torch.device | str | None) -> torch.device:

@@ -130,7 +130,7 @@ class SpeedReport:
                     "others: zeros in ordinary dense kernels save nothing"
                 )
         if len({model.dtype for model in self.models}) > 1:
-            found.append("the models differ in dtype, which changes speed and size too: set one with dtype")
+            found.append("The models differ in dtype, which changes speed and size too: set one with dtype")
         return found
 
     def notes(self) -> list[str]:
@@ -139,9 +139,9 @@ class SpeedReport:
         threads = self.machine["threads"]
         cores = f" with {threads} thread{'s' if threads > 1 else ''}" if self.machine["device"] == "cpu" else ""
         return [
-            f"median and quartiles of {rounds} rounds in turns on {self.machine['device']}{cores} "
+            f"Median and quartiles of {rounds} rounds in turns on {self.machine['device']}{cores} "
             f"({self.machine['environment']['device']}); decoding is of {new_tokens} tokens behind {context}",
-            "faster or slower is what chance alone would show in at most 1 of 20 measurements (sign test)",
+            "Faster or slower is what chance alone would show in at most 1 of 20 measurements (sign test)",
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
