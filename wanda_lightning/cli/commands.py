@@ -56,6 +56,11 @@ COMMANDS = {
         "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
         "inspect:main",
     ),
+    "speed": Command(
+        "Measure how fast models read a prompt and decode, and what they take, in turns; dense against pruned.",
+        "wanda-lightning speed MODEL results/wanda/model --output results/speed",
+        "speed:main",
+    ),
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",
         "wanda-lightning compress results/wanda/model to-ship",
