@@ -25,7 +25,7 @@ ROOMS = {
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
     "calibration": {"model", "statistics"},
-    "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
+    "allocation": {"arguments", "calibration", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
