@@ -25,8 +25,8 @@ ROOMS = {
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
     "calibration": {"model", "statistics"},
-    "allocation": {"arguments", "calibration", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
+    "allocation": {"arguments", "calibration", "model", "methods", "report", "sparsity", "statistics"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
         "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "sparsity",

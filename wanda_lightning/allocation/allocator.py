@@ -2,10 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from wanda_lightning.calibration.walk import walk
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern, Unstructured, as_pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
@@ -62,11 +64,19 @@ class Task:
         """The layers in which something is to be pruned."""
         return [layer for layer in self.layers if layer.linears]
 
-    def input_norms(self) -> dict[str, InputStatistic]:
-        """Take the calibration set through the dense model; return the norms of what enters each linear, by name."""
+    def input_norms(self, batches: Sequence[Batch] | None = None) -> dict[str, InputStatistic]:
+        """Take the calibration set, or a part of it, through the dense model.
+
+        Args:
+            batches: The part. Default: all.
+
+        Returns:
+            The norms of what enters each linear, by name, over all processes.
+        """
+        batches = self.batches if batches is None else batches
         norms: dict[str, InputStatistic] = {}
         with self.team.together():
-            for step in walk(self.model, self.layers, self.batches, self.activations):
+            for step in walk(self.model, self.layers, batches, self.activations):
                 if step.layer.linears:
                     norms |= step.collect(InputNorm)
         shared = [*{id(norm): norm for norm in norms.values()}.values()]
@@ -76,39 +86,6 @@ class Task:
         for norm, count in zip(shared, tokens.tolist(), strict=True):
             norm.summed(count)
         return norms
-
-
-@dataclass(frozen=True)
-class Allotment:
-    """What an allocator has decided, and why.
-
-    Attributes:
-        allocator: Its name and settings.
-        meaning: What the figures of ``reasons`` are.
-        patterns: By the name of the linear, a sparsity or ``"n:m"``.
-        reasons: By the name of the linear, the figure that decided.
-    """
-
-    allocator: str
-    meaning: str
-    patterns: Mapping[str, float | str]
-    reasons: Mapping[str, float]
-
-    @classmethod
-    def of(
-        cls, allocator: "Allocator", meaning: str, patterns: Mapping[str, Pattern], reasons: Mapping[str, float]
-    ) -> "Allotment":
-        """Note down what was decided, as plain types."""
-        plain = {name: p.sparsity if isinstance(p, Unstructured) else str(p) for name, p in patterns.items()}
-        return cls(str(allocator), meaning, plain, dict(reasons))
-
-    def of_each(self) -> dict[str, Pattern]:
-        """Return the patterns by name."""
-        return {name: as_pattern(value) for name, value in self.patterns.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain types."""
-        return asdict(self)
 
 
 class Allocator(ABC):
@@ -142,6 +119,32 @@ class Allocator(ABC):
         Returns:
             A pattern for each linear of the task.
         """
+
+    def allotment(
+        self, patterns: Mapping[str, Pattern], story: str = "", figure: str = "", reasons: Mapping[str, float] | None = None
+    ) -> Allotment:
+        """Note down what was decided.
+
+        Args:
+            patterns: By the name of the linear.
+            story: What was found on the way, in a few words.
+            figure: What the figures of ``reasons`` are.
+            reasons: By the name of the linear, the figure that decided.
+
+        Returns:
+            All that, as plain types.
+        """
+        plain = {
+            name_without_adapters(name): pattern.sparsity if isinstance(pattern, Unstructured) else str(pattern)
+            for name, pattern in patterns.items()
+        }
+        figures = {name_without_adapters(name): reason for name, reason in (reasons or {}).items()}
+        return Allotment(str(self), story, figure, plain, figures)
+
+
+def patterns_of(allotment: Allotment, linears: Iterable[PrunableLinear]) -> dict[str, Pattern]:
+    """Return the patterns that linears were given, by their names."""
+    return {linear.name: as_pattern(allotment.patterns[name_without_adapters(linear.name)]) for linear in linears}
 
 
 def layer_shares(task: Task, shares: Sequence[float], by: str) -> dict[str, Pattern]:

@@ -3,12 +3,16 @@
 import math
 from dataclasses import dataclass
 
-from wanda_lightning.allocation.allocator import Allocator, Allotment, Task, layer_shares, weighted_mean
-from wanda_lightning.allocation.trial import Trials, held_out, refuse_what_cannot_be_tried
+from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
+from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern
 
 TRIED = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625)
 """Values of beta that are tried, as shares of the largest that is possible."""
+
+SEQUENCES = 8
+"""Calibration sequences that masks are chosen on, and held-out ones that judge them."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class ATP(Allocator):
 
     Args:
         beta: What is added from one layer to the next; the largest that is possible is 2 min(S, 1 - S) / (L - 1).
-            Default: the one of six, from 0 up, with which the pruned model predicts the held-out quarter of the
-            calibration set best. They are tried with Wanda, or with the method itself if that needs no Hessian.
+            Default: the one of six, from 0 up, with which the pruned model predicts calibration text best that was
+            held out. They are tried with Wanda, or with the method itself if that needs no Hessian.
 
     Raises:
         ValueError: If beta is not a finite number.
@@ -70,21 +74,18 @@ class ATP(Allocator):
             A sparsity for each linear.
         """
         if self.beta is not None:
-            return self._allotment(task, self.beta, f"beta {self.beta:g}")
+            return self.allotment(self._patterns(task, self.beta))
         largest = 2 * min(task.pattern.sparsity, 1 - task.pattern.sparsity) / max(1, len(task.pruned_layers) - 1)
         betas = [largest * share for share in TRIED]
-        with Trials(task, task.input_norms()) as trials:
-            losses = [trials.loss(self._patterns(task, beta), held_out(task.batches)) for beta in betas]
+        judged_on = first_sequences(held_out(task.batches), SEQUENCES)
+        with Trials(task, task.input_norms(first_sequences(fitted(task.batches), SEQUENCES))) as trials:
+            losses = [trials.loss(self._patterns(task, beta), judged_on) for beta in betas]
         best = betas[losses.index(min(losses))]
         tried = ", ".join(f"{loss:.3f} with {beta:.4f}" for loss, beta in zip(losses, betas, strict=True))
-        return self._allotment(task, best, f"beta {best:.4f}; held-out loss {tried}")
+        return self.allotment(self._patterns(task, best), f"beta {best:.4f}; held-out loss {tried}")
 
     def _patterns(self, task: Task, beta: float) -> dict[str, Pattern]:
         layers = task.pruned_layers
         steps = [beta * place for place in range(len(layers))]
         middle = weighted_mean(steps, layers)
         return layer_shares(task, [task.pattern.sparsity + step - middle for step in steps], f"{self}")
-
-    def _allotment(self, task: Task, beta: float, why: str) -> Allotment:
-        patterns = self._patterns(task, beta)
-        return Allotment.of(self, why, patterns, {})

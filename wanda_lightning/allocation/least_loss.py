@@ -3,19 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from wanda_lightning.allocation.allocator import Allocator, Allotment, Task, exact
+from wanda_lightning.allocation.allocator import Allocator, Task, exact
 from wanda_lightning.allocation.split import cheapest_split
 from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
 from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import kind_of
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern, Unstructured, as_pattern
 
 MOST = 0.95
 """No linear is pruned further: what a model loses with a whole linear, no slope tells."""
 
+LEAST = 0.1
+"""Of the mean growth of the loss per weight: so much any linear is taken to cost, whatever was measured."""
+
+Value = TypeVar("Value")
 Unit = list[PrunableLinear]
 """Linears that are pruned alike: one, or all the experts of one kind in a layer."""
 
@@ -28,15 +34,18 @@ class LeastLoss(Allocator):
     lose, known for every p from one pass over the calibration set. c_u says what that does to the loss of the model: of
     the model in which all linears are pruned, each is pruned half a step more and half a step less, and the growth of
     the loss is shared out among them by one backward pass (:meth:`Trials.slopes`). The split with the least sum of
-    errors is found exactly, over a grid of sparsities. As c_u holds nearby only, no linear moves by more than a step;
-    then c_u is measured anew, as long as the loss on held-out calibration text falls.
+    errors is found exactly, over a grid of sparsities. As c_u holds nearby only, no linear is pruned more than a step
+    further at a time; then c_u is measured anew, as long as the loss on held-out calibration text falls.
+
+    It takes gradients of the whole model, so there has to be room for its weights four times.
 
     Args:
         choices: Patterns to choose from for every linear, such as ``["dense", "4:8", "2:4"]``; the sparsity asked for
-            is then the least that all together have. Default: any sparsity on the grid.
+            is then the least that all together have, and c_u is measured once. Default: any sparsity on the grid.
         step: Distance of the grid's sparsities, in (0, 0.25].
         rounds: How often to measure and split at most, >= 1.
-        sequences: Calibration sequences that c_u is measured on, >= 1; a quarter of the calibration set is held out.
+        sequences: Calibration sequences to measure on, >= 1; as many others, of a quarter of the calibration set that
+            is held out, judge the splits.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -74,13 +83,13 @@ class LeastLoss(Allocator):
         """
         super().check(task)
         refuse_what_cannot_be_tried(task, str(self))
-        for pattern in map(_choice, self.choices or ()):
+        asked, choices = task.pattern.sparsity, [*map(_choice, self.choices or ())]
+        for pattern in choices:
             task.method.check(pattern)
             for linear in task.linears:
                 pattern.check_in_features(linear.weight_OI.shape[1], linear.name)
-        most = max(option.sparsity for option in self._options(task.pattern.sparsity)) if self.choices else MOST
-        if task.pattern.sparsity > most:
-            raise ValueError(f"{self} prunes no linear more than {most:g}, got a sparsity of {task.pattern.sparsity:g}")
+        if asked > (most := max((choice.sparsity for choice in choices), default=MOST)):
+            raise ValueError(f"{self} prunes no linear more than {most:g}, got a sparsity of {asked:g}")
 
     def allocate(self, task: Task) -> Allotment:
         """Measure and split until the loss on held-out text does not fall any more.
@@ -92,76 +101,73 @@ class LeastLoss(Allocator):
             A pattern for each linear.
         """
         asked, units = task.pattern.sparsity, units_of(task)
-        options, judged_on = self._options(asked), held_out(task.batches)
+        options = self._options(asked)
         gains, total = self._gains(units, options, asked)
         measured_on = first_sequences(fitted(task.batches), self.sequences)
-        with Trials(task, task.input_norms()) as trials:
-            errors = [[sum(trials.lost(x.name, option) for x in unit) for option in options] for unit in units]
-            at, slopes = [asked] * len(units), [0.0] * len(units)
-            tried: list[tuple[float, dict[str, Pattern], list[float]]] = []
-            if not self.choices:
-                alike = dict(exact(task.linears, dict.fromkeys((x.name for x in task.linears), asked)))
-                tried.append((trials.loss(alike, judged_on), alike, slopes))
-            for _ in range(self.rounds):
-                slopes, weights = self._measure(trials, units, at, measured_on)
+        judged_on = first_sequences(held_out(task.batches), self.sequences)
+        with Trials(task, task.input_norms(measured_on)) as trials:
+            errors = [[trials.lost(unit, option) for option in options] for unit in units]
+            now: list[Pattern] = [Unstructured(asked)] * len(units)
+            tried = [] if self.choices else [(trials.loss(_by_name(units, now), judged_on), now, [0.0] * len(units))]
+            for _ in range(1 if self.choices else self.rounds):
+                slopes, weights = self._measure(trials, units, now, measured_on)
                 costs = [
-                    [
-                        weight * error if self.choices or abs(option.sparsity - now) < 1.01 * self.step else math.inf
-                        for error, option in zip(each, options, strict=True)
-                    ]
-                    for weight, each, now in zip(weights, errors, at, strict=True)
+                    [weight * error if self._in_reach(option, at) else math.inf for error, option in curve]
+                    for weight, curve, at in zip(weights, (zip(each, options) for each in errors), now, strict=True)
                 ]
-                picked = [options[n] for n in cheapest_split(costs, gains, total, over=self.choices is not None)]
-                patterns = self._patterns(task, units, picked)
-                tried.append((trials.loss(patterns, judged_on), patterns, slopes))
+                now = [options[n] for n in cheapest_split(costs, gains, total, over=self.choices is not None)]
+                tried.append((trials.loss(_by_name(units, now), judged_on), now, slopes))
                 if len(tried) > 1 and tried[-1][0] >= tried[-2][0]:
                     break
-                at = [option.sparsity for option in picked]
-        _, patterns, slopes = min(tried, key=lambda each: each[0])
-        why = "held-out loss " + ", then ".join(f"{loss:.3f}" for loss, _, _ in tried)
-        reasons = {x.name: slope for unit, slope in zip(units, slopes, strict=True) for x in unit}
-        return Allotment.of(self, why, patterns, reasons)
+        _, best, slopes = min(tried, key=lambda each: each[0])
+        patterns = _by_name(units, best)
+        if not self.choices:
+            patterns = dict(exact(task.linears, {name: pattern.sparsity for name, pattern in patterns.items()}))
+        story = "held-out loss " + ", then ".join(f"{loss:.3f}" for loss, _, _ in tried)
+        return self.allotment(patterns, story, "loss / sparsity", _by_name(units, slopes))
 
     def _options(self, asked: float) -> list[Pattern]:
         """List what a linear may be pruned to: the choices, or sparsities around the one asked for."""
         if self.choices:
             return sorted(map(_choice, self.choices), key=lambda pattern: pattern.sparsity)
-        grid = [asked + place * self.step for place in range(-self.rounds, self.rounds + 1)]
+        places = range(-math.floor(asked / self.step), self.rounds + 1)
+        grid = [asked + place * self.step for place in places]
         return [Unstructured(sparsity) for sparsity in grid if sparsity == asked or 0 <= sparsity <= MOST]
 
-    def _gains(
-        self, units: Sequence[Unit], options: Sequence[Pattern], asked: float
-    ) -> tuple[list[list[int]], int]:
+    def _gains(self, units: Sequence[Unit], options: Sequence[Pattern], asked: float) -> tuple[list[list[int]], int]:
         """Count what each option of each unit adds to the total, and what the total has to be."""
         sizes = [sum(linear.weight_OI.numel() for linear in unit) for unit in units]
         if self.choices:
-            return [[round(size * option.sparsity) for option in options] for size in sizes], round(asked * sum(sizes))
-        middle = [option.sparsity for option in options].index(asked)
-        return [[size * place for place in range(len(options))] for size in sizes], sum(sizes) * middle
+            gains = [[round(size * option.sparsity) for option in options] for size in sizes]
+            return gains, math.ceil(asked * sum(sizes) - 1e-6)
+        return [[size * place for place in range(len(options))] for size in sizes], sum(sizes) * options.index(
+            Unstructured(asked)
+        )
+
+    def _in_reach(self, option: Pattern, now: Pattern) -> bool:
+        return self.choices is not None or option.sparsity < now.sparsity + 1.01 * self.step
 
     def _measure(
-        self, trials: Trials, units: Sequence[Unit], at: Sequence[float], batches: Sequence[Batch]
+        self, trials: Trials, units: Sequence[Unit], now: Sequence[Pattern], batches: Sequence[Batch]
     ) -> tuple[list[float], list[float]]:
-        """Return by how much the loss grows per unit's sparsity, and per energy that its outputs lose."""
-        ends = [(max(0.0, now - self.step / 2), min(0.99, now + self.step / 2)) for now in at]
-        less, more = (
-            {x.name: Unstructured(end[side]) for unit, end in zip(units, ends, strict=True) for x in unit}
-            for side in (0, 1)
-        )
-        parts = trials.slopes(less, more, batches)
-        grown = [sum(parts[x.name] for x in unit) for unit in units]
-        weights = [
-            max(growth, 0.0) / sum(trials.lost(x.name, more[x.name]) - trials.lost(x.name, less[x.name]) for x in unit)
-            for growth, unit in zip(grown, units, strict=True)
-        ]
-        return [growth / (high - low) for growth, (low, high) in zip(grown, ends, strict=True)], weights
+        """Return by how much the loss grows per sparsity of each unit, and per energy that its outputs lose.
 
-    def _patterns(self, task: Task, units: Sequence[Unit], picked: Sequence[Pattern]) -> dict[str, Pattern]:
-        """Give every linear what its unit gets; sparsities are rounded so that the total is exact."""
-        found = {x.name: pattern for unit, pattern in zip(units, picked, strict=True) for x in unit}
-        if self.choices:
-            return found
-        return dict(exact(task.linears, {name: pattern.sparsity for name, pattern in found.items()}))
+        Where it falls, it is taken to grow a little, for what is true of half a step is not of many.
+        """
+        less = [Unstructured(max(0.0, at.sparsity - self.step / 2)) for at in now]
+        more = [Unstructured(min(0.99, at.sparsity + self.step / 2)) for at in now]
+        parts, _ = trials.slopes(_by_name(units, less), _by_name(units, more), batches)
+        slopes = [
+            sum(parts[linear.name] for linear in unit) / (high.sparsity - low.sparsity)
+            for unit, low, high in zip(units, less, more, strict=True)
+        ]
+        sizes = [sum(linear.weight_OI.numel() for linear in unit) for unit in units]
+        mean = max(sum(slopes), 1e-9) / sum(sizes)
+        weights = []
+        for unit, slope, size, low, high in zip(units, slopes, sizes, less, more, strict=True):
+            energy = (trials.lost(unit, high) - trials.lost(unit, low)) / (high.sparsity - low.sparsity)
+            weights.append(max(slope, LEAST * mean * size) / max(energy, 1e-30))
+        return slopes, weights
 
 
 def units_of(task: Task) -> list[Unit]:
@@ -171,6 +177,11 @@ def units_of(task: Task) -> list[Unit]:
         for linear in layer.linears:
             units.setdefault((layer.name, kind_of(linear.name, layer.name)), []).append(linear)
     return [*units.values()]
+
+
+def _by_name(units: Sequence[Unit], values: Sequence[Value]) -> dict[str, Value]:
+    """Give every linear what its unit has."""
+    return {linear.name: value for unit, value in zip(units, values, strict=True) for linear in unit}
 
 
 def _choice(choice: str) -> Pattern:

@@ -1,14 +1,17 @@
 """OWL: layers with more outliers are pruned less (Yin et al. 2023, arXiv:2310.05175)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from wanda_lightning.allocation.allocator import Allocator, Allotment, Task, layer_shares, weighted_mean
+from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
 from wanda_lightning.arguments import positive_number
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import in_memory
+from wanda_lightning.report.allotment import Allotment
+from wanda_lightning.statistics import InputStatistic
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class OWL(Allocator):
         mean = weighted_mean(kept, layers)
         patterns = layer_shares(task, [task.pattern.sparsity + mean - extra for extra in kept], str(self))
         why = {linear.name: share for layer, share in zip(layers, outliers, strict=True) for linear in layer.linears}
-        return Allotment.of(self, "outliers, % of the layer's weights", patterns, why)
+        return self.allotment(patterns, figure="outliers (%)", reasons=why)
 
-    def _outliers(self, layer: DecoderLayer, norms: dict) -> float:
+    def _outliers(self, layer: DecoderLayer, norms: Mapping[str, InputStatistic]) -> float:
         """Return the per cent of a layer's weights whose score is far above the layer's mean."""
         with in_memory(layer.module):
             scores = [Wanda().score(linear.weight_OI, norms[linear.name]) for linear in layer.linears]

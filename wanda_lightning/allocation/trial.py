@@ -21,6 +21,10 @@ from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 
+ROWS = 256
+"""Rows of a matrix whose energies are measured."""
+
+
 def held_out(batches: Sequence[Batch]) -> list[Batch]:
     """Return every fourth batch, at least one: those on which allocations are judged."""
     return [*batches[3::4]] or [batches[-1]]
@@ -72,6 +76,7 @@ class Trials:
     def __init__(self, task: Task, norms: Mapping[str, InputStatistic]) -> None:
         self._task, self._norms, self._method = task, norms, cheap(task.method)
         self._dense: dict[str, Tensor] = {}
+        self._now: dict[str, Pattern] = {}  # what is in place
 
     def __enter__(self) -> "Trials":
         self._dense = {linear.name: linear.weight_OI.clone() for linear in self._task.linears}
@@ -84,16 +89,32 @@ class Trials:
 
     def pruned(self, name: str, pattern: Pattern) -> Tensor:
         """Return the pruned weight (O, I) of a linear."""
-        weight_OI = self._dense[name].clone()
-        if self._norms[name].tokens:
-            self._method.prune(weight_OI, self._norms[name], pattern)
+        return self._prune(self._dense[name], self._norms[name], pattern)
+
+    def _prune(self, dense_OI: Tensor, norms: InputStatistic, pattern: Pattern) -> Tensor:
+        weight_OI = dense_OI.clone()
+        if norms.tokens:
+            self._method.prune(weight_OI, norms, pattern)
         else:  # an expert that no token reached, see prune_linear
             weight_OI.masked_fill_(~pattern.mask(weight_OI.float().abs()), 0)
         return weight_OI
 
-    def lost(self, name: str, pattern: Pattern) -> float:
-        """Return the energy that the outputs of a linear lose, ||(W - W') X||^2, from the norms of its inputs."""
-        return float(self._norms[name].output_energy(self._dense[name] - self.pruned(name, pattern)).sum())
+    def lost(self, linears: Sequence[PrunableLinear], pattern: Pattern) -> float:
+        """Estimate the energy that the outputs of linears lose, ||(W - W') X||^2, from the norms of their inputs.
+
+        Args:
+            linears: The linears.
+            pattern: What they are pruned to.
+
+        Returns:
+            The energy, of evenly spaced rows of large matrices.
+        """
+        energy = 0.0
+        for linear in linears:
+            norms, dense_OI = self._norms[linear.name], self._dense[linear.name]
+            some_OI = dense_OI[:: max(1, len(dense_OI) // ROWS)]
+            energy += float(norms.output_energy(some_OI - self._prune(some_OI, norms, pattern)).sum())
+        return energy
 
     def loss(self, patterns: Mapping[str, Pattern], batches: Sequence[Batch]) -> float:
         """Prune, and return the mean cross-entropy of next tokens over the batches of all processes.
@@ -106,7 +127,9 @@ class Trials:
             Nats per token.
         """
         for linear in self._task.linears:
-            linear.weight_OI.copy_(self.pruned(linear.name, patterns[linear.name]))
+            if self._now.get(linear.name) != patterns[linear.name]:
+                linear.weight_OI.copy_(self.pruned(linear.name, patterns[linear.name]))
+        self._now = dict(patterns)
         sums = torch.zeros(2, dtype=torch.float64)
         with self._task.team.together(), torch.no_grad():
             for loss, tokens in _losses(self._task.model, batches):
@@ -131,7 +154,7 @@ class Trials:
             The parts, in nats per token, by name; and the loss in the middle.
         """
         steps: dict[str, Tensor] = {}
-        linears = self._task.linears
+        linears, self._now = self._task.linears, {}
         for linear in linears:
             before_OI = self.pruned(linear.name, less[linear.name])
             after_OI = self.pruned(linear.name, more[linear.name])
@@ -144,7 +167,7 @@ class Trials:
                 found = torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks of those who train it
                 gradients = dict(zip(weights, found, strict=True))
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
-                sums += torch.tensor([*parts, float(loss), tokens], dtype=torch.float64)
+                sums += torch.tensor([*parts, float(loss.detach()), tokens], dtype=torch.float64)
         *parts, loss = self._mean(sums)
         return dict(zip(steps, parts, strict=True)), loss
 
