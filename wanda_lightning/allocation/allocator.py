@@ -121,7 +121,11 @@ class Allocator(ABC):
         """
 
     def allotment(
-        self, patterns: Mapping[str, Pattern], story: str = "", figure: str = "", reasons: Mapping[str, float] | None = None
+        self,
+        patterns: Mapping[str, Pattern],
+        story: str = "",
+        figure: str = "",
+        reasons: Mapping[str, float] | None = None,
     ) -> Allotment:
         """Note down what was decided.
 

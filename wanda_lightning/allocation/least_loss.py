@@ -67,7 +67,7 @@ class LeastLoss(Allocator):
         whole_number("rounds", self.rounds, 1)
         whole_number("sequences", self.sequences, 1)
         if self.choices is not None:
-            object.__setattr__(self, "choices", tuple(self.choices))
+            object.__setattr__(self, "choices", [*self.choices])  # as it is written
             if len({*map(_choice, self.choices)}) < max(2, len(self.choices)):
                 raise ValueError(f"choices must be two or more different patterns, got {[*self.choices]}")
 
@@ -112,8 +112,8 @@ class LeastLoss(Allocator):
             for _ in range(1 if self.choices else self.rounds):
                 slopes, weights = self._measure(trials, units, now, measured_on)
                 costs = [
-                    [weight * error if self._in_reach(option, at) else math.inf for error, option in curve]
-                    for weight, curve, at in zip(weights, (zip(each, options) for each in errors), now, strict=True)
+                    [math.inf if self._out_of_reach(o, at) else w * e for o, e in zip(options, each, strict=True)]
+                    for w, each, at in zip(weights, errors, now, strict=True)
                 ]
                 now = [options[n] for n in cheapest_split(costs, gains, total, over=self.choices is not None)]
                 tried.append((trials.loss(_by_name(units, now), judged_on), now, slopes))
@@ -144,8 +144,8 @@ class LeastLoss(Allocator):
             Unstructured(asked)
         )
 
-    def _in_reach(self, option: Pattern, now: Pattern) -> bool:
-        return self.choices is not None or option.sparsity < now.sparsity + 1.01 * self.step
+    def _out_of_reach(self, option: Pattern, now: Pattern) -> bool:
+        return self.choices is None and option.sparsity > now.sparsity + 1.01 * self.step
 
     def _measure(
         self, trials: Trials, units: Sequence[Unit], now: Sequence[Pattern], batches: Sequence[Batch]

@@ -19,8 +19,8 @@ class OWL(Allocator):
     """Prune each decoder layer by its share of outliers (arXiv:2310.05175, section 4).
 
     The outliers of a layer are the weights whose score |W_ij| * ||X_j||_2 is more than ``factor`` times the mean over
-    all linears of the layer. What layers keep is spread over ``2 * spread``, linearly in their share of outliers, around
-    what is kept in all; all linears of a layer are pruned alike. The scores are those of the dense model.
+    all linears of the layer. What layers keep is spread over ``2 * spread``, linearly in their share of outliers; all
+    linears of a layer are pruned alike. The scores are those of the dense model.
 
     Args:
         factor: M of the paper, above 0; an outlier is so many times as large as the mean. The paper tries 3 to 10.

@@ -9,7 +9,9 @@ FINEST = 100_000
 """Units that the total is counted in at most: odd shapes are rounded to it, which costs up to 0.001 % of the total."""
 
 
-def cheapest_split(costs: Sequence[Sequence[float]], gains: Sequence[Sequence[int]], total: int, over: bool = False) -> list[int]:
+def cheapest_split(
+    costs: Sequence[Sequence[float]], gains: Sequence[Sequence[int]], total: int, over: bool = False
+) -> list[int]:
     """Choose one option for each part, so that the gains sum to a total and the costs to the least that there is.
 
     Args:

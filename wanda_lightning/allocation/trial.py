@@ -20,7 +20,6 @@ from wanda_lightning.model.offload import device_of, is_offloaded
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
-
 ROWS = 256
 """Rows of a matrix whose energies are measured."""
 

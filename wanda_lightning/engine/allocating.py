@@ -42,7 +42,10 @@ def allocated(
         return _with(plan, Allotment(**json.loads(found)))
     task = task_of(plan, model, batches, activations, processes)
     allotment = processes.gather(allocator.allocate(task))[0]
-    repeats = {name_without_adapters(repeat.name): allotment.patterns[name_without_adapters(repeat.first)] for repeat in plan.repeats}
+    repeats = {
+        name_without_adapters(repeat.name): allotment.patterns[name_without_adapters(repeat.first)]
+        for repeat in plan.repeats
+    }
     allotment = replace(allotment, patterns={**allotment.patterns, **repeats})
     with processes.together():
         if processes.rank == 0 and file is not None:

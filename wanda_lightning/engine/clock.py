@@ -9,7 +9,7 @@ Step = TypeVar("Step")
 
 
 class PhaseClock:
-    """Seconds by phase: allocation, forwards between layers, forwards with statistics, solving, and training of what is kept."""
+    """Seconds by phase: allocation, forwards between layers and with statistics, solving, training of what is kept."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(("allocation", "forward", "statistics", "solve", "reconstruction"), 0.0)

@@ -43,8 +43,9 @@ def report_as_found(
 
     Returns:
         A report of the linears as they are, which says in its ``method`` that they were pruned before, and whether
-        every one of them has the zeros that the pattern asks for, or all together where an allocator splits them. Matrices that are zero as a whole are so by design,
-        such as the last ones of new blocks that change nothing yet: they tell nothing and are left out.
+        every one of them has the zeros that the pattern asks for; all together where an allocator splits them. Matrices
+        that are zero as a whole are so by design, such as the last ones of new blocks that change nothing yet: they
+        tell nothing and are left out.
     """
     report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
     decoder, patterns = selection.choose(model, pattern)
