@@ -126,22 +126,40 @@ def test_rounding_is_exact_over_shapes_of_all_kinds():
 
 
 def test_slopes_share_out_what_the_loss_grows_by():
-    """Over a short line the parts sum to the difference of the losses at its ends."""
-    model, batches = tiny_llama(hidden_size=64, intermediate_size=128), token_batches(length=32)
+    """Each part against a finite difference in the middle of the line; their sum against the losses at its ends."""
+    model, batches = tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.08).double(), token_batches()
+    batches[0] = {"input_ids": batches[0], "attention_mask": torch.ones_like(batches[0])}
+    batches[0]["attention_mask"][0, -5:] = 0
     task = task_of(model, batches)
     less, more = ({linear.name: Unstructured(s) for linear in task.linears} for s in (0.45, 0.5))
     before = [parameter.clone() for parameter in model.parameters()]
+    model.lm_head.weight.requires_grad = False
     required = [parameter.requires_grad for parameter in model.parameters()]
+
+    def loss():
+        total = tokens = 0
+        for batch in map(lambda batch: batch if isinstance(batch, dict) else {"input_ids": batch}, batches):
+            labels = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, -100)
+            here = int((labels[:, 1:] != -100).sum())
+            total, tokens = total + here * float(model(**batch, labels=labels).loss), tokens + here
+        return total / tokens
+
     with torch.no_grad(), Trials(task, task.input_norms()) as trials:
         parts, middle = trials.slopes(less, more, batches)
+        assert middle == pytest.approx(loss(), rel=1e-5)
+        for linear in task.linears:
+            step = 1e-3 * (
+                trials.pruned(linear.name, more[linear.name]) - trials.pruned(linear.name, less[linear.name])
+            )
+            ends = []
+            for sign in (1, -1):
+                linear.weight_OI.add_(step, alpha=sign)
+                ends.append(loss())
+                linear.weight_OI.add_(step, alpha=-sign)
+            assert parts[linear.name] == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-3, abs=1e-6)
         ends = [trials.loss(patterns, batches) for patterns in (less, more)]
-        alone = {name: pattern for name, pattern in less.items()}
-        name = max(parts, key=lambda name: abs(parts[name]))
-        alone[name] = more[name]
-        one = trials.loss(alone, batches) - ends[0]
-    assert sum(parts.values()) == pytest.approx(ends[1] - ends[0], rel=0.15)
-    assert min(ends) - 0.02 < middle < max(ends) + 0.02
-    assert parts[name] * one > 0
+        assert ends[1] == pytest.approx(loss(), rel=1e-5)
+    assert sum(parts.values()) == pytest.approx(ends[1] - ends[0], rel=0.05)
     assert all(map(torch.equal, model.parameters(), before))
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -94,6 +94,21 @@ class Allocator(ABC):
     needs_batches: bool = True
     """Whether there has to be a calibration set."""
 
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Refuse a pattern that leaves nothing to split.
+
+        Args:
+            pattern: What is asked for.
+
+        Raises:
+            ValueError: If it is N:M.
+        """
+        if not isinstance(pattern, Unstructured):
+            raise ValueError(
+                f"{self} splits an unstructured sparsity among linears, and {pattern} is the same for all: give a "
+                "sparsity instead, or leave the allocation out"
+            )
+
     def check(self, task: Task) -> None:
         """Refuse what it cannot split, before any work is done.
 
@@ -101,13 +116,9 @@ class Allocator(ABC):
             task: What is asked for; its batches may be missing still.
 
         Raises:
-            ValueError: If the pattern is N:M.
+            ValueError: If it cannot.
         """
-        if not isinstance(task.pattern, Unstructured):
-            raise ValueError(
-                f"{self} splits an unstructured sparsity among linears, and {task.pattern} is the same for all: give a "
-                "sparsity instead, or leave the allocation out"
-            )
+        self.check_pattern(task.pattern)
 
     @abstractmethod
     def allocate(self, task: Task) -> Allotment:

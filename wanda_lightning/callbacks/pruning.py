@@ -82,6 +82,8 @@ class PruningCallback(SparseFinetuning):
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
+        if isinstance(allocation, Allocator):
+            allocation.check_pattern(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)

@@ -57,6 +57,7 @@ class Comparison:
 
     def label(self, run: Run) -> str:
         """Name a run's method: with its folder where another run has the same."""
+
         def what(run: Run) -> tuple[object, ...]:
             return run.method, run.allocation, run.pattern, run.sparsity
 
