@@ -119,10 +119,10 @@ def test_rounding_is_exact_over_shapes_of_all_kinds():
         rows, columns = linear.weight_OI.shape
         count = math.floor(patterns[linear.name].sparsity * columns)
         assert count / columns == pytest.approx(patterns[linear.name].sparsity, abs=1e-12)  # nothing for floor to take
-        assert abs(count - shares[linear.name] * columns) < 4
+        assert abs(count - shares[linear.name] * columns) < 1
         total += count * rows
     wanted = sum(shares[linear.name] * linear.weight_OI.numel() for linear in linears)
-    assert abs(total - wanted) <= linears[-1].weight_OI.shape[0] / 2
+    assert abs(total - wanted) <= min(len(linear.weight_OI) for linear in linears) / 2
 
 
 def test_slopes_share_out_what_the_loss_grows_by():
@@ -141,7 +141,11 @@ def test_slopes_share_out_what_the_loss_grows_by():
         for batch in map(lambda batch: batch if isinstance(batch, dict) else {"input_ids": batch}, batches):
             labels = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, -100)
             here = int((labels[:, 1:] != -100).sum())
-            total, tokens = total + here * float(model(**batch, labels=labels).loss), tokens + here
+            logits = model(**batch).logits[:, :-1].double()  # the model itself would round them to single precision
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            )
+            tokens += here
         return total / tokens
 
     with torch.no_grad(), Trials(task, task.input_norms()) as trials:
@@ -181,9 +185,11 @@ def test_the_least_sum_of_errors_is_found(choices, monkeypatch):
     model, batches = tiny_llama(layers=2), token_batches()
     allocator = LeastLoss(choices=choices, step=0.15, rounds=1)
     layers = decoder_layers(model, targets=["q_proj", "up_proj", "down_proj"])
-    allocator.allocate(Task(model, layers, Wanda(), Unstructured(0.5), batches, Processes.alone()))
+    with torch.no_grad():
+        allocator.allocate(Task(model, layers, Wanda(), Unstructured(0.5), batches, Processes.alone()))
     costs, gains, total, over, picked = seen["call"]
-    assert len(costs) == 6 and total >= 0.5 * sum(max(gain) for gain in gains) * (0.5 if choices is None else 1)
+    assert len(costs) == 6
+    assert total >= 0.5 * sum(max(gain) for gain in gains) * (0.5 if choices is None else 1)
 
     def cost(choice):
         return sum(cost[option] for cost, option in zip(costs, choice, strict=True))
@@ -193,7 +199,8 @@ def test_the_least_sum_of_errors_is_found(choices, monkeypatch):
         return gained >= total if over else gained == total
 
     least = min(cost(choice) for choice in itertools.product(*(range(len(each)) for each in costs)) if reaches(choice))
-    assert cost(picked) == pytest.approx(least) and math.isfinite(least)
+    assert cost(picked) == pytest.approx(least)
+    assert math.isfinite(least)
 
 
 def test_choices_become_the_patterns_of_linears():
@@ -231,7 +238,8 @@ def test_experts_of_a_kind_are_pruned_alike():
     for kind in ("gate_up_proj", "down_proj"):
         for layer in range(2):
             found = [row.sparsity for row in report.linears if f".{layer}." in row.name and kind in row.name]
-            assert len(found) == 4 and max(found) - min(found) <= 1 / 32
+            assert len(found) == 4
+            assert max(found) - min(found) <= 1 / 32
 
 
 def test_the_report_says_why(tmp_path):
@@ -241,9 +249,12 @@ def test_the_report_says_why(tmp_path):
     assert plain["allocation"]["allocator"] == "OWL(factor=5.0, spread=0.08)"
     assert PruningReport.from_dict(plain).allocation == report.allocation
     page, text = to_html(report), report.to_markdown()
-    assert "Why: outliers (%)" in page and "| outliers (%) |" in text and "OWL(factor=5.0" in text
+    assert "Why: outliers (%)" in page
+    assert "| outliers (%) |" in text
+    assert "OWL(factor=5.0" in text
     without = prune_model(tiny_llama(), token_batches(), "wanda", 0.5)
-    assert "Allocation" not in without.to_markdown() and "Why" not in to_html(without)
+    assert "Allocation" not in without.to_markdown()
+    assert "Why" not in to_html(without)
     assert "allocation" not in without.seconds_by_phase
 
 
@@ -299,5 +310,7 @@ def test_bad_settings_are_refused(make, message):
 def test_what_judges_was_not_measured_on(count):
     batches = [torch.full((1, 2), n) for n in range(count)]
     held, used = ({int(b[0, 0]) for b in part} for part in (held_out(batches), fitted(batches)))
-    assert held and used and (count == 1 or not held & used)
+    assert held
+    assert used
+    assert count == 1 or not held & used
     assert held | used == {*range(count)}

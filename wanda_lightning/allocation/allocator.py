@@ -188,8 +188,8 @@ def layer_shares(task: Task, shares: Sequence[float], by: str) -> dict[str, Patt
 def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dict[str, Unstructured]:
     """Round sparsities so that whole numbers of weights go from every row, and the total does not suffer.
 
-    What rounding adds or takes is carried over to the next linear, so that the sum over all linears is off by half a
-    weight in each row of one linear at most.
+    Each is rounded up or down. What that adds or takes is carried over to the next linear, from those with many rows to
+    those with few, so that the sum over all linears is off by half a weight in each row of one linear at most.
 
     Args:
         linears: The linears.
@@ -199,10 +199,11 @@ def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dic
         The patterns by name.
     """
     patterns, owed = {}, 0.0
-    for linear in linears:
+    for linear in sorted(linears, key=lambda linear: -len(linear.weight_OI)):
         rows, columns = linear.weight_OI.shape
-        owed += shares[linear.name] * rows * columns
-        count = min(max(0, round(owed / rows)), columns - 1)
+        wanted = shares[linear.name] * columns
+        owed += wanted * rows
+        count = min(max(math.floor(wanted), round(owed / rows)), math.ceil(wanted), columns - 1)
         owed -= count * rows
         sparsity = count / columns
         if math.floor(sparsity * columns) < count:
