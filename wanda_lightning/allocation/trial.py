@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, O out features, I in features.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from wanda_lightning.allocation.allocator import Task
 from wanda_lightning.calibration.batches import Batch, model_inputs, tensors_of
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
@@ -123,7 +125,7 @@ class Trials:
             batches: Of this process.
 
         Returns:
-            Nats per token.
+            Nats per token; infinite where the model overflows.
         """
         for linear in self._task.linears:
             if self._now.get(linear.name) != patterns[linear.name]:
@@ -133,7 +135,8 @@ class Trials:
         with self._task.team.together(), torch.no_grad():
             for loss, tokens in _losses(self._task.model, batches):
                 sums += torch.tensor([float(loss), tokens])
-        return self._mean(sums)[0]
+        loss = self._mean(sums)[0]
+        return loss if math.isfinite(loss) else math.inf
 
     def slopes(
         self, less: Mapping[str, Pattern], more: Mapping[str, Pattern], batches: Sequence[Batch]
@@ -151,6 +154,9 @@ class Trials:
 
         Returns:
             The parts, in nats per token, by name; and the loss in the middle.
+
+        Raises:
+            ValueError: If the gradients are not finite.
         """
         steps: dict[str, Tensor] = {}
         linears, self._now = self._task.linears, {}
@@ -168,6 +174,8 @@ class Trials:
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
                 sums += torch.tensor([*parts, float(loss.detach()), tokens], dtype=torch.float64)
         *parts, loss = self._mean(sums)
+        if not all(map(math.isfinite, parts)):
+            raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")
         return dict(zip(steps, parts, strict=True)), loss
 
     def _mean(self, sums: Tensor) -> list[float]:

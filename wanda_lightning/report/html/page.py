@@ -101,7 +101,7 @@ def _allocation(report: "PruningReport") -> dict[str, Any] | None:
     if not values:
         return {"figures": None}
     show = "{:.3g}".format
-    return {"figures": _by_layer(report, series, max(*values, 0.0, key=abs), show, show, "error")}
+    return {"figures": _by_layer(report, series, max(0.0, *values), show, show, "error", min(values) >= 0)}
 
 
 def _magnitudes(report: "PruningReport") -> dict[str, Any] | None:
