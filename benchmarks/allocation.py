@@ -1,7 +1,7 @@
 """Perplexity of a model whose sparsity is split among its layers in several ways.
 
     python benchmarks/allocation.py MODEL CALIBRATION.txt EVALUATION.txt [--sparsities 0.6 0.7]
-        [--methods wanda sparsegpt] [--allocations uniform OWL ATP LeastLoss] [--seeds 0 1 2] [--true-sequential]
+        [--methods wanda sparsegpt] [--allocations uniform OWL ATP LeastLoss] [--seeds 0 1 2] [--order one]
 
 Calibration: 32 random windows of 512 tokens of one file, others for each seed; allocations choose on these windows
 alone. Perplexity: the first 40 consecutive windows of the other, float32. Prints a Markdown table: means over the
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["wanda"], help="names, as prune_model takes them")
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
-    parser.add_argument("--true-sequential", action="store_true", help="one pass a layer")
+    parser.add_argument("--order", choices=["two", "one"], default="one", help="how many passes a layer")
     parser.add_argument("--windows", type=int, default=40, help="of the evaluation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reports", type=Path, help="folder for the report of every pruning")
@@ -67,7 +67,7 @@ def main() -> None:
                 method,
                 sparsity,
                 allocation=ALLOCATIONS[name],
-                true_sequential=options.true_sequential,
+                true_sequential=options.order == "one",
             )
             if options.reports:
                 file = options.reports / f"{method}-{sparsity}-{name}-{seed}.json"

@@ -173,10 +173,10 @@ class Trials:
                 gradients = dict(zip(weights, found, strict=True))
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
                 sums += torch.tensor([*parts, float(loss.detach()), tokens], dtype=torch.float64)
-        *parts, loss = self._mean(sums)
+        *parts, middle = self._mean(sums)
         if not all(map(math.isfinite, parts)):
             raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")
-        return dict(zip(steps, parts, strict=True)), loss
+        return dict(zip(steps, parts, strict=True)), middle
 
     def _mean(self, sums: Tensor) -> list[float]:
         """Divide sums over the tokens of all processes by the number of these tokens, which is the last of the sums."""

@@ -212,7 +212,8 @@ class PruningRun:
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         allocator = self._selection.allocator
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        needs_batches = needs_batches or (allocator and allocator.needs_batches)
+        if allocator is not None and allocator.needs_batches:
+            needs_batches = True
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
