@@ -42,7 +42,7 @@ ROOMS = {
         "model", "report", "sparsity", "training",
     },
     "runs": {
-        "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
+        "allocation", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
         "training",
     },
     "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},

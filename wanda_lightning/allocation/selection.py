@@ -38,6 +38,11 @@ class Selection:
         """What is to decide for all of them."""
         return self.allocation if isinstance(self.allocation, Allocator) else None
 
+    @property
+    def needs_batches(self) -> bool:
+        """Whether what is to decide needs a calibration set for that."""
+        return self.allocator is not None and self.allocator.needs_batches
+
     def choose(self, model: nn.Module, pattern: Pattern) -> tuple[list[DecoderLayer], dict[str, Pattern]]:
         """Find the linears in a model.
 

@@ -98,8 +98,7 @@ class Plan:
     @property
     def needs_batches(self) -> bool:
         """Whether there has to be a calibration set."""
-        allocator = self.selection.allocator
-        return bool(self.statistic or self.reconstruction or (allocator and allocator.needs_batches))
+        return self.statistic is not None or self.reconstruction is not None or self.selection.needs_batches
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -210,10 +210,8 @@ class PruningRun:
         asked, model, processes = self.asked, find_language_model(module), Processes()
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
-        allocator = self._selection.allocator
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        if allocator is not None and allocator.needs_batches:
-            needs_batches = True
+        needs_batches = needs_batches or self._selection.needs_batches or None
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
