@@ -42,8 +42,8 @@ ROOMS = {
         "model", "report", "sparsity", "training",
     },
     "runs": {
-        "allocation", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
-        "training",
+        "allocation", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report",
+        "sparsity", "training",
     },
     "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),

@@ -18,7 +18,7 @@ from wanda_lightning.callbacks import PruningCallback
             {"class_path": "wanda_lightning.LeastLoss", "init_args": {"choices": ["dense", "2:4"], "rounds": 2}},
             LeastLoss(["dense", "2:4"], rounds=2),
         ),
-        ({"q_proj": 0.25, "down_proj": 0.5}, {"q_proj": 0.25, "down_proj": 0.5}),
+        ({"q_proj": 0.25, "down_proj": "2:4"}, {"q_proj": 0.25, "down_proj": "2:4"}),
         (None, None),
     ],
 )

@@ -68,7 +68,7 @@ class PruningCallback(SparseFinetuning):
         pattern: str = "unstructured",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
-        allocation: Allocator | dict[str, float | str] | None = None,
+        allocation: Allocator | dict[str, str | float] | None = None,  # a float first would read 2:4 as 124
         layers: str | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
