@@ -135,8 +135,8 @@ class Trials:
         with self._task.team.together(), torch.no_grad():
             for loss, tokens in _losses(self._task.model, batches):
                 sums += torch.tensor([float(loss), tokens])
-        loss = self._mean(sums)[0]
-        return loss if math.isfinite(loss) else math.inf
+        mean = self._mean(sums)[0]
+        return mean if math.isfinite(mean) else math.inf
 
     def slopes(
         self, less: Mapping[str, Pattern], more: Mapping[str, Pattern], batches: Sequence[Batch]
