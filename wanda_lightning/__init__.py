@@ -28,6 +28,9 @@ _MODULES = {
         "SparseGPT",
         "Wanda",
     ),
+    "allocation.atp": ("ATP",),
+    "allocation.least_loss": ("LeastLoss",),
+    "allocation.owl": ("OWL",),
     "allocation.schedule": ("Gradual",),
     "engine.journal": ("Journal",),
     "engine.processes": ("Processes",),
@@ -75,6 +78,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
+    from wanda_lightning.allocation.atp import ATP
+    from wanda_lightning.allocation.least_loss import LeastLoss
+    from wanda_lightning.allocation.owl import OWL
     from wanda_lightning.allocation.schedule import Gradual
     from wanda_lightning.callbacks import (
         AblatePruning,

@@ -6,6 +6,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
@@ -41,7 +42,8 @@ class PruningCallback(SparseFinetuning):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
-        allocation: Sparsities, or ``n:m``, of linears by name pattern, where not all are to be pruned alike.
+        allocation: Where not all are to be pruned alike: sparsities, or ``n:m``, of linears by name pattern; or what
+            splits the sparsity among them by looking at the model, such as ``OWL()``.
         layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
@@ -67,7 +69,7 @@ class PruningCallback(SparseFinetuning):
         pattern: str = "unstructured",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
-        allocation: dict[str, float | str] | None = None,
+        allocation: Allocator | dict[str, str | float] | None = None,  # a float first would read 2:4 as 124
         layers: str | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
@@ -82,6 +84,8 @@ class PruningCallback(SparseFinetuning):
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
+        if isinstance(allocation, Allocator):
+            allocation.check_pattern(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
@@ -32,12 +33,13 @@ def sweep(
     methods: Sequence[PruningMethod],
     sparsities: Sequence[float],
     patterns: Sequence[str],
+    allocations: Sequence[Allocator] = (),
 ) -> Comparison:
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
     folder = run_folder(trainer)
     if getattr(model, "stream", False):
         raise ValueError("a sweep keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
-    callbacks = _callbacks(trainer, methods, sparsities, patterns, folder)
+    callbacks = _callbacks(trainer, methods, sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
     settings = _settings(trainer, model, datamodule)
     dense = _recorded(folder / "sweep.json", settings)
@@ -86,31 +88,44 @@ def _callbacks(
     methods: Sequence[PruningMethod],
     sparsities: Sequence[float],
     patterns: Sequence[str],
+    allocations: Sequence[Allocator],
     folder: Path,
 ) -> list[PruningCallback]:
     """Make a pruning callback for every run; all settings are checked here, before the first."""
     if pruning_callbacks(trainer):
         raise ValueError("a sweep brings its own pruning callbacks: name methods, and leave callbacks like it out")
-    asked: list[Pattern] = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
-    asked += [parse_pattern(pattern) for pattern in patterns]
-    runs = {_name(method, methods, pattern): (method, pattern) for method in methods for pattern in asked}
+    splits = [None, *allocations]
+    unstructured = [parse_pattern("unstructured", sparsity) for sparsity in sparsities]
+    asked: list[tuple[Pattern, Allocator | None]] = [(pattern, split) for pattern in unstructured for split in splits]
+    asked += [(parse_pattern(pattern), None) for pattern in patterns]
+    runs = {
+        _name(method, methods, pattern) + (f"-{_short(split, allocations)}" if split else ""): (method, pattern, split)
+        for method in methods
+        for pattern, split in asked
+    }
     if not runs or len(runs) < len(methods) * len(asked):
         raise ValueError(
             "a sweep needs methods, and sparsities or N:M patterns, each of them once; "
             f"got methods {[*map(str, methods)]}, sparsities {[*sparsities]}, patterns {[*patterns]}"
+            + (f", allocations {[*map(str, allocations)]}" if allocations else "")
         )
     callbacks = []
-    for name, (method, pattern) in runs.items():
-        kind = {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
+    for name, (method, pattern, split) in runs.items():
+        kind: dict[str, Any] = {"allocation": split}
+        kind |= {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
         callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, **kind))
     return callbacks
 
 
 def _name(method: PruningMethod, methods: Sequence[PruningMethod], pattern: Pattern) -> str:
     """Name a run's folder, such as ``wanda-0.5``; with the method's settings where there are two of its kind."""
-    alike = sum(type(other) is type(method) for other in methods) > 1
-    name = re.sub(r"[^a-z0-9.]+", "-", (str(method) if alike else type(method).__name__).lower()).strip("-")
+    name = _short(method, methods)
     return f"{name}-{pattern.sparsity:g}" if str(pattern) == "unstructured" else f"{name}-{pattern}".replace(":", "of")
+
+
+def _short(one: object, among: Sequence[object]) -> str:
+    alike = sum(type(other) is type(one) for other in among) > 1
+    return re.sub(r"[^a-z0-9.]+", "-", (str(one) if alike else type(one).__name__).lower()).strip("-")
 
 
 def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
@@ -134,7 +149,9 @@ def _is_done(callback: PruningCallback) -> bool:
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    same = (found["method"], found["pattern"]) == (str(callback.method), str(callback.pattern))
+    split = (found.get("allocation") or {}).get("allocator", "None")
+    asked = (str(callback.method), str(callback.pattern), str(callback.allocation))
+    same = (found["method"], found["pattern"], split) == asked
     return same and "pruned" in found["evaluations"]  # which comes last
 
 

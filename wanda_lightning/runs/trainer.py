@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
 from wanda_lightning.checkpoints.hub import check_can_push
 from wanda_lightning.methods import PruningMethod
@@ -88,6 +89,7 @@ class PruningTrainer(Trainer):
         methods: Sequence[PruningMethod],
         sparsities: Sequence[float] = (0.5,),
         patterns: Sequence[str] = (),
+        allocations: Sequence[Allocator] = (),
     ) -> Comparison:
         """Prunes with every method to every sparsity and pattern, each from the dense weights, and compares.
 
@@ -101,6 +103,7 @@ class PruningTrainer(Trainer):
             methods: Pruning methods, such as Wanda.
             sparsities: Fractions of weights to prune, unstructured, each in [0, 1).
             patterns: N:M patterns besides, in quotes: ``"2:4"``.
+            allocations: How sparsities are split among linears, such as ``OWL()``, besides pruning all alike.
 
         Returns:
             The comparison of all runs.
@@ -111,7 +114,7 @@ class PruningTrainer(Trainer):
         """
         from wanda_lightning.runs.sweep import sweep
 
-        self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns)
+        self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns, allocations)
         return self.comparison
 
     def save_pretrained(self, model: LightningModule) -> None:
