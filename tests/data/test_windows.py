@@ -4,7 +4,13 @@ import random
 import pytest
 import torch
 
-from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+from wanda_lightning.data.windows import (
+    consecutive_windows,
+    document_windows,
+    random_windows,
+    tokenize,
+    windows_between,
+)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
