@@ -117,8 +117,8 @@ class SearchResult:
             f"({after[each] / before[each] - 1:+.2%})"
             for each in names
         ]
-        over = [each for each in names if self.budget.cost(before, after) > self.budget.limit and len(names) == 1]
-        end = ", over the budget" if over and not self.budget.is_of_size else ""
+        is_judged = names == [name] and not self.budget.is_of_size
+        end = ", over the budget" if is_judged and self.budget.cost(before, after) > self.budget.limit else ""
         return [f"on the evaluation set, which chose nothing: {'; '.join(figures)}{end}"] if figures else []
 
     def table(self) -> tuple[list[str], list[list[str]]]:
