@@ -69,6 +69,7 @@ _MODULES = {
     ),
     "runs.causal_lm": ("CausalLM",),
     "runs.comparison": ("Comparison",),
+    "runs.search_result": ("SearchResult",),
     "runs.trainer": ("PruningTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from wanda_lightning.report.pruning_report import PruningReport
     from wanda_lightning.runs.causal_lm import CausalLM
     from wanda_lightning.runs.comparison import Comparison
+    from wanda_lightning.runs.search_result import SearchResult
     from wanda_lightning.runs.trainer import PruningTrainer
     from wanda_lightning.sparsity import SemiStructured, Unstructured
     from wanda_lightning.statistics import InputHessian, InputNorm

@@ -60,6 +60,8 @@ def search(
         weights.bring_back(model)
         result.final = dict(prune(trainer, model, datamodule).evaluations)
     _save(trainer, result, folder)
+    if trainer.is_global_zero:
+        search_plot.plot(result, folder / "search.png")
     return result
 
 
@@ -134,7 +136,6 @@ def _begun(folder: Path, result: SearchResult, overwrite: bool) -> SearchResult:
 def _save(trainer: Trainer, result: SearchResult, folder: Path) -> None:
     if trainer.is_global_zero:
         result.save(folder)
-        search_plot.plot(result, folder / "search.png")
 
 
 def _grid(step: float) -> list[float]:

@@ -11,7 +11,7 @@ from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.runs.one_shot import no_training, prune
-from wanda_lightning.runs.search_result import SearchResult, Trial
+from wanda_lightning.runs.search_result import SearchResult, Trial, percent
 from wanda_lightning.runs.trials import DenseWeights, with_callbacks
 from wanda_lightning.sparsity import Unstructured
 
@@ -67,11 +67,11 @@ def prune_to_size(
         if size <= most:
             result.found = grid[number]
             return
-        rank_zero_info(f"sparsity {grid[number]:g} gives {size:,} bytes, {size - most:,.0f} too many")
+        rank_zero_info(f"{percent(grid[number])} gives {size:,} bytes, {size - most:,.0f} too many")
         number += 1
         callback.overwrite = True  # the results of this very search
     raise ValueError(
-        f"the budget cannot be met: at the largest sparsity, {grid[-1]:g}, the weights take {sizes[-1]:,} bytes, "
+        f"the budget cannot be met: at the largest sparsity, {percent(grid[-1])}, the weights take {sizes[-1]:,} bytes, "
         f"{most:,.0f} are allowed"
     )
 
