@@ -77,7 +77,7 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     _check(command, short)
     if not recipes and command in RECIPES:
         recipes = [RECIPES[command]]
-        if command != "sweep":
+        if command in ("prune", "fit"):
             folder = recipes[0].replace("wanda", short.get("--method", "wanda").lower())
             short.setdefault("--output", f"results/{folder}")
     written = [f"{LONG[option]}={value}" for option, value in short.items() if option in LONG]

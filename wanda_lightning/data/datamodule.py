@@ -152,12 +152,11 @@ class TextDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
+        processes = _processes(self.trainer)
         windows = [self._windows_of("evaluation", number) for number in range(len(self._sets))]
         if self.evaluation_names[-1] == "calibration" and len(self.evaluation_names) > len(self._sets):
             windows.append(self._windows_of("calibration"))
-        loaders = [
-            self._in_order(evaluation_rows(*each, _processes(self.trainer)), self.batch_size) for each in windows
-        ]
+        loaders = [self._in_order(evaluation_rows(*each, processes), self.batch_size) for each in windows]
         return loaders[0] if len(loaders) == 1 else loaders
 
     @override

@@ -71,8 +71,8 @@ def prune_to_size(
         number += 1
         callback.overwrite = True  # the results of this very search
     raise ValueError(
-        f"the budget cannot be met: at the largest sparsity, {percent(grid[-1])}, the weights take {sizes[-1]:,} bytes, "
-        f"{most:,.0f} are allowed"
+        f"the budget cannot be met: at the largest sparsity, {percent(grid[-1])}, the weights take {sizes[-1]:,} "
+        f"bytes, {most:,.0f} are allowed"
     )
 
 
