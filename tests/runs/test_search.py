@@ -70,13 +70,14 @@ def every(trained, tmp_path_factory) -> list[float]:
     return [report["evaluations"][stage]["val/perplexity"] for report, stage in stages]
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.005, 0.012, 0.05, 1.0])
+@pytest.mark.parametrize("budget", [1e-4, 0.012, 0.05, 1.0])
 def test_it_finds_what_a_sweep_over_all_sparsities_shows(trained, tmp_path, every, budget):
     kept = [perplexity <= (1 + budget) * every[0] for perplexity in every] + [False]
-    ends = [number for number in range(1, 8) if kept[number] and not kept[number + 1]]
+    ends = [number for number in range(8) if kept[number] and not kept[number + 1]]
     asked = {"max_perplexity_increase": budget, "step": STEP, "held_out_windows": 8}
     searcher = trainer(tmp_path, MagnitudePruning())
-    if not ends:
+    if budget < 1e-3:  # where the smallest sparsity is too much
+        assert 0 in ends
         with pytest.raises(ValueError, match="budget cannot be met, even the smallest"):
             searcher.search(CausalLM(trained), data(), **asked)
         return
