@@ -42,9 +42,8 @@ ROOMS = {
         "model", "report", "sparsity", "training",
     },
     "runs": {
-        "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation",
-        "methods", "model", "report",
-        "sparsity", "training",
+        "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",
+        "methods", "model", "report", "sparsity", "training",
     },
     "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),

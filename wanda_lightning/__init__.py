@@ -72,6 +72,7 @@ _MODULES = {
     "runs.causal_lm": ("CausalLM",),
     "runs.comparison": ("Comparison",),
     "runs.generation_speed": ("measure_speed",),
+    "runs.search_result": ("SearchResult",),
     "runs.trainer": ("PruningTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from wanda_lightning.runs.causal_lm import CausalLM
     from wanda_lightning.runs.comparison import Comparison
     from wanda_lightning.runs.generation_speed import measure_speed
+    from wanda_lightning.runs.search_result import SearchResult
     from wanda_lightning.runs.trainer import PruningTrainer
     from wanda_lightning.sparsity import SemiStructured, Unstructured
     from wanda_lightning.statistics import InputHessian, InputNorm

@@ -19,7 +19,7 @@ from wanda_lightning import (
     ZeroShotEvaluation,
 )
 from wanda_lightning.cli.lightning_cli import PruningCLI, run
-from wanda_lightning.runs import sweep as sweep_module
+from wanda_lightning.runs import trials
 from wanda_lightning.runs.causal_lm import CausalLM as Module
 
 
@@ -84,7 +84,7 @@ def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
     trainer(whole).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
     calls = []
-    original = sweep_module.prune
+    original = trials.prune
 
     def interrupted(*args, **kwargs):
         calls.append("prune")
@@ -92,7 +92,7 @@ def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "prune", interrupted)
+    monkeypatch.setattr(trials, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer(parts).sweep(CausalLM(tiny_model_folder), data(), *asked)
     evaluations = []

@@ -1,5 +1,6 @@
 """Pruning as a Lightning callback: prune once before training, keep the zeros while training, report."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
-from wanda_lightning.sparsity import parse_pattern
+from wanda_lightning.sparsity import Unstructured, parse_pattern
 from wanda_lightning.training.masks import masks_of
 
 
@@ -201,6 +202,23 @@ class PruningCallback(SparseFinetuning):
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1
         return folder if number == 1 else folder / f"pruning-{number}"
+
+
+def at_sparsity(callback: PruningCallback, sparsity: float, output_dir: str) -> PruningCallback:
+    """Make a callback that differs from another in its sparsity and its folder, and knows of no weights yet.
+
+    Args:
+        callback: The other; it prunes unstructured.
+        sparsity: Fraction of weights to prune, in [0, 1).
+        output_dir: Folder of its report.
+
+    Returns:
+        The new callback. It keeps no finished layers on disk.
+    """
+    other = copy(callback)
+    other.pattern, other.output_dir, other.resume = Unstructured(sparsity), output_dir, False
+    other.calibration, other.run = CalibrationBatches(callback.num_samples), PruningRun(other)
+    return other
 
 
 def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:

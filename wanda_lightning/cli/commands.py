@@ -46,6 +46,10 @@ COMMANDS = {
         "Prune with several methods and sparsities, each from the dense weights; a table and a picture.",
         "wanda-lightning sweep MODEL --sparsities '[0.4, 0.6]'",
     ),
+    "search": Command(
+        "Find the largest sparsity within a budget, or the smallest that fits, and prune to it.",
+        "wanda-lightning search MODEL --method wanda --max_perplexity_increase 0.05",
+    ),
     "compare": Command(
         "Put the results of several runs into one table and one picture.",
         "wanda-lightning compare results/wanda results/sparsegpt --plot runs.png",

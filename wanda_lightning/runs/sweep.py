@@ -2,27 +2,28 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.atomic_files import write_text
-from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
+from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
-from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
-from wanda_lightning.runs.one_shot import prune
+from wanda_lightning.runs.trials import (
+    DenseWeights,
+    check_in_memory,
+    evaluate,
+    other_settings,
+    prune_and_evaluate,
+    settings_of,
+)
 from wanda_lightning.sparsity import Pattern, parse_pattern
 
 
@@ -37,17 +38,15 @@ def sweep(
 ) -> Comparison:
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
     folder = run_folder(trainer)
-    if getattr(model, "stream", False):
-        raise ValueError("a sweep keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
+    check_in_memory(model, "a sweep")
     callbacks = _callbacks(trainer, methods, sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
-    settings = _settings(trainer, model, datamodule)
+    settings = settings_of(trainer, model, datamodule)
     dense = _recorded(folder / "sweep.json", settings)
     if dense is None:
-        trainer.validate(model, datamodule=datamodule, verbose=False)
-        dense = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        dense = evaluate(trainer, model, datamodule)
         write_text(folder / "sweep.json", json.dumps({"settings": settings, "dense": dense}, indent=2) + "\n")
-    weights = _DenseWeights()
+    weights = DenseWeights()
     for number, callback in enumerate(callbacks, start=1):
         name = f"run {number} of {len(callbacks)}, {Path(str(callback.output_dir)).name}"
         if _is_done(callback):
@@ -55,32 +54,12 @@ def sweep(
             continue
         rank_zero_info(name)
         callback.evaluations["dense"] = dense
-        with _with_callbacks(trainer, weights, callback):
-            prune(trainer, model, datamodule=datamodule, evaluate=False, save=False)
-            trainer.validate(model, datamodule=datamodule, verbose=False)
+        prune_and_evaluate(trainer, model, datamodule, weights, callback)
     comparison = Comparison([callback.output_dir for callback in callbacks if callback.output_dir])
     if trainer.is_global_zero:
         comparison.save(folder)
         plotting.plot(comparison, folder / "comparison.png")
     return comparison
-
-
-class _DenseWeights(Callback):
-    """Keeps a copy of the weights as they are before the first pruning, and brings them back before the others."""
-
-    def __init__(self) -> None:
-        self._dense: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy or bring back; this callback stands before the one that prunes."""
-        layers = decoder_layers(find_language_model(pl_module), targets=["*"])
-        weights = {name: weight for layer in layers for name, weight in layer.weights.items()}
-        for name, weight in weights.items():
-            if name in self._dense:
-                weight.copy_(self._dense[name])
-            else:
-                self._dense[name] = weight.detach().clone()
 
 
 def _callbacks(
@@ -133,13 +112,7 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
     if not file.exists():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    before = found["settings"]
-    other = [
-        f"{part}.{difference}"
-        for part in {**before, **settings}
-        for difference in differences(before.get(part, {}), settings.get(part, {})).values()
-    ]
-    if other:
+    if other := other_settings(found["settings"], settings):
         raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(other)}")
     return found["dense"]
 
@@ -153,31 +126,3 @@ def _is_done(callback: PruningCallback) -> bool:
     asked = (str(callback.method), str(callback.pattern), str(callback.allocation))
     same = (found["method"], found["pattern"], split) == asked
     return same and "pruned" in found["evaluations"]  # which comes last
-
-
-def _settings(trainer: Any, model: Any, datamodule: Any) -> dict[str, dict[str, Any]]:
-    """Collect what the figures of a sweep depend on, besides methods and sparsities, as JSON types."""
-    settings = {
-        "model": {**_hyperparameters(model), **getattr(model, "model_kwargs", {})},
-        "data": _hyperparameters(datamodule),
-        "trainer": {"precision": trainer.precision},
-    }
-    for callback in trainer.callbacks:
-        if isinstance(callback, ZeroShotEvaluation):
-            asked = {"tasks": callback.tasks, "include_path": callback.include_path}
-            settings["zero_shot"] = {**asked, **callback.settings}
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _hyperparameters(part: Any) -> dict[str, Any]:
-    return {"class": type(part).__name__, **getattr(part, "hparams", {})}
-
-
-@contextmanager
-def _with_callbacks(trainer: Any, *callbacks: Callback) -> Iterator[None]:
-    before = list(trainer.callbacks)
-    trainer.callbacks.extend(callbacks)
-    try:
-        yield
-    finally:
-        trainer.callbacks[:] = before

@@ -10,13 +10,15 @@ from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
 from wanda_lightning.checkpoints.hub import check_can_push
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.runs.budget import budget_of
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.model_folder import save_pretrained
 from wanda_lightning.runs.one_shot import prune
+from wanda_lightning.runs.search_result import SearchResult
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer, which can also prune and sweep.
+    """Lightning's Trainer, which can also prune, sweep and search.
 
     Args:
         *args: Of Lightning's Trainer.
@@ -26,6 +28,7 @@ class PruningTrainer(Trainer):
 
     Attributes:
         comparison: Of the last sweep.
+        search_result: Of the last search.
         hub_url: Where the model is that was pushed last.
         push_failed: Whether the last push failed.
 
@@ -35,6 +38,7 @@ class PruningTrainer(Trainer):
     """
 
     comparison: Comparison | None = None
+    search_result: SearchResult | None = None
     hub_url: str | None = None
     push_failed = False
 
@@ -116,6 +120,48 @@ class PruningTrainer(Trainer):
 
         self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns, allocations)
         return self.comparison
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        max_perplexity_increase: float | None = None,
+        max_bytes: float | None = None,
+        metric: str | None = None,
+        max_drop: float | None = None,
+        max_rise: float | None = None,
+        step: float = 0.01,
+        held_out_windows: int = 32,
+    ) -> SearchResult:
+        """Finds the largest sparsity within a budget, prunes to it, evaluates and saves.
+
+        The pruning callback's own sparsity is not used; all its other settings are. Each trial prunes from the dense
+        weights, of which a copy is kept in memory, and is evaluated on held-out windows of the calibration source. The
+        evaluation set is read in the end. After a crash the same call goes on behind the finished trials.
+
+        Args:
+            model: A LightningModule that holds a Hugging Face causal language model.
+            datamodule: Has ``calibration_dataloader()``, ``held_out_dataloader(max_windows)`` and ``val_dataloader()``.
+            max_perplexity_increase: By which fraction of the dense model's the perplexity may be higher, such as 0.05.
+            max_bytes: How large the weights may be when they are compressed: the smallest sparsity is chosen then.
+            metric: Another metric that validation logs, or the end of its name, such as ``mean/acc``.
+            max_drop: How much lower than the dense model's that metric may be.
+            max_rise: How much higher it may be, if lower is better.
+            step: Sparsities are multiples of it, in (0, 0.5].
+            held_out_windows: Evaluate trials on at most so many windows.
+
+        Returns:
+            The trials, what was found, and what it gives on the evaluation set.
+
+        Raises:
+            ValueError: If the budget cannot be met or is not one, there is not one pruning callback with an
+                unstructured pattern, the metric is not logged, or the folder holds another search.
+        """
+        from wanda_lightning.runs.search import search
+
+        budget = budget_of(max_perplexity_increase, max_bytes, metric, max_drop, max_rise)
+        self.search_result = search(self, model, datamodule, budget, step, held_out_windows)
+        return self.search_result
 
     def save_pretrained(self, model: LightningModule) -> None:
         """Save the module's language model, tokenizer and a model card to ``model/`` beside the report.
