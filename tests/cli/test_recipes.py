@@ -18,7 +18,7 @@ FOLDER = Path(wanda_lightning.__file__).parent / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 
-OTHERS = ("sweep.yaml", "shrink.yaml")  # see test_sweep.py, and below
+OTHERS = ("search.yaml", "sweep.yaml", "shrink.yaml")  # see their own tests, and below
 
 
 def launch_line(recipe: str) -> str:
