@@ -166,7 +166,7 @@ def refuse_uncalled(names: Sequence[str]) -> None:
     """
     if names:
         raise ValueError(
-            f"the model does not call {_few(names)} on token ids alone, as cross-attention is not called without an "
+            f"the model does not call {_few(names)} on these batches, as cross-attention is not called without an "
             "encoder, and Mamba uses dt_proj's weight without a call: leave them out with ignore"
         )
 

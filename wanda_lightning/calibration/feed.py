@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import model_inputs
+from wanda_lightning.calibration.batches import model_inputs, tensors_in
 from wanda_lightning.calibration.real_tokens import RealTokens, real_tokens
 from wanda_lightning.model.attention import every_linear_is_called
 from wanda_lightning.model.offload import device_of
@@ -33,7 +33,7 @@ class Feed:
     """What the model calls behind its layers, where that is known."""
 
     def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
-        self.model, self._forward = model, forward or _call
+        self.model, self._forward = model, forward or call_with
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
     def run(self, batch: Any) -> None:
@@ -120,18 +120,6 @@ class LanguageModelFeed(Feed):
         yield
 
 
-def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch, with names such as ``"labels"`` or ``"0"`` that tell where they are."""
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(batch, tuple | list):
-        for index, value in enumerate(batch):
-            yield from tensors_in(value, f"{name}.{index}" if name else str(index))
-
-
 def _masks(batch: Any) -> dict[str, Tensor]:
     """Return the padding masks in a batch by name, booleans, True = real; in torch's own, True is padding."""
     masks = {}
@@ -144,7 +132,8 @@ def _masks(batch: Any) -> dict[str, Tensor]:
     return masks
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_with(model: nn.Module, batch: Any) -> Any:
+    """Call a module with a batch: a mapping's values by name, a tensor, or the first element of a tuple or list."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, tuple | list) and batch else batch)

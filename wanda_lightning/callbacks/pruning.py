@@ -9,24 +9,29 @@ from typing_extensions import override
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
+from wanda_lightning.callbacks.plumbing.layer_lists import lists_in
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import parse_pattern
 
 
 class PruningCallback(SparseFinetuning):
-    """Prunes the language model of a LightningModule once, before the first training step of ``fit``.
+    """Prunes the model of a LightningModule once, before the first training step of ``fit``.
 
     ``validate`` and ``test`` never prune; resuming from a checkpoint of a pruned run does not prune again. Calibration
     batches come from the datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train
     dataloader. The zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``,
     holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
+
+    A language model is called with token ids. For other models, encoders, encoder-decoders, those of images and sound,
+    a batch goes through the module's ``validation_step``, or its ``calibration_step(batch, batch_idx)`` if it has one,
+    and all lists of layers that it calls one layer after another are pruned, in that order.
 
     A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
     report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
@@ -41,7 +46,7 @@ class PruningCallback(SparseFinetuning):
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
         allocation: Sparsities, or ``n:m``, of linears by name pattern, where not all are to be pruned alike.
-        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for finding it fails, or of several.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
@@ -66,7 +71,7 @@ class PruningCallback(SparseFinetuning):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         allocation: dict[str, float | str] | None = None,
-        layers: str | None = None,
+        layers: str | list[str] | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
         schedule: Gradual | None = None,
@@ -182,7 +187,7 @@ class PruningCallback(SparseFinetuning):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that were pruned, unless the schedule lets them grow back."""
         self._masks = None
-        linears, pruned_to = self.run.zeros_to_keep(find_language_model(pl_module))
+        linears, pruned_to = self.run.zeros_to_keep(find_model(pl_module))
         self.mask(trainer, pl_module, linears, pruned_to)
 
     def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,6 +220,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
     """Measure the fraction of zeros in the linears that the callbacks of a Trainer have pruned; 0 before that."""
-    model, callbacks = find_language_model(module), pruning_callbacks(trainer)
+    model, callbacks = find_model(module), pruning_callbacks(trainer)
     reports = [callback.report for callback in callbacks if callback.run.is_pruned(model)]
-    return sparsity_now(model, [report for report in reports if report is not None], callbacks[0].layers)
+    lists = lists_in(model, callbacks[0].layers)
+    return sparsity_now(model, [report for report in reports if report is not None], lists)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from wanda_lightning.callbacks.plumbing.layer_lists import lists_in
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.decoder import every_linear
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.training.masks import WeightMasks, zeros_by_design
@@ -23,7 +24,7 @@ class SparseFinetuning(Callback):
     """Keeps pruned weights at exactly zero during training, with any optimizer.
 
     Gradients of pruned weights are dropped before clipping, and the weights are zeroed after every optimizer step.
-    The masks are taken from the zeros of the decoder's linears when training starts, after a checkpoint is restored.
+    The masks are taken from the zeros of the model's linears when training starts, after a checkpoint is restored.
     Matrices that are zero as a whole, as in new blocks that change nothing yet, are trained like dense ones.
     Averages that Lightning's weight averaging callbacks keep are held to the same zeros. The pruning callbacks do all
     this by themselves; use this one to fine-tune a model that was pruned before.
@@ -33,7 +34,7 @@ class SparseFinetuning(Callback):
     DeepSpeed are not tested.
 
     Args:
-        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for finding it fails, or of several.
 
     Raises:
         RuntimeError: When a checkpoint is saved or at the end of training, if a pruned weight is not zero.
@@ -43,7 +44,7 @@ class SparseFinetuning(Callback):
         Trainer(callbacks=[SparseFinetuning()]).fit(module, datamodule)
     """
 
-    def __init__(self, layers: str | None = None) -> None:
+    def __init__(self, layers: str | list[str] | None = None) -> None:
         self.layers = layers
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []
@@ -62,9 +63,9 @@ class SparseFinetuning(Callback):
         ]
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep from here on the zeros that the decoder's linears have now."""
-        layers = decoder_layers(find_language_model(pl_module), targets=["*"], layers=self.layers)
-        self.mask(trainer, pl_module, [linear for layer in layers for linear in layer.linears])
+        """Keep from here on the zeros that the linears of the layers have now."""
+        model = find_model(pl_module)
+        self.mask(trainer, pl_module, every_linear(model, lists_in(model, self.layers)))
         if self._masks is None or not self._masks.masks:
             log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
 

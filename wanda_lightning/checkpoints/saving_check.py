@@ -40,6 +40,19 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
         raise ValueError(f"{type(model).__name__} cannot be saved so that it loads as it is: {difference}")
 
 
+def check_weights_can_be_saved(model: nn.Module) -> None:
+    """Make sure that the state dict of a module holds tensors only: safetensors stores nothing else.
+
+    Args:
+        model: The module.
+
+    Raises:
+        ValueError: If it holds something else, with the name.
+    """
+    if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{type(model).__name__} cannot be saved as safetensors: {others[0]} is no tensor")
+
+
 def _dry_save(model: Any, tokenizer: Any) -> nn.Module:
     """Return the model that would be loaded, on the meta device."""
     from transformers.core_model_loading import revert_weight_conversion

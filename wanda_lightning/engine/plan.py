@@ -1,7 +1,7 @@
 """What is to be pruned, to what and by what: made and checked before any weight changes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
+from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.report.pruning_report import PruningReport
@@ -31,6 +32,7 @@ class Plan:
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
+        outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
     """
 
     method: PruningMethod
@@ -42,6 +44,7 @@ class Plan:
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
+    outside: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -49,7 +52,7 @@ class Plan:
         model: nn.Module,
         method: PruningMethod,
         pattern: Pattern,
-        selection: Selection,
+        found: Found,
         exact_error: bool = False,
         true_sequential: bool = False,
         reconstruction: Reconstruction | None = None,
@@ -60,7 +63,7 @@ class Plan:
             model: The model, with its decoder layers.
             method: The pruning method.
             pattern: What linears are pruned to, where the selection says nothing else.
-            selection: What the user said of linears.
+            found: Its layers, and what the user said of linears.
             exact_error: Whether X^T X is gathered whatever the method.
             true_sequential: Whether each linear is pruned with what the pruned linears before it give.
             reconstruction: How what is kept of each layer is then trained; None where it is not.
@@ -71,9 +74,13 @@ class Plan:
         Raises:
             ValueError: If the selection does not fit the model.
         """
+        selection = found.selection
         layers, patterns = selection.choose(model, pattern)
-        layers, repeats = without_repeats(model, layers, patterns)
-        return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction)
+        layers, repeats = without_repeats(model, found.in_order(layers), patterns)
+        outside = found.look_outside(model, layers)
+        return cls(
+            method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction, outside
+        )
 
     @property
     def statistic(self) -> type[InputStatistic] | None:
@@ -104,4 +111,5 @@ class Plan:
         report.matches = self.selection.matches(self.layers)
         for layer in self.layers:
             report.not_pruned |= layer.left_dense
+        report.not_pruned |= self.outside
         return report

@@ -83,7 +83,9 @@ def decoder_layers(
         lists: dict[str, nn.Module] = {prefix: of_decoder}
     else:
         lists = lists_of_layers(uncompiled(model), layers)
-    modules = {f"{prefix}.{i}": layer for prefix, found in lists.items() for i, layer in cast(Any, found)._modules.items()}
+    modules = {
+        f"{prefix}.{i}": layer for prefix, found in lists.items() for i, layer in cast(Any, found)._modules.items()
+    }
     linears = {name: prunable_linears(layer, name) for name, layer in modules.items()}
     every = [linear for layer in linears.values() for linear in layer]
     if layers is not None and not isinstance(layers, str):
@@ -93,9 +95,7 @@ def decoder_layers(
     uncovered = _uncovered([*modules.values()], linears)
     for pattern in [*(targets or []), *(ignore or [])]:
         check_pattern(pattern, every)
-    return [
-        _decide(name, modules[name], found, uncovered[name], targets, ignore) for name, found in linears.items()
-    ]
+    return [_decide(name, modules[name], found, uncovered[name], targets, ignore) for name, found in linears.items()]
 
 
 def every_linear(model: nn.Module, layers: str | Sequence[str] | None = None) -> list[PrunableLinear]:

@@ -19,7 +19,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none, or more than one side by side.
     """
-    found = {uncompiled(child): name for name, child in module.named_modules() if _is_causal_lm(child)}
+    found = {uncompiled(child): name for name, child in module.named_modules() if is_of_transformers(child)}
     held = {model: set(model.parameters()) for model in found}
     # The one that holds the most, and of several forms the outermost, which comes first.
     model = max(found, key=lambda model: (len(held[model]), len(list(model.modules()))), default=None)
@@ -44,7 +44,7 @@ def is_language_model(model: nn.Module) -> bool:
         that sees images, too, and writes text is one.
     """
     plain: Any = uncompiled(model)
-    if not _is_causal_lm(plain) or getattr(plain, "main_input_name", "input_ids") != "input_ids":
+    if not is_of_transformers(plain) or getattr(plain, "main_input_name", "input_ids") != "input_ids":
         return False
     try:
         embeddings = plain.get_input_embeddings()
@@ -69,7 +69,7 @@ def find_model(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there are several models of transformers side by side.
     """
-    if any(_is_causal_lm(child) for child in module.modules()):
+    if any(is_of_transformers(child) for child in module.modules()):
         return find_language_model(module)
     children = [child for child in module.children() if any(True for _ in child.parameters())]
     own = any(True for _ in module.parameters(recurse=False))
@@ -90,5 +90,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if original is None else original
 
 
-def _is_causal_lm(module: nn.Module) -> bool:
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
     return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

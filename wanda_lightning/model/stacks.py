@@ -35,7 +35,9 @@ def lists_of_layers(model: nn.Module, named: Sequence[str] | None = None) -> dic
         return {name: m for name, m in lists.items() if _is_stack([*cast(Any, m)])}
     for name in named:
         if name not in lists or not prunable_linears(lists[name], name):
-            holding = ", ".join(f"{each} ({len(cast(Any, m))})" for each, m in lists.items() if _is_stack([*cast(Any, m)]))
+            holding = ", ".join(
+                f"{each} ({len(cast(Any, m))})" for each, m in lists.items() if _is_stack([*cast(Any, m)])
+            )
             raise ValueError(
                 f"{type(model).__name__} has no list of layers {name!r}; its lists of layers: {holding or 'none'}"
             )

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
+from wanda_lightning.callbacks.plumbing.layer_lists import lists_in
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.decoder import every_linear
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.one_shot import prune
@@ -72,8 +73,8 @@ class _DenseWeights(Callback):
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy or bring back; this callback stands before the one that prunes."""
-        layers = decoder_layers(find_language_model(pl_module), targets=["*"])
-        weights = {name: weight for layer in layers for name, weight in layer.weights.items()}
+        model = find_model(pl_module)
+        weights = {linear.parameter_name: linear.weight for linear in every_linear(model, lists_in(model, None))}
         for name, weight in weights.items():
             if name in self._dense:
                 weight.copy_(self._dense[name])
