@@ -64,8 +64,8 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
     batches = None if calibration is None else [*calibration]
     outside = partial(look_outside, are_named=named is not None)
     if not batches:
-        names = tuple(named or names_by_structure(feed.model))
-        return Found(batches, replace(selection, layers=names), look_outside=outside)
+        by_structure = tuple(named or names_by_structure(feed.model))
+        return Found(batches, replace(selection, layers=by_structure), look_outside=outside)
     names, order = called_stacks(feed, batches[0], named)
 
     def in_order(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from wanda_lightning.model.linears import is_linear, matrix_parameters, own_modules, prunable_linears
 from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.model.linears import is_linear, matrix_parameters, own_modules, prunable_linears
 
 MOST = 0.75
 """The share of an outer list's weights from which on the lists within it are the stacks: stages consist of layers."""
@@ -47,7 +47,7 @@ def lists_of_layers(model: nn.Module, named: Sequence[str] | None = None) -> dic
 def without_nested(lists: Mapping[str, nn.Module]) -> list[str]:
     """Choose between lists that lie in one another: the inner ones, where the outer one consists of them.
 
-    Stages of a vision model hold lists of layers, and little else. Layers hold lists, too, such as the parts of a block.
+    Stages of a vision model hold lists of layers, and little else. Layers hold lists, too, such as of their own parts.
 
     Args:
         lists: Lists of layers by name.
