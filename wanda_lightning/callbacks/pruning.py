@@ -46,7 +46,7 @@ class PruningCallback(SparseFinetuning):
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
         allocation: Sparsities, or ``n:m``, of linears by name pattern, where not all are to be pruned alike.
-        layers: Name of the list of layers, such as ``model.layers``, where the rule for finding it fails, or of several.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for it fails, or of several.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.

@@ -34,7 +34,7 @@ class SparseFinetuning(Callback):
     DeepSpeed are not tested.
 
     Args:
-        layers: Name of the list of layers, such as ``model.layers``, where the rule for finding it fails, or of several.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for it fails, or of several.
 
     Raises:
         RuntimeError: When a checkpoint is saved or at the end of training, if a pruned weight is not zero.
