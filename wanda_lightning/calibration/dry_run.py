@@ -39,9 +39,9 @@ class Arguments(NamedTuple):
             return layer(hidden, *self.args, **self.kwargs)
         return layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
 
-    def by_name(self, layer: nn.Module) -> dict[str, Any]:
+    def by_name(self, parameters: Iterable[str]) -> dict[str, Any]:
         """Return the arguments by the names of the layer's parameters, as far as these can be told."""
-        names = [*signature(layer.forward).parameters][self.keyword is None :]
+        names = [*parameters][self.keyword is None :]
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 
 
@@ -182,6 +182,7 @@ def dry_run(
     """
     recorder = _Recorder(layers, activations, feed.runs_layers)
     real: list[RealTokens] = []
+    parameters = [*signature(layers[0].forward).parameters]
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(replaced(layer, "forward", recorder.forward(index, layer.forward)))
@@ -194,7 +195,7 @@ def dry_run(
             with suppress(_DryRunDoneError):
                 feed.run(batch)
             recorder.end_batch()
-            of_first = recorder.arguments[0][number].by_name(layers[0])
+            of_first = recorder.arguments[0][number].by_name(parameters)
             real.append(feed.real_tokens(batch, recorder.hidden_BTD.shapes[number], of_first))
     if not real:
         raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
