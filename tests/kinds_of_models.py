@@ -144,7 +144,7 @@ class Tagger(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(100, 32)
         layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(32, 5)
 
     def forward(self, tokens, key_padding_mask=None):
