@@ -55,9 +55,7 @@ def bert():
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
     return T5ForConditionalGeneration(config), [{**_text(s), "labels": _tokens(2, 6, seed=s + 5)} for s in (1, 2)]
 
 

@@ -105,8 +105,6 @@ def test_statistics_equal_those_of_a_plain_forward_of_the_pruned_module(kind):
         torch.testing.assert_close(statistic.compute().double(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-
-
 @pytest.mark.parametrize("kind", ["bert", "t5", "bart", "transformer_encoder", "transformer", "clip"])
 @torch.no_grad()
 def test_padding_does_not_count(kind):
