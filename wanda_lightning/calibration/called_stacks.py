@@ -67,16 +67,17 @@ def called_stacks(
     Raises:
         ValueError: If there are none, or one that is named is not called in this way, with the reason.
     """
-    lists = lists_of_layers(feed.model, named)
+    if not (lists := lists_of_layers(feed.model, named)):
+        raise ValueError(
+            f"{type(feed.model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of layers "
+            "of one class that hold linears"
+        )
     watched = {name: _Watched([*cast(Any, found)._modules.values()]) for name, found in lists.items()}
     order = _run(feed, batch, watched)
     fit = {name: lists[name] for name, each in watched.items() if each.fault is None}
     faults = "; ".join(f"{name}: {each.fault}" for name, each in watched.items() if each.fault)
     if not fit or (named is not None and faults):
-        raise ValueError(
-            f"{type(feed.model).__name__} cannot be pruned layer by layer: "
-            + (faults or "it has no ModuleList or Sequential of layers of one class that hold linears")
-        )
+        raise ValueError(f"{type(feed.model).__name__} cannot be pruned layer by layer: {faults}")
     names = [*fit] if named is not None else without_nested(fit)
     return sorted(names, key=lambda name: order(watched[name].layers[0])), order
 

@@ -29,9 +29,8 @@ class PruningCallback(SparseFinetuning):
     dataloader. The zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``,
     holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
 
-    A language model is called with token ids. For other models, encoders, encoder-decoders, those of images and sound,
-    a batch goes through the module's ``validation_step``, or its ``calibration_step(batch, batch_idx)`` if it has one,
-    and all lists of layers that it calls one layer after another are pruned, in that order.
+    A language model is called with token ids. With any other, a batch goes through the module's ``validation_step``, or
+    ``calibration_step(batch, batch_idx)`` if it has one; all lists of layers that it calls in order are pruned.
 
     A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
     report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
@@ -56,7 +55,8 @@ class PruningCallback(SparseFinetuning):
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
+        true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
+            passes. Default: in one, or in two where the memory does not suffice.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
 
     Raises:
@@ -79,7 +79,7 @@ class PruningCallback(SparseFinetuning):
         resume: bool | None = None,
         exact_error: bool = False,
         overwrite: bool = False,
-        true_sequential: bool = False,
+        true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
     ) -> None:
         super().__init__(layers)
@@ -196,11 +196,7 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this callback's files go; every process must ask for it.
-
-        That is ``output_dir``, else the Trainer's ``log_dir``. Of several pruning callbacks with the same folder the
-        second takes ``pruning-2`` in it, and so on.
-        """
+        """Return where the files go, for the second callback of a folder ``pruning-2`` in it; each process must ask."""
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1

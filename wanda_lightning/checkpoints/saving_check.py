@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.checkpoints.quantization import forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
+from wanda_lightning.model.language_model import is_of_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,12 +23,16 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     """Save all of a model but its weights, and load it again with weights that take no memory.
 
     Args:
-        model: The model, of any size, also streamed from disk.
+        model: The model, of any size, also streamed from disk. Of one that is not of transformers the state dict is
+            saved, and looked at.
         tokenizer: What is saved beside it.
 
     Raises:
         ValueError: If saving fails, or what was saved would load as another model, with the reason.
     """
+    if not is_of_transformers(model):
+        check_weights_can_be_saved(model)
+        return
     try:
         with quiet("transformers", logging.CRITICAL), without_progress_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

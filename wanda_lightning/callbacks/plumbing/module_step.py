@@ -1,7 +1,7 @@
 """How a LightningModule runs its model on a calibration batch: by its own step, as in validation."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, cast
 
@@ -47,6 +47,14 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
         return step(batch, **numbered)
 
     return forward
+
+
+@contextmanager
+def own_step(trainer: Trainer, module: LightningModule) -> Iterator[Forward | None]:
+    """Choose what runs the model, and let it be called: :func:`forward_of`, :func:`as_in_validation`."""
+    forward = forward_of(trainer, module)
+    with as_in_validation(module) if forward else nullcontext():
+        yield forward
 
 
 @contextmanager

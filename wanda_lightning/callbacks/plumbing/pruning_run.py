@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,13 +12,13 @@ from torch import nn
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks.plumbing.layer_lists import lists_in
-from wanda_lightning.callbacks.plumbing.module_step import as_in_validation, forward_of
+from wanda_lightning.callbacks.plumbing.module_step import own_step
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
-from wanda_lightning.checkpoints.saving_check import check_can_be_saved, check_weights_can_be_saved
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.measured_sparsity import (
     NOTABLE,
@@ -31,7 +30,7 @@ from wanda_lightning.engine.measured_sparsity import (
 )
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
-from wanda_lightning.model.language_model import find_model, is_of_transformers
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.report.pruning_report import PruningReport
@@ -113,10 +112,7 @@ class PruningRun:
         refuse_sharded(model)
         if self.files.will_save:
             with without_adapters(model) as plain:
-                if is_of_transformers(plain):
-                    check_can_be_saved(cast(Any, plain), getattr(module, "tokenizer", None))
-                else:
-                    check_weights_can_be_saved(plain)
+                check_can_be_saved(cast(Any, plain), getattr(module, "tokenizer", None))
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
             return
@@ -214,13 +210,8 @@ class PruningRun:
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        forward = forward_of(trainer, module)
-        with (
-            isolate_rng(),
-            trainer.precision_plugin.forward_context(),
-            as_in_validation(module) if forward else nullcontext(),
-            noticing_sigterm() as asked_to_end,
-        ):
+        precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
+        with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
                 asked.calibration.of(trainer) if needs_batches else None,
