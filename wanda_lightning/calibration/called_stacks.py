@@ -69,8 +69,8 @@ def called_stacks(
     """
     if not (lists := lists_of_layers(feed.model, named)):
         raise ValueError(
-            f"{type(feed.model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of layers "
-            "of one class that hold linears"
+            f"{type(feed.model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of "
+            "layers of one class that hold linears"
         )
     watched = {name: _Watched([*cast(Any, found)._modules.values()]) for name, found in lists.items()}
     order = _run(feed, batch, watched)
