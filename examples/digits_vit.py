@@ -79,10 +79,10 @@ def main() -> list[dict[str, float | str]]:
     with tempfile.TemporaryDirectory() as folder:
         dense = Digits()
         trainer(folder, epochs=EPOCHS).fit(dense)
-        for pattern in ("unstructured", "2:4"):
+        for number, pattern in enumerate(("unstructured", "2:4")):
             module = copy.deepcopy(dense)
             callback = WandaPruning(sparsity=0.5, pattern=pattern, num_samples=512)
-            run = trainer(folder, callback, epochs=FINE_TUNING_EPOCHS)
+            run = trainer(f"{folder}/{number}", callback, epochs=FINE_TUNING_EPOCHS)
             run.prune(module, save=False)  # evaluates before and after
             run.fit(module)
             run.validate(module, verbose=False)
