@@ -4,7 +4,7 @@
     python examples/digits_vit.py
 
 1,797 images of 8 x 8 pixels come with scikit-learn; nothing is downloaded. A table of the accuracies on the 360 test
-images ends it, after about a minute on two CPU cores. The LightningModule knows nothing of pruning: calibration runs
+images ends it, after half a minute of processor time. The LightningModule knows nothing of pruning: calibration runs
 its own validation_step on batches of its train dataloader.
 """
 
