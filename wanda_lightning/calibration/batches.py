@@ -23,7 +23,7 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If there are no input_ids, or their type, shape, length or values are not the model's.
     """
-    inputs = _read(batch)
+    inputs = tensors_of(batch)
     ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
     if mask_BT is not None and mask_BT.shape != ids_BT.shape:
@@ -52,7 +52,7 @@ def count(batch: Any) -> tuple[int, int]:
         The two numbers. Where there are no input_ids, the first is the length of the first tensor, and the second 0.
     """
     try:
-        inputs = _read(batch)
+        inputs = tensors_of(batch)
     except ValueError:
         first = next((tensor for _, tensor in tensors_in(batch) if tensor.dim()), None)
         return 0 if first is None else len(first), 0
@@ -73,7 +73,7 @@ def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(value, f"{name}.{index}" if name else str(index))
 
 
-def _read(batch: Batch) -> dict[str, Tensor]:
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
     """Find the tensors of a batch that calibration needs; whatever else is in it, such as labels, is left alone."""
     inputs: dict[str, Any]
     if isinstance(batch, Mapping):

@@ -53,15 +53,21 @@ class HashedBatches:
     Args:
         batches: The batches; None where none are needed.
         feed: Knows what is in them.
+        keep: Whether they are wanted again.
+
+    Attributes:
+        kept: Those that have passed, if so.
     """
 
-    def __init__(self, batches: Iterable[Batch] | None, feed: Feed) -> None:
-        self._batches, self._feed = batches, feed
+    def __init__(self, batches: Iterable[Batch] | None, feed: Feed, keep: bool = False) -> None:
+        self._batches, self._feed, self._keep = batches, feed, keep
+        self.kept: list[Batch] = []
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches or ():
             self._digest.update(hashed(self._feed.tensors(batch)).encode())
+            self.kept += [batch] if self._keep else []
             yield batch
 
     @property

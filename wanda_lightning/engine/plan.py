@@ -12,6 +12,7 @@ from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
@@ -33,6 +34,7 @@ class Plan:
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
         outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
+        allotment: What an allocator has decided; None before that, and where there is none.
     """
 
     method: PruningMethod
@@ -45,6 +47,7 @@ class Plan:
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
     outside: Mapping[str, str] = field(default_factory=dict)
+    allotment: Allotment | None = None
 
     @classmethod
     def of(
@@ -102,7 +105,7 @@ class Plan:
     @property
     def needs_batches(self) -> bool:
         """Whether there has to be a calibration set."""
-        return self.statistic is not None or self.reconstruction is not None
+        return self.statistic is not None or self.reconstruction is not None or self.selection.needs_batches
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -112,6 +115,7 @@ class Plan:
             "pattern": str(self.pattern),
             "sparsity": self.pattern.sparsity,
             **vars(self.selection),
+            **({"allocation": str(allocator)} if (allocator := self.selection.allocator) else {}),
             "exact_error": self.exact_error,
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
             **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
@@ -121,6 +125,7 @@ class Plan:
         """Begin the report."""
         report = PruningReport(str(self.method), str(self.pattern), self.pattern.sparsity)
         report.matches = self.selection.matches(self.layers)
+        report.allocation = self.allotment
         for layer in self.layers:
             report.not_pruned |= layer.left_dense
         report.not_pruned |= self.outside

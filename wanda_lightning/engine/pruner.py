@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.batches import Batch
@@ -16,6 +17,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_inputs, check_pruning
 from wanda_lightning.engine.clock import PhaseClock
 from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
@@ -49,7 +51,7 @@ def prune_model(
     ignore: Sequence[str] | None = None,
     layers: str | Sequence[str] | None = None,
     forward: Forward | None = None,
-    allocation: Allocation | None = None,
+    allocation: Allocation | Allocator | None = None,
     exact_error: bool = False,
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
@@ -82,8 +84,9 @@ def prune_model(
             a language model its decoder's; of other models all lists of layers that are called one after another.
         forward: Runs the model on a batch, such as ``lambda model, batch: model(batch["image"])``. Default: a language
             model gets token ids; others get mappings as keyword arguments, a tensor, or the first of a tuple or list.
-        allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``; see
-            :func:`wanda_lightning.allocation.by_name.allocate`.
+        allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``, see
+            :func:`wanda_lightning.allocation.by_name.allocate`; or what splits the sparsity among the linears by
+            looking at the dense model, such as ``OWL()``.
         exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
         true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, as
             GPTQ's setting of this name does (arXiv:2210.17323). All batches advance through a layer together, so one
@@ -121,8 +124,8 @@ def prune_model(
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
         plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction)
         check_pruning(model, plan, calibration is not None, journal)
-        report, zeros = plan.new_report(), ZeroCount(model)
-        batches = HashedBatches(found.calibration if plan.needs_batches else None, feed)
+        zeros, allocator = ZeroCount(model), found.selection.allocator
+        batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
         visits = clock.forwards(_visit(model, plan, batches, activations, feed))
         with processes.together():
             first = next(visits)  # the dry run reads the batches
@@ -131,6 +134,10 @@ def prune_model(
         visits = chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
+        if allocator:
+            with clock.allocation():
+                plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
+        report = plan.new_report()
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:

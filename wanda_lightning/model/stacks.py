@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.model.language_model import is_language_model, uncompiled
 from wanda_lightning.model.linears import is_linear, matrix_parameters, own_modules, prunable_linears
 
 MOST = 0.75
@@ -67,6 +67,22 @@ def without_nested(lists: Mapping[str, nn.Module]) -> list[str]:
 def stack_names(model: nn.Module) -> list[str]:
     """Name the stacks of a model by its structure alone, in the order of the module."""
     return without_nested(lists_of_layers(model))
+
+
+def lists_in(model: nn.Module, asked: str | Sequence[str] | None) -> str | Sequence[str] | None:
+    """Name the lists of layers of a model without running it.
+
+    Args:
+        model: The model.
+        asked: What the user said of them.
+
+    Returns:
+        Of a language model what was asked for: its decoder is found by rule. Of others the names of all lists.
+    """
+    if is_language_model(model) and (asked is None or isinstance(asked, str)):
+        return asked
+    named = (asked,) if isinstance(asked, str) else asked
+    return tuple(named or stack_names(model))
 
 
 def outside_of(model: nn.Module, inside: Collection[nn.Module]) -> tuple[dict[str, int], float]:

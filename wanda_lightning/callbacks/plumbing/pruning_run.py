@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.callbacks.plumbing.layer_lists import lists_in
 from wanda_lightning.callbacks.plumbing.module_step import own_step
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
@@ -33,6 +33,7 @@ from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.training.lora import without_adapters
@@ -98,7 +99,9 @@ class PruningRun:
         """Name the stage that the weights are in, by looking at them."""
         model = find_model(module)
         pruned = self.is_pruned(model)
-        came_with_zeros = not pruned and self._was_pruned(*self._look_at(model))
+        came_with_zeros = not pruned and self._was_pruned(
+            *report_as_found(model, self.asked.method, self.asked.pattern, self._selection(model))
+        )
         return stage_of(module, pruned, self.results.trained, came_with_zeros)
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
@@ -116,7 +119,7 @@ class PruningRun:
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
             return
-        found, met = self._look_at(model)
+        found, met = report_as_found(model, self.asked.method, self.asked.pattern, self._selection(model))
         if self.asked.schedule is not None:
             self.results.came_with_zeros = self._was_pruned(found, met)
             return
@@ -188,13 +191,14 @@ class PruningRun:
         if report is None or self.results.came_with_zeros:
             return linears_with_zeros(model, layers), None
         linears = linears_of(model, report, layers)
+        if report.allocation is not None:
+            return linears, patterns_of(report.allocation, linears)
         pattern = self.asked.pattern if self.asked.schedule is None else Unstructured(report.target_sparsity)
-        return linears, allocate(linears, pattern, self.asked.allocation)
+        return linears, allocate(linears, pattern, self._selection(model).by_name)
 
-    def _look_at(self, model: nn.Module) -> tuple[PruningReport, bool]:
+    def _selection(self, model: nn.Module) -> Selection:
         asked = self.asked
-        selection = Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
-        return report_as_found(model, asked.method, asked.pattern, selection)
+        return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
 
     @staticmethod
     def _was_pruned(found: PruningReport, met: bool) -> bool:
@@ -210,6 +214,7 @@ class PruningRun:
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
+        needs_batches = needs_batches or self._selection(model).needs_batches or None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
         with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
