@@ -33,7 +33,6 @@ class PruningCallback(SparseFinetuning):
     holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
 
     Models other than language models run by the module's ``calibration_step``, or else its ``validation_step``.
-
     A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
     report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
     for, it is not pruned again: the zeros are kept, and the report says that they were found. Where more is asked for,

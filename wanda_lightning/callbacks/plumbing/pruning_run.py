@@ -99,9 +99,7 @@ class PruningRun:
         """Name the stage that the weights are in, by looking at them."""
         model = find_model(module)
         pruned = self.is_pruned(model)
-        came_with_zeros = not pruned and self._was_pruned(
-            *report_as_found(model, self.asked.method, self.asked.pattern, self._selection(model))
-        )
+        came_with_zeros = not pruned and _was_pruned(*_look_at(model, self.asked))
         return stage_of(module, pruned, self.results.trained, came_with_zeros)
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
@@ -119,15 +117,15 @@ class PruningRun:
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
             return
-        found, met = report_as_found(model, self.asked.method, self.asked.pattern, self._selection(model))
+        found, met = _look_at(model, self.asked)
         if self.asked.schedule is not None:
-            self.results.came_with_zeros = self._was_pruned(found, met)
+            self.results.came_with_zeros = _was_pruned(found, met)
             return
         if self.results.report is not None:
             if met or self.results.report.settings == describe_settings(self.asked):
                 return
             self._forget(trainer)
-        if self._was_pruned(found, met):
+        if _was_pruned(found, met):
             self.results.came_with_zeros = True
             log.warning(
                 "the model was pruned before: %.2f %% of the weights are zero, %.2f %% are asked for: %s",
@@ -194,15 +192,7 @@ class PruningRun:
         if report.allocation is not None:
             return linears, patterns_of(report.allocation, linears)
         pattern = self.asked.pattern if self.asked.schedule is None else Unstructured(report.target_sparsity)
-        return linears, allocate(linears, pattern, self._selection(model).by_name)
-
-    def _selection(self, model: nn.Module) -> Selection:
-        asked = self.asked
-        return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
-
-    @staticmethod
-    def _was_pruned(found: PruningReport, met: bool) -> bool:
-        return met or found.sparsity >= NOTABLE
+        return linears, allocate(linears, pattern, _selection(model, self.asked).by_name)
 
     def _forget(self, trainer: Trainer) -> None:
         self.results.forget()
@@ -214,7 +204,7 @@ class PruningRun:
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        needs_batches = needs_batches or self._selection(model).needs_batches or None
+        needs_batches = needs_batches or _selection(model, self.asked).needs_batches or None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
         with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
@@ -239,3 +229,15 @@ class PruningRun:
         self.results.take(report, model, lists_in(model, self.asked.layers))
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)
+
+
+def _look_at(model: nn.Module, asked: "PruningCallback") -> tuple[PruningReport, bool]:
+    return report_as_found(model, asked.method, asked.pattern, _selection(model, asked))
+
+
+def _selection(model: nn.Module, asked: "PruningCallback") -> Selection:
+    return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
+
+
+def _was_pruned(found: PruningReport, met: bool) -> bool:
+    return met or found.sparsity >= NOTABLE
