@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.methods.base import PruningMethod
@@ -44,6 +45,7 @@ class Task:
         batches: The calibration set of this process.
         team: Those that have the other parts of it; all of them have to find the same.
         activations: Where hidden states wait between two layers.
+        feed: Runs the model on a batch; None for a language model.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Task:
     batches: Sequence[Batch]
     team: Team
     activations: Place = "device"
+    feed: Feed | None = None
 
     @property
     def linears(self) -> list[PrunableLinear]:
@@ -76,7 +79,7 @@ class Task:
         batches = self.batches if batches is None else batches
         norms: dict[str, InputStatistic] = {}
         with self.team.together():
-            for step in walk(self.model, self.layers, batches, self.activations):
+            for step in walk(self.model, self.layers, batches, self.activations, feed=self.feed):
                 if step.layer.linears:
                     norms |= step.collect(InputNorm)
         shared = [*{id(norm): norm for norm in norms.values()}.values()]

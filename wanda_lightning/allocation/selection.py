@@ -18,14 +18,14 @@ class Selection:
     Attributes:
         targets: Linears to prune; None for all but routers and thin ones.
         ignore: Linears to leave dense.
-        layers: Name of the list of decoder layers, where the rule for finding it fails.
+        layers: Name of the list of decoder layers, where the rule for finding it fails; or names of several lists.
         allocation: Sparsities or ``"n:m"`` patterns that hold for some linears, or what will decide by looking at the
             model; until it has, the pattern holds for all.
     """
 
     targets: Sequence[str] | None = None
     ignore: Sequence[str] | None = None
-    layers: str | None = None
+    layers: str | Sequence[str] | None = None
     allocation: Allocation | Allocator | None = None
 
     @property

@@ -1,6 +1,6 @@
 """Batches of a calibration set, as a model takes them. Shapes: B batch, T tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,22 +42,35 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     return inputs
 
 
-def count(batch: Batch) -> tuple[int, int]:
-    """Return the number of sequences in a calibration batch, and of tokens that are no padding.
+def count(batch: Any) -> tuple[int, int]:
+    """Return the number of samples in a calibration batch, and of tokens that are no padding.
 
     Args:
-        batch: The batch.
+        batch: The batch, of any kind.
 
     Returns:
-        The two numbers.
-
-    Raises:
-        ValueError: If there are no input_ids in it.
+        The two numbers. Where there are no input_ids, the first is the length of the first tensor, and the second 0.
     """
-    inputs = tensors_of(batch)
+    try:
+        inputs = tensors_of(batch)
+    except ValueError:
+        first = next((tensor for _, tensor in tensors_in(batch) if tensor.dim()), None)
+        return 0 if first is None else len(first), 0
     ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
     return len(ids_BT), ids_BT.numel() if mask_BT is None else int((mask_BT != 0).sum())
+
+
+def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a batch, with names such as ``"labels"`` or ``"0"`` that tell where they are."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(batch, tuple | list):
+        for index, value in enumerate(batch):
+            yield from tensors_in(value, f"{name}.{index}" if name else str(index))
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.collector import Collector
-from wanda_lightning.calibration.dry_run import Arguments
+from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
+from wanda_lightning.calibration.real_tokens import RealTokens
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
@@ -26,10 +26,10 @@ class CalibratedLayer:
     Args:
         layer: The decoder layer.
         hidden_BTD: The hidden states entering it, one tensor a batch.
-        arguments: What else the model passes to it, a pair of args and kwargs a batch.
-        masks_BT: Which tokens are real, one boolean tensor a batch; None where all are.
+        arguments: What else the model passes to it, a batch.
+        real: Which tokens are real, a batch.
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
-        is_last: Whether no decoder layer follows, so that nothing needs its outputs.
+        is_last: Whether no layer of its stack follows, so that nothing needs its outputs.
         dense_BTD: What the layer gives in the dense model, one tensor (B, T, D) a batch, where that is wanted.
 
     Attributes:
@@ -41,7 +41,7 @@ class CalibratedLayer:
         layer: DecoderLayer,
         hidden_BTD: HiddenStates,
         arguments: list[Arguments],
-        masks_BT: list[Tensor | None],
+        real: list[RealTokens],
         memory: int | None = None,
         is_last: bool = False,
         dense_BTD: HiddenStates | None = None,
@@ -49,7 +49,7 @@ class CalibratedLayer:
         self.layer = layer
         self.hidden_BTD = hidden_BTD
         self.arguments = arguments
-        self.masks_BT = masks_BT
+        self.real = real
         self.memory = memory
         self.is_last = is_last
         self.dense_BTD = dense_BTD
@@ -57,8 +57,7 @@ class CalibratedLayer:
 
     def output(self, batch: int) -> Tensor:
         """Run the layer as it is now; return the hidden states (B, T, D) of a batch behind it."""
-        args, kwargs = self.arguments[batch]
-        return hidden_states_of(self.layer.module(self.hidden_BTD[batch], *args, **kwargs))
+        return hidden_states_of(self.arguments[batch].call(self.layer.module, self.hidden_BTD[batch]))
 
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer as it is now; yield its hidden states (B, T, D) a batch at a time."""
@@ -130,19 +129,14 @@ class CalibratedLayer:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
         collector = Collector(statistic, self.layer.linears if linears is None else linears)
-        seen = zip(self.hidden_BTD, self.arguments, self.masks_BT, strict=True)
+        seen = zip(self.hidden_BTD, self.arguments, self.real, strict=True)
         with collector:
-            for hidden_BTD, (args, kwargs), mask_BT in islice(seen, batches):
-                with collector.batch(tuple(hidden_BTD.shape), mask_BT):
-                    self.layer.module(hidden_BTD, *args, **kwargs)
+            for hidden_BTD, arguments, real in islice(seen, batches):
+                with collector.batch(tuple(hidden_BTD.shape), real):
+                    arguments.call(self.layer.module, hidden_BTD)
         statistics = collector.statistics()
         check_statistics(statistics)
         return statistics
-
-
-def hidden_states_of(out: Any) -> Tensor:
-    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them."""
-    return out[0] if isinstance(out, tuple | list) else out
 
 
 def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:

@@ -5,11 +5,13 @@ Shapes: B batch, T tokens, I in features.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.early_stop import EarlyStop
+from wanda_lightning.calibration.real_tokens import RealTokens
+from wanda_lightning.model.attention import projection_inputs
 from wanda_lightning.model.convolutions import convolution_patches
 from wanda_lightning.model.experts import expert_inputs
 from wanda_lightning.model.linears import PrunableLinear
@@ -38,13 +40,13 @@ class Collector:
         self._statistics: dict[str, InputStatistic] = {}
         self._owners: set[str] = set()  # linears that feed their statistic; the others share one of these
         self._inputs: list[tuple[Tensor, str]] = []  # seen in this batch, kept alive so that `is` holds
-        self._mask_BT: Tensor | None = None
+        self._real = RealTokens()
         self._modules = by_module(linears)
         self._stop = EarlyStop(self._modules, works=all(x.experts is None or x.expert is not None for x in linears))
 
     def __enter__(self) -> "Collector":
         def hook(linears: list[PrunableLinear]) -> Callable[..., None]:
-            return lambda module, args, kwargs: self._called(module, linears, [*args, *kwargs.values()])
+            return lambda module, args, kwargs: self._called(module, linears, args, kwargs)
 
         self._hooks = [
             module.register_forward_pre_hook(hook(linears), with_kwargs=True)
@@ -57,14 +59,14 @@ class Collector:
             hook.remove()
 
     @contextmanager
-    def batch(self, shape: tuple[int, ...], mask_BT: Tensor | None) -> Iterator[None]:
+    def batch(self, shape: tuple[int, ...], real: RealTokens) -> Iterator[None]:
         """Bracket one forward pass of the layer.
 
         Args:
             shape: Shape of the hidden states that enter it.
-            mask_BT: Which tokens are real; None where all are.
+            real: Which tokens are real.
         """
-        self._mask_BT = mask_BT
+        self._real = real
         with self._stop.after_the_last_call(shape):
             yield
         self._inputs.clear()
@@ -88,8 +90,15 @@ class Collector:
             self._statistics[linear.name] = self._empty(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
 
-    def _called(self, module: nn.Module, linears: list[PrunableLinear], inputs: list[Any]) -> None:
-        if linears[0].expert is None:
+    def _called(
+        self, module: nn.Module, linears: list[PrunableLinear], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        inputs = [*args, *kwargs.values()]
+        if linears[0].projection is not None:
+            projected = projection_inputs(args, kwargs)
+            for linear in linears:
+                self._see(linear, projected[cast(int, linear.projection)])
+        elif linears[0].expert is None:
             self._see(linears[0], inputs[0])
         else:
             self._see_experts(linears, *inputs[:2])
@@ -107,13 +116,13 @@ class Collector:
         if name in self._owners:
             if linear.experts is None:
                 self._inputs.append((x, name))
-            self._statistics[name].update(real_inputs(x, self._mask_BT, linear))
+            self._statistics[name].update(real_inputs(x, self._real.of(x), linear))
 
     def _see_experts(self, linears: list[PrunableLinear], hidden: Tensor, top_k_index: Tensor) -> None:
         for linear in linears:
             if linear.name not in self._statistics:
                 self._statistics[linear.name] = self._empty(linear)
-        for linear, x_TI in expert_inputs(linears, hidden, top_k_index, self._mask_BT):
+        for linear, x_TI in expert_inputs(linears, hidden, top_k_index, self._real.mask_BT):
             self._statistics[linear.name].update(x_TI)
 
     def _empty(self, linear: PrunableLinear) -> InputStatistic:
@@ -157,7 +166,7 @@ def refuse_uncalled(names: Sequence[str]) -> None:
     """
     if names:
         raise ValueError(
-            f"the model does not call {_few(names)} on token ids alone, as cross-attention is not called without an "
+            f"the model does not call {_few(names)} on these batches, as cross-attention is not called without an "
             "encoder, and Mamba uses dt_proj's weight without a call: leave them out with ignore"
         )
 

@@ -7,8 +7,7 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any
 
-from wanda_lightning.calibration.calibrated_layer import hidden_states_of
-from wanda_lightning.calibration.dry_run import Arguments
+from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.model.decoder import DecoderLayer
 
@@ -38,8 +37,8 @@ class DenseStream:
             number: Its place among the layers, from 0.
             layer: The layer.
         """
-        for batch, (args, kwargs) in enumerate(self._arguments[number]):
-            self.hidden_BTD[batch] = hidden_states_of(layer.module(self.hidden_BTD[batch], *args, **kwargs))
+        for batch, arguments in enumerate(self._arguments[number]):
+            self.hidden_BTD[batch] = hidden_states_of(arguments.call(layer.module, self.hidden_BTD[batch]))
         self._arguments[number] = []
 
 
@@ -49,5 +48,4 @@ def _with_own_dicts(call: Arguments, copies: dict[int, MutableMapping[Any, Any]]
     def own(value: Any) -> Any:
         return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
 
-    args, kwargs = call
-    return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+    return call._replace(args=tuple(map(own, call.args)), kwargs={name: own(x) for name, x in call.kwargs.items()})

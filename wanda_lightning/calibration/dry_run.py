@@ -1,22 +1,75 @@
-"""The dry run: what the model passes to each of its decoder layers, without running them.
+"""The dry run: what the model passes to each layer of a stack.
 
 The model runs with its layers replaced by recorders, so that masks, positions and whatever else a family computes
-come from its own code. Shapes: B batch, T tokens, D hidden size.
+come from its own code. The layers of a language model do not run meanwhile; those of other models do, for what a model
+passes to one layer may be what another gave. Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from typing import Any, cast
+from inspect import signature
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import Batch, model_inputs
+from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
-from wanda_lightning.model.offload import device_of
+from wanda_lightning.calibration.real_tokens import RealTokens
 from wanda_lightning.model.replaced import replaced
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Arguments(NamedTuple):
+    """What a model passes to a layer beside the hidden states.
+
+    Attributes:
+        args: Positional arguments behind the hidden states.
+        kwargs: Keyword arguments.
+        keyword: The name under which the hidden states are passed; None where they are the first argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str | None = None
+
+    def call(self, layer: nn.Module, hidden: Tensor) -> Any:
+        """Call a layer as the model does, with these hidden states."""
+        if self.keyword is None:
+            return layer(hidden, *self.args, **self.kwargs)
+        return layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
+
+    def by_name(self, parameters: Iterable[str]) -> dict[str, Any]:
+        """Return the arguments by the names of the layer's parameters, as far as these can be told."""
+        names = [*parameters][self.keyword is None :]
+        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
+
+
+def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """Tell the hidden states that enter a layer from its other arguments: the first tensor, by position or name.
+
+    Args:
+        args: Positional arguments of a call.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The hidden states, and the others.
+
+    Raises:
+        ValueError: If there is no tensor.
+    """
+    if args:
+        return args[0], Arguments(args[1:], kwargs)
+    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(tensors), None)
+    if keyword is None:
+        raise ValueError("a layer is called without hidden states: it cannot be pruned by itself")
+    return kwargs[keyword], Arguments((), {n: v for n, v in kwargs.items() if n != keyword}, keyword)
+
+
+def hidden_states_of(out: Any) -> Tensor:
+    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them."""
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 class _DryRunDoneError(Exception):
@@ -24,14 +77,16 @@ class _DryRunDoneError(Exception):
 
 
 class _Recorder:
-    """Stands in for the decoder layers while the model runs, and notes what they are called with."""
+    """Stands before or in for the layers while the model runs, and notes what they are called with."""
 
-    def __init__(self, layers: list[nn.Module], activations: Place) -> None:
+    def __init__(self, layers: list[nn.Module], activations: Place, runs: bool) -> None:
         self.hidden_BTD = HiddenStates(activations)
         self.arguments: list[list[Arguments]] = [[] for _ in layers]
+        self.last_output: Tensor | None = None  # of the first batch, if the layers run
+        self._runs = runs
         self._last = len(layers) - 1
         self._called = 0  # layers in this batch
-        self._passed: Tensor | None = None  # the hidden states that the last of them was given
+        self._passed: Tensor | None = None  # what the last of them gave; where they do not run, what it was given
         self._extra_outputs: tuple[Any, ...] | None = None  # what a layer returns beside them, if it does
 
     def start_batch(self) -> None:
@@ -47,24 +102,42 @@ class _Recorder:
         """Return the forward of a layer's stand-in, given the layer's own."""
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
+            hidden, arguments = split(args, kwargs)
             self._check_place(index, hidden)
-            before = self.arguments[index][-1] if self.arguments[index] else ((), {})
-            shared = {name: _share(value, before[1].get(name)) for name, value in kwargs.items()}
-            self.arguments[index].append((_share(args, before[0]), shared))
+            self._record(index, arguments)
             if index == 0:
                 self.hidden_BTD.append(hidden)
-                if len(self.hidden_BTD) == 1:
-                    out = forward(hidden, *args, **kwargs)
-                    self._extra_outputs = tuple(out[1:]) if isinstance(out, tuple | list) else None
-            if index == self._last and len(self.hidden_BTD) > 1:
-                raise _DryRunDoneError
-            return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
+            return (self._run if self._runs else self._stand_in)(index, hidden, forward, args, kwargs)
 
         return recorded
+
+    def _record(self, index: int, arguments: Arguments) -> None:
+        before = self.arguments[index][-1] if self.arguments[index] else Arguments((), {})
+        shared = {name: _share(value, before.kwargs.get(name)) for name, value in arguments.kwargs.items()}
+        self.arguments[index].append(Arguments(_share(arguments.args, before.args), shared, arguments.keyword))
+
+    def _stand_in(
+        self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return the hidden states as they came."""
+        if index == 0 and len(self.hidden_BTD) == 1:
+            out = forward(*args, **kwargs)
+            self._extra_outputs = tuple(out[1:]) if isinstance(out, tuple | list) else None
+        if index == self._last and len(self.hidden_BTD) > 1:
+            raise _DryRunDoneError
+        return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
+
+    def _run(
+        self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer; the last one only for the first batch, to be compared with."""
+        if index < self._last:
+            out = forward(*args, **kwargs)
+            self._passed = hidden_states_of(out)
+            return out
+        if len(self.hidden_BTD) == 1:
+            self.last_output = hidden_states_of(forward(*args, **kwargs))
+        raise _DryRunDoneError
 
     def _check_place(self, index: int, hidden: Tensor) -> None:
         """Make sure that calling the layers one after another is what the model does."""
@@ -73,8 +146,7 @@ class _Recorder:
                 f"the model calls decoder layer {index} where layer {self._called} of {self._last + 1} would be next: "
                 "only models that call each of their layers once and in order can be pruned layer by layer"
             )
-        passed = cast(Tensor, self._passed)
-        if index and hidden is not passed and not torch.equal(hidden.to(passed.device), passed):
+        if index and not is_passed_on(cast(Tensor, self._passed), hidden):
             raise ValueError(
                 f"the model changes the hidden states between decoder layers {index - 1} and {index}: it cannot be "
                 "pruned layer by layer"
@@ -83,47 +155,68 @@ class _Recorder:
         self._passed = hidden
 
 
+def is_passed_on(given: Tensor, taken: Tensor) -> bool:
+    """Whether what enters a layer is what another gave."""
+    if taken is given:
+        return True
+    return taken.shape == given.shape and torch.equal(taken.to(given.device), given)
+
+
 def dry_run(
-    model: nn.Module, layers: list[nn.Module], batches: Iterable[Batch], activations: Place = "device"
-) -> tuple[HiddenStates, list[list[Arguments]], list[Tensor | None]]:
-    """Run the model with empty layers.
+    feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place = "device"
+) -> tuple[HiddenStates, list[list[Arguments]], list[RealTokens]]:
+    """Run the model for what its layers are called with.
 
     Args:
-        model: The causal language model.
-        layers: Its decoder layers.
+        feed: Runs the model.
+        layers: Layers that it calls one after another.
         batches: Calibration batches.
         activations: Where the hidden states wait for the first layer.
 
     Returns:
-        The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real (None where
-        all are).
+        The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real.
 
     Raises:
-        ValueError: If a batch cannot be fed to the model, there is none, or the layers are not called one by one.
+        ValueError: If a batch cannot be fed to the model, there is none, the layers are not called one by one, or they
+            give something else when they are called again with the same.
     """
-    recorder = _Recorder(layers, activations)
-    masks_BT: list[Tensor | None] = []
-    device = device_of(cast(Any, model).get_input_embeddings())
+    recorder = _Recorder(layers, activations, feed.runs_layers)
+    real: list[RealTokens] = []
+    parameters = [*signature(layers[0].forward).parameters]
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(replaced(layer, "forward", recorder.forward(index, layer.forward)))
-        # The first batch goes on behind the last layer, to see that none is called again, but not through the head.
-        head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is not None:
-            stack.enter_context(replaced(head, "forward", _stop))
-        for batch in batches:
-            inputs = model_inputs(batch, model)
-            mask_BT = inputs.get("attention_mask")
-            masks_BT.append(None if mask_BT is None or bool(mask_BT.all()) else mask_BT.bool())
+        # The first batch goes on behind the layers of a language model, to see that none is called again, but not
+        # through the head. Of other models that is known before.
+        if feed.head is not None:
+            stack.enter_context(replaced(feed.head, "forward", _stop))
+        for number, batch in enumerate(batches):
             recorder.start_batch()
             with suppress(_DryRunDoneError):
-                model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+                feed.run(batch)
             recorder.end_batch()
-    if not masks_BT:
+            of_first = recorder.arguments[0][number].by_name(parameters)
+            real.append(feed.real_tokens(batch, recorder.hidden_BTD.shapes[number], of_first))
+    if not real:
         raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
-    if not any(mask is None or bool(mask.any()) for mask in masks_BT):
+    if not any(tokens.mask_BT is None or bool(tokens.mask_BT.any()) for tokens in real):
         raise ValueError("the calibration set holds padding only: attention_mask is 0 everywhere")
-    return recorder.hidden_BTD, recorder.arguments, masks_BT
+    if recorder.last_output is not None:
+        _check_repeats(layers, recorder)
+    return recorder.hidden_BTD, recorder.arguments, real
+
+
+def _check_repeats(layers: list[nn.Module], recorder: _Recorder) -> None:
+    """Make sure that layers give again what they gave: else what is gathered later is not what the model computes."""
+    hidden = recorder.hidden_BTD[0]
+    for layer, arguments in zip(layers, recorder.arguments, strict=True):
+        hidden = hidden_states_of(arguments[0].call(layer, hidden))
+    expected = cast(Tensor, recorder.last_output)
+    if not torch.allclose(hidden.float(), expected.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(
+            "layers give something else when they are called again with what the model passed to them (a cache, "
+            "randomness, or states that they change in place): they cannot be pruned one by one"
+        )
 
 
 def _stop(*_: Any, **__: Any) -> None:

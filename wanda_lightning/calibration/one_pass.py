@@ -96,6 +96,8 @@ class OnePass:
         inputs = self._inputs
         if some := [x.name for x in inputs.layer.linears if x.experts is not None and x.expert is None]:
             raise NotOnePassError(f"a router decides which batches reach {some[0]}")
+        if some := [x.name for x in inputs.layer.linears if x.projection is not None]:
+            raise NotOnePassError(f"{some[0]} is packed with others that may have other inputs")
         batches = [Resumable(partial(inputs.output, number)) for number in range(len(inputs.hidden_BTD))]
         outputs = HiddenStates(inputs.hidden_BTD.place)
         try:
@@ -146,7 +148,7 @@ class OnePass:
             if some:
                 statistics = {linear.name: self._empty(linear) for linear in some}
                 for number, (hidden, top_k_index, *_) in self._arrived.items():
-                    for linear, x_TI in expert_inputs(some, hidden, top_k_index, self._inputs.masks_BT[number]):
+                    for linear, x_TI in expert_inputs(some, hidden, top_k_index, self._inputs.real[number].mask_BT):
                         statistics[linear.name].update(x_TI)
                 yield _checked(statistics, some)
 
@@ -206,7 +208,8 @@ class OnePass:
         if is_first:
             self._sources.append(_Source(module, self._empty(linear)))
         source = self._sources[-1]
-        source.statistic.update(real_inputs(inputs[0], self._inputs.masks_BT[self._batch], linear))
+        mask_BT = self._inputs.real[self._batch].of(inputs[0])
+        source.statistic.update(real_inputs(inputs[0], mask_BT, linear))
         source.inputs[self._batch] = ref(inputs[0])
 
 

@@ -1,26 +1,28 @@
-"""The walk over the decoder layers: what enters each layer when those before it are already pruned.
+"""The walk over the layers: what enters each layer when those before it are already pruned.
 
 A dry run records the arguments that the model gives to every layer (masks and positions differ by layer in many
-models) and the hidden states that enter the first; after that the layers are called one by one.
+models) and the hidden states that enter the first; after that the layers are called one by one. A language model has
+one stack of layers; other models may have several, and what lies between two is the model's own to run.
 Shapes: B batch, T tokens, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.batches import Batch, model_inputs
-from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer, hidden_states_of
+from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.calibration.dense_stream import DenseStream
-from wanda_lightning.calibration.dry_run import dry_run
+from wanda_lightning.calibration.dry_run import dry_run, hidden_states_of
+from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import device_of, in_memory, is_offloaded
+from wanda_lightning.model.offload import in_memory, is_offloaded
 
 
 class _AllLayersSeenError(Exception):
@@ -33,20 +35,23 @@ def walk(
     batches: Iterable[Batch],
     activations: Place = "device",
     with_dense: bool = False,
+    feed: Feed | None = None,
 ) -> Iterator[CalibratedLayer]:
-    """Visit the decoder layers in order, each with the inputs that the layers before it give as they are now.
+    """Visit the layers in order, each with the inputs that the layers before it give as they are now.
 
     Whatever the caller does to a layer while it is visited (such as pruning it) shows in the inputs of the next. The
-    weights of a layer that is offloaded are in memory while it is visited.
+    weights of a layer that is offloaded are in memory while it is visited. Where the layers are of several lists, such
+    as those of an encoder and a decoder, the model runs again before each list, up to there.
 
     Args:
-        model: The causal language model; in eval mode, without gradients.
-        layers: Its decoder layers.
-        batches: Calibration batches; each is input_ids (B, T) int64, a mapping with ``input_ids`` and optionally
-            ``attention_mask`` (0 = padding), or a tuple or list that starts with input_ids.
+        model: The model; in eval mode, without gradients.
+        layers: Its layers, list by list in the order in which they are called.
+        batches: Calibration batches; of a language model each is input_ids (B, T) int64, a mapping with ``input_ids``
+            and optionally ``attention_mask`` (0 = padding), or a tuple or list that starts with input_ids.
         activations: Where the hidden states wait between two layers: ``"device"``, ``"cpu"`` or ``"disk"``.
         with_dense: Whether the hidden states of the dense model go along: each layer runs once more, as it is before
-            it is visited.
+            it is visited. Behind the first list they begin with what its pruned layers give.
+        feed: Runs the model on a batch. Default: as a language model.
 
     Yields:
         The layer and what enters it.
@@ -54,29 +59,43 @@ def walk(
     Raises:
         ValueError: If there are no batches, one cannot be fed to the model, or its activations overflow.
     """
-    batches = iter(batches)
-    if (first := next(batches, None)) is not None:
+    feed = LanguageModelFeed(uncompiled(model)) if feed is None else feed
+    stacks = in_stacks(layers)
+    batches = iter(batches) if len(stacks) == 1 else [*batches]
+    if (first := next(iter(batches), None)) is not None and len(stacks) == 1:
         batches = chain([first], batches)
-    modules = [layer.module for layer in layers]
-    hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), modules, batches, activations)
-    if first is not None:
-        _check_activations(model, layers, first)
-    dense = DenseStream(hidden_BTD, arguments) if with_dense else None
-    for index, layer in enumerate(layers):
-        memory = _size(layer.module) if is_offloaded(layer.module) else None
-        is_last = index + 1 == len(layers)
-        dense_BTD = dense.hidden_BTD if dense else None
-        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last, dense_BTD)
-        with in_memory(layer.module):
-            if dense:
-                dense.advance(index, layer)
-            yield step
-            if not is_last:
-                step.advance()
-        arguments[index] = []
+    for number, stack in enumerate(stacks):
+        modules = [layer.module for layer in stack]
+        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations)
+        if first is not None and number == 0:
+            _check_activations(model, layers, first, feed)
+        dense = DenseStream(hidden_BTD, arguments) if with_dense else None
+        for index, layer in enumerate(stack):
+            memory = _size(layer.module) if is_offloaded(layer.module) else None
+            is_last = index + 1 == len(stack)
+            dense_BTD = dense.hidden_BTD if dense else None
+            step = CalibratedLayer(layer, hidden_BTD, arguments[index], real, memory, is_last, dense_BTD)
+            with in_memory(layer.module):
+                if dense:
+                    dense.advance(index, layer)
+                yield step
+                if not is_last:
+                    step.advance()
+            arguments[index] = []
 
 
-def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: Batch) -> None:
+def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:
+    """Part layers into stacks: those of one list, and every matrix outside of lists for itself."""
+    stacks: list[list[DecoderLayer]] = []
+    for layer in layers:
+        before = stacks[-1][-1] if stacks else None
+        if before is None or before.list_name != layer.list_name or layer.is_matrix:
+            stacks.append([])
+        stacks[-1].append(layer)
+    return stacks
+
+
+def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: Batch, feed: Feed) -> None:
     """Run one sequence through the model as it is: what overflows is better known before anything is pruned."""
     if is_offloaded(model):  # all of it would be read for that
         return
@@ -87,13 +106,11 @@ def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: 
         if layer is layers[-1]:
             raise _AllLayersSeenError
 
-    inputs = {name: tensor[:1] for name, tensor in model_inputs(batch, model).items()}
-    device = device_of(cast(Any, model).get_input_embeddings())
     with ExitStack() as hooks, suppress(_AllLayersSeenError):
         for layer in layers:
             handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: look(layer, out))
             hooks.callback(handle.remove)
-        model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+        feed.run(feed.first(batch))
 
 
 def _size(module: nn.Module) -> int:

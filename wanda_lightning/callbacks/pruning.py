@@ -17,20 +17,22 @@ from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured, parse_pattern
 from wanda_lightning.training.masks import masks_of
 
 
 class PruningCallback(SparseFinetuning):
-    """Prunes the language model of a LightningModule once, before the first training step of ``fit``.
+    """Prunes the model of a LightningModule once, before the first training step of ``fit``.
 
     ``validate`` and ``test`` never prune; resuming from a checkpoint of a pruned run does not prune again. Calibration
     batches come from the datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train
     dataloader. The zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``,
     holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
 
+    Models other than language models run by the module's ``calibration_step``, or else its ``validation_step``.
     A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
     report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
     for, it is not pruned again: the zeros are kept, and the report says that they were found. Where more is asked for,
@@ -45,7 +47,7 @@ class PruningCallback(SparseFinetuning):
         ignore: Patterns of linears to leave dense.
         allocation: Where not all are to be pruned alike: sparsities, or ``n:m``, of linears by name pattern; or what
             splits the sparsity among them by looking at the model, such as ``OWL()``.
-        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for it fails, or of several.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
@@ -71,7 +73,7 @@ class PruningCallback(SparseFinetuning):
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
         allocation: Allocator | dict[str, str | float] | None = None,  # a float first would read 2:4 as 124
-        layers: str | None = None,
+        layers: str | list[str] | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
         schedule: Gradual | None = None,
@@ -189,7 +191,7 @@ class PruningCallback(SparseFinetuning):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that were pruned, unless the schedule lets them grow back."""
         self._masks = None
-        self.mask(trainer, pl_module, masks_of(*self.run.zeros_to_keep(find_language_model(pl_module))))
+        self.mask(trainer, pl_module, masks_of(*self.run.zeros_to_keep(find_model(pl_module))))
 
     def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.prune_gradually(trainer, pl_module):
@@ -234,6 +236,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
     """Measure the fraction of zeros in the linears that the callbacks of a Trainer have pruned; 0 before that."""
-    model, callbacks = find_language_model(module), pruning_callbacks(trainer)
+    model, callbacks = find_model(module), pruning_callbacks(trainer)
     reports = [callback.report for callback in callbacks if callback.run.is_pruned(model)]
-    return sparsity_now(model, [report for report in reports if report is not None], callbacks[0].layers)
+    lists = lists_in(model, callbacks[0].layers)
+    return sparsity_now(model, [report for report in reports if report is not None], lists)

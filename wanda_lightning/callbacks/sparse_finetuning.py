@@ -19,7 +19,7 @@ class SparseFinetuning(Callback):
     """Keeps pruned weights at exactly zero during training, with any optimizer.
 
     Gradients of pruned weights are dropped before clipping, and the weights are zeroed after every optimizer step.
-    The masks are taken from the zeros of the decoder's linears when training starts, after a checkpoint is restored.
+    The masks are taken from the zeros of the model's linears when training starts, after a checkpoint is restored.
     Matrices that are zero as a whole, as in new blocks that change nothing yet, are trained like dense ones.
     Averages that Lightning's weight averaging callbacks keep are held to the same zeros. The pruning callbacks do all
     this by themselves; use this one to fine-tune a model that was pruned before.
@@ -29,7 +29,7 @@ class SparseFinetuning(Callback):
     DeepSpeed are not tested.
 
     Args:
-        layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
+        layers: Name of the list of layers, such as ``model.layers``, where the rule for it fails, or of several.
 
     Raises:
         RuntimeError: When a checkpoint is saved or at the end of training, if a pruned weight is not zero.
@@ -39,7 +39,7 @@ class SparseFinetuning(Callback):
         Trainer(callbacks=[SparseFinetuning()]).fit(module, datamodule)
     """
 
-    def __init__(self, layers: str | None = None) -> None:
+    def __init__(self, layers: str | list[str] | None = None) -> None:
         self.layers = layers
         self._masks: WeightMasks | None = None
         self._hooks: list[Any] = []

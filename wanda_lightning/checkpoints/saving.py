@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
 from wanda_lightning.atomic_files import whole_folder
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
-from wanda_lightning.checkpoints.saving_check import check_can_be_saved
+from wanda_lightning.checkpoints.saving_check import check_can_be_saved, check_weights_can_be_saved
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.offload import is_offloaded, stored_parameters
 from wanda_lightning.training.lora import has_adapters
@@ -52,6 +53,32 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         _check_reloads(model, unfinished)
+    return folder
+
+
+def save_weights(model: nn.Module, folder: str | Path) -> Path:
+    """Write the state dict of any module to ``model.safetensors``, whole or not at all, and compare what was written.
+
+    ``safetensors.torch.load_model(module, file)`` loads it, also where weights share memory.
+
+    Args:
+        model: The module.
+        folder: Where it goes; made if needed, an older one is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RuntimeError: If what was written are not the same weights.
+    """
+    check_weights_can_be_saved(model)
+    folder = Path(folder).expanduser().resolve()
+    with whole_folder(folder) as unfinished:
+        save_model(model, str(unfinished / "model.safetensors"))
+        state = model.state_dict()
+        for name, written in load_file(unfinished / "model.safetensors").items():
+            if not _same(state[name].cpu(), written):
+                raise RuntimeError(f"the saved weights are not those of the model: {name} differs")
     return folder
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.checkpoints.quantization import forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
+from wanda_lightning.model.language_model import is_of_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,12 +23,16 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     """Save all of a model but its weights, and load it again with weights that take no memory.
 
     Args:
-        model: The model, of any size, also streamed from disk.
+        model: The model, of any size, also streamed from disk. Of one that is not of transformers the state dict is
+            saved, and looked at.
         tokenizer: What is saved beside it.
 
     Raises:
         ValueError: If saving fails, or what was saved would load as another model, with the reason.
     """
+    if not is_of_transformers(model):
+        check_weights_can_be_saved(model)
+        return
     try:
         with quiet("transformers", logging.CRITICAL), without_progress_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -38,6 +43,19 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
         raise ValueError(f"{type(model).__name__} cannot be saved: {_in_a_line(error)}") from error
     if difference := next(_differences(model, reloaded), None):
         raise ValueError(f"{type(model).__name__} cannot be saved so that it loads as it is: {difference}")
+
+
+def check_weights_can_be_saved(model: nn.Module) -> None:
+    """Make sure that the state dict of a module holds tensors only: safetensors stores nothing else.
+
+    Args:
+        model: The module.
+
+    Raises:
+        ValueError: If it holds something else, with the name.
+    """
+    if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{type(model).__name__} cannot be saved as safetensors: {others[0]} is no tensor")
 
 
 def _dry_save(model: Any, tokenizer: Any) -> nn.Module:

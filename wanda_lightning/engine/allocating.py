@@ -9,6 +9,7 @@ from torch import nn
 from wanda_lightning.allocation.allocator import Task, patterns_of
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
@@ -18,7 +19,13 @@ from wanda_lightning.report.allotment import Allotment
 
 
 def allocated(
-    plan: Plan, model: nn.Module, batches: Sequence[Batch], activations: Place, journal: Journal, processes: Processes
+    plan: Plan,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    activations: Place,
+    journal: Journal,
+    processes: Processes,
+    feed: Feed | None = None,
 ) -> Plan:
     """Decide what each linear is pruned to, or find what was decided before the run was cut off.
 
@@ -29,6 +36,7 @@ def allocated(
         activations: Where its activations wait between two layers.
         journal: Of the run, which has begun; what is decided is kept in it.
         processes: Those that have the other parts of the calibration set.
+        feed: Runs the model on a batch; None for a language model.
 
     Returns:
         The plan with the patterns of all linears; the same plan where the user has decided.
@@ -40,7 +48,7 @@ def allocated(
     found = processes.gather(found)[0]
     if found is not None:
         return _with(plan, Allotment(**json.loads(found)))
-    task = task_of(plan, model, batches, activations, processes)
+    task = task_of(plan, model, batches, activations, processes, feed)
     allotment = processes.gather(allocator.allocate(task))[0]
     repeats = {
         name_without_adapters(repeat.name): allotment.patterns[name_without_adapters(repeat.first)]
@@ -64,7 +72,8 @@ def task_of(
     batches: Sequence[Batch] = (),
     activations: Place = "device",
     processes: Processes | None = None,
+    feed: Feed | None = None,
 ) -> Task:
     """Say what an allocator is to decide."""
     processes = processes or Processes.alone()
-    return Task(model, plan.layers, plan.method, plan.pattern, batches, processes, activations)
+    return Task(model, plan.layers, plan.method, plan.pattern, batches, processes, activations, feed)

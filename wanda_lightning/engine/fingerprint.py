@@ -3,26 +3,30 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import Batch, model_inputs
-from wanda_lightning.model.offload import device_of, stored_parameters
+from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.feed import Feed
+from wanda_lightning.model.offload import stored_parameters
 from wanda_lightning.report.environment import installed_versions
 
 SAMPLED = 256
 """Values of each parameter that are looked at: enough to tell models apart, and little to read from a disk."""
 
 
-def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequence[str]) -> dict[str, Any]:
+def fingerprint(
+    model: nn.Module, settings: Mapping[str, Any], calibration: Sequence[str], device: torch.device
+) -> dict[str, Any]:
     """Describe a run.
 
     Args:
         model: The model before it is pruned, wherever its weights are.
         settings: Of the pruning, plain types.
         calibration: A digest of each process's calibration batches.
+        device: Where batches enter the model.
 
     Returns:
         Plain values by name.
@@ -38,7 +42,7 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any], calibration: Sequ
         "weights": weights.hexdigest()[:16],
         "calibration": [*calibration],
         **settings,
-        **_numerics(model),
+        **_numerics(model, device.type),
         **installed_versions("torch", "transformers", "wanda-lightning"),
     }
 
@@ -48,21 +52,21 @@ class HashedBatches:
 
     Args:
         batches: The batches; None where none are needed.
-        model: The model that they are for.
+        feed: Knows what is in them.
         keep: Whether they are wanted again.
 
     Attributes:
         kept: Those that have passed, if so.
     """
 
-    def __init__(self, batches: Iterable[Batch] | None, model: nn.Module, keep: bool = False) -> None:
-        self._batches, self._model, self._keep = batches, model, keep
+    def __init__(self, batches: Iterable[Batch] | None, feed: Feed, keep: bool = False) -> None:
+        self._batches, self._feed, self._keep = batches, feed, keep
         self.kept: list[Batch] = []
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches or ():
-            self._digest.update(hashed(model_inputs(batch, self._model)).encode())
+            self._digest.update(hashed(self._feed.tensors(batch)).encode())
             self.kept += [batch] if self._keep else []
             yield batch
 
@@ -77,13 +81,12 @@ class HashedBatches:
         return self._batches is not None
 
 
-def _numerics(model: nn.Module) -> dict[str, Any]:
+def _numerics(model: nn.Module, device: str) -> dict[str, Any]:
     """Name what else decides the last bits of the activations."""
-    device = device_of(cast(Any, model).get_input_embeddings()).type
     return {
         "device": device,
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None,
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
     }
 
 

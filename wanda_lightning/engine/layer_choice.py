@@ -134,10 +134,10 @@ def _and_then(first: CalibratedLayer, others: Iterator[CalibratedLayer]) -> Iter
 
 def _turned(entered: Sequence[Tensor], step: CalibratedLayer, as_angle: bool) -> Iterator[Tensor]:
     """Yield for each batch how far hidden states are turned, (N,): 1 - cosine, or the angle as a fraction of pi."""
-    for before_BTD, after_BTD, mask_BT in zip(entered, step.hidden_BTD, step.masks_BT, strict=True):
+    for before_BTD, after_BTD, real in zip(entered, step.hidden_BTD, step.real, strict=True):
         cosine_BT = F.cosine_similarity(before_BTD.to(after_BTD.device).float(), after_BTD.float(), dim=-1)
-        real_N = cosine_BT.flatten() if mask_BT is None else cosine_BT[mask_BT.to(cosine_BT.device)]
-        yield real_N.clamp(-1, 1).acos() / torch.pi if as_angle else 1 - real_N
+        cosine_N = cosine_BT.flatten() if real.mask_BT is None else cosine_BT[real.mask_BT.to(cosine_BT.device)]
+        yield cosine_N.clamp(-1, 1).acos() / torch.pi if as_angle else 1 - cosine_N
 
 
 def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, Tensor]) -> list[Callable[..., Any]]:

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.methods import PruningMethod
-from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
+
+Lists = str | Sequence[str] | None
 
 NOTABLE = 0.05
 """Weights are zero by chance too: quantisation makes some. From this fraction on, somebody pruned them."""
@@ -36,7 +38,7 @@ def report_as_found(
     """Measure the linears that are to be pruned.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or another one with its lists of layers in the selection.
         method: What they are to be pruned with.
         pattern: What they are to be pruned to.
         selection: What is asked for of linears.
@@ -69,7 +71,7 @@ def report_as_found(
     return report, met and bool(report.linears)
 
 
-def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: str | None = None) -> float:
+def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: Lists = None) -> float:
     """Measure the fraction of zeros in the linears that reports say were pruned; 0 without a report."""
     weights = [linear.weight_OI for report in reports for linear in linears_of(model, report, layers)]
     if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
@@ -78,29 +80,27 @@ def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: str
     return zeros / max(1, sum(weight.numel() for weight in weights))
 
 
-def linears_of(model: nn.Module, report: PruningReport, layers: str | None = None) -> list[PrunableLinear]:
+def linears_of(model: nn.Module, report: PruningReport, layers: Lists = None) -> list[PrunableLinear]:
     """Find the linears of a model that a report has rows of."""
     pruned = {row.name for row in report.linears}
-    decoder = decoder_layers(model, targets=["*"], layers=layers)
-    return [linear for layer in decoder for linear in layer.linears if name_without_adapters(linear.name) in pruned]
+    return [linear for linear in every_linear(model, layers) if name_without_adapters(linear.name) in pruned]
 
 
-def read_back(model: nn.Module, report: PruningReport, layers: str | None = None) -> list[LinearReport]:
+def read_back(model: nn.Module, report: PruningReport, layers: Lists = None) -> list[LinearReport]:
     """Return the rows of a report with the sparsities that the linears have now."""
     now = {name_without_adapters(linear.name): linear.weight_OI for linear in linears_of(model, report, layers)}
     return [replace(row, sparsity=sparsity_of(now[row.name])) for row in report.linears]
 
 
 @torch.no_grad()
-def linears_with_zeros(model: nn.Module, layers: str | None = None) -> list[PrunableLinear]:
+def linears_with_zeros(model: nn.Module, layers: Lists = None) -> list[PrunableLinear]:
     """Find the linears of a model's decoder that have more zeros than there are by chance."""
-    decoder = decoder_layers(model, targets=["*"], layers=layers)
-    linears = [linear for layer in decoder for linear in layer.linears]
+    linears = every_linear(model, layers)
     return [linear for linear in linears if linear.weight_OI.is_meta or sparsity_of(linear.weight_OI) >= NOTABLE]
 
 
 @torch.no_grad()
-def disagreements(model: nn.Module, report: PruningReport, layers: str | None = None) -> dict[str, str]:
+def disagreements(model: nn.Module, report: PruningReport, layers: Lists = None) -> dict[str, str]:
     """Compare a report with the weights that the layers compute with.
 
     Zeros that training adds by chance do not count, and neither do matrices that were zero as a whole when they were
@@ -109,7 +109,7 @@ def disagreements(model: nn.Module, report: PruningReport, layers: str | None = 
     Args:
         model: The model that the report is of.
         report: What was pruned.
-        layers: Name of the list of decoder layers, where the rule for finding it fails.
+        layers: Name of the list of decoder layers, where the rule for finding it fails; or names of several lists.
 
     Returns:
         For each linear that has other zeros than its row says: its name and what is wrong.

@@ -1,7 +1,7 @@
 """What is to be pruned, to what and by what: made and checked before any weight changes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
+from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.report.allotment import Allotment
@@ -32,6 +33,7 @@ class Plan:
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
+        outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
         allotment: What an allocator has decided; None before that, and where there is none.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
+    outside: Mapping[str, str] = field(default_factory=dict)
     allotment: Allotment | None = None
 
     @classmethod
@@ -52,7 +55,7 @@ class Plan:
         model: nn.Module,
         method: PruningMethod,
         pattern: Pattern,
-        selection: Selection,
+        found: Found,
         exact_error: bool = False,
         true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
@@ -63,7 +66,7 @@ class Plan:
             model: The model, with its decoder layers.
             method: The pruning method.
             pattern: What linears are pruned to, where the selection says nothing else.
-            selection: What the user said of linears.
+            found: Its layers, and what the user said of linears.
             exact_error: Whether X^T X is gathered whatever the method.
             true_sequential: Whether each linear is pruned with what the pruned linears before it give; None where that
                 is to depend on the memory.
@@ -75,9 +78,13 @@ class Plan:
         Raises:
             ValueError: If the selection does not fit the model.
         """
+        selection = found.selection
         layers, patterns = selection.choose(model, pattern)
-        layers, repeats = without_repeats(model, layers, patterns)
-        return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction)
+        layers, repeats = without_repeats(model, found.in_order(layers), patterns)
+        outside = found.look_outside(model, layers)
+        return cls(
+            method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction, outside
+        )
 
     def in_order(self, one_pass: bool) -> "Plan":
         """Return the plan with the order decided.
@@ -121,4 +128,5 @@ class Plan:
         report.allocation = self.allotment
         for layer in self.layers:
             report.not_pruned |= layer.left_dense
+        report.not_pruned |= self.outside
         return report

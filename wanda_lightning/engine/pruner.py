@@ -12,6 +12,7 @@ from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.allocating import allocated
@@ -26,6 +27,7 @@ from wanda_lightning.engine.order import decide_order
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.engine.stacks import feed_of, find_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.decoder import DecoderLayer
@@ -46,7 +48,8 @@ def prune_model(
     *,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    layers: str | None = None,
+    layers: str | Sequence[str] | None = None,
+    forward: Forward | None = None,
     allocation: Allocation | Allocator | None = None,
     exact_error: bool = False,
     true_sequential: bool | None = None,
@@ -56,7 +59,7 @@ def prune_model(
     processes: Processes | None = None,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> PruningReport:
-    """Prune the linears of a model's decoder layers in place, layer by layer.
+    """Prune the linears of a model's layers in place, layer by layer.
 
     Each layer is pruned with statistics of the inputs that the already pruned layers before it give
     (Frantar & Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695). Layers that accelerate keeps on
@@ -66,15 +69,20 @@ def prune_model(
     once, with the inputs of the first.
 
     Args:
-        model: A causal language model of transformers; left in the mode, dtype and device it is in.
+        model: A causal language model of transformers, or any module that calls layers one after another; left in the
+            mode, dtype and device it is in.
         calibration: Batches: input_ids (B, T) int64, or mappings with input_ids and optionally attention_mask
-            (0 = padding). May be None for methods without calibration.
+            (0 = padding); of other models than language models, whatever ``forward`` takes. May be None for methods
+            without calibration.
         method: Such as ``Wanda()``, or the name of one: ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"ablate"``,
             ``"admm"`` or ``"ria"``.
         pattern: ``Unstructured(sparsity)`` or ``SemiStructured(n, m)``; a sparsity in [0, 1), or ``"n:m"``, will do.
         targets: Patterns of linear names to prune, see :func:`wanda_lightning.model.decoder.decoder_layers`.
         ignore: Patterns of linear names to leave dense.
-        layers: Name of the list of decoder layers, where the rule for finding it fails.
+        layers: Name of the list of layers, where the rule for finding it fails, or names of several lists. Default: of
+            a language model its decoder's; of other models all lists of layers that are called one after another.
+        forward: Runs the model on a batch, such as ``lambda model, batch: model(batch["image"])``. Default: a language
+            model gets token ids; others get mappings as keyword arguments, a tensor, or the first of a tuple or list.
         allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``, see
             :func:`wanda_lightning.allocation.by_name.allocate`; or what splits the sparsity among the linears by
             looking at the dense model, such as ``OWL()``.
@@ -110,23 +118,24 @@ def prune_model(
     method, pattern = as_method(method), as_pattern(pattern)
     clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
-    selection = Selection(targets, ignore, layers, allocation)
-    plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction)
-    check_pruning(model, plan, calibration is not None, journal)
-    zeros = ZeroCount(model)
-    with left_as_found(model):
-        batches = HashedBatches(calibration if plan.needs_batches else None, model, keep=bool(selection.allocator))
-        visits = clock.forwards(_visit(model, plan, batches, activations))
+    feed = feed_of(model, forward)
+    with left_as_found(model), feed.calling():
+        found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
+        plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction)
+        check_pruning(model, plan, calibration is not None, journal)
+        zeros, allocator = ZeroCount(model), found.selection.allocator
+        batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
+        visits = clock.forwards(_visit(model, plan, batches, activations, feed))
         with processes.together():
             first = next(visits)  # the dry run reads the batches
             check_inputs(plan, first[1])
         plan = decide_order(plan, first[1], processes)
         visits = chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
-        journal.start(fingerprint(model, settings, processes.gather(batches.digest)), processes)
-        if selection.allocator:
+        journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
+        if allocator:
             with clock.allocation():
-                plan = allocated(plan, model, batches.kept, activations, journal, processes)
+                plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
         report = plan.new_report()
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
@@ -149,7 +158,7 @@ def prune_model(
 
 
 def _visit(
-    model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place
+    model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed
 ) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
     """Visit the layers, in memory, with what enters them if there are batches."""
     if not batches.are_there:
@@ -157,7 +166,7 @@ def _visit(
             with in_memory(layer.module):
                 yield layer, None
     else:
-        for step in walk(model, plan.layers, batches, activations, with_dense=plan.reconstruction is not None):
+        for step in walk(model, plan.layers, batches, activations, plan.reconstruction is not None, feed):
             yield step.layer, step
 
 

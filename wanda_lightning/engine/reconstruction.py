@@ -181,7 +181,7 @@ class _Fit:
     def _errors(self, batch: int) -> Tensor:
         """Run the layer; return ||out - dense out||^2 / ||dense out||^2 of every real token of a batch, in float32."""
         out_BTD = self._inputs.output(batch)
-        dense_BTD, mask_BT = self._dense_BTD[batch].to(out_BTD.device).float(), self._inputs.masks_BT[batch]
+        dense_BTD, mask_BT = self._dense_BTD[batch].to(out_BTD.device).float(), self._inputs.real[batch].mask_BT
         error_BT = (out_BTD.float() - dense_BTD).square().sum(-1) / dense_BTD.square().sum(-1).clamp_min(1e-12)
         return error_BT.flatten() if mask_BT is None else error_BT[..., mask_BT.to(error_BT.device)].flatten()
 

@@ -46,10 +46,10 @@ def without_repeats(
     """
     linears = [(layer.name, linear) for layer in decoder for linear in layer.linears if linear.is_stored]
     _refuse_left_dense(model, [linear for _, linear in linears])
-    first: dict[tuple[int, int | None], PrunableLinear] = {}
+    first: dict[tuple[int, int | None, int | None], PrunableLinear] = {}
     repeats: list[Repeat] = []
     for layer, linear in linears:
-        earlier = first.setdefault((_place(linear.weight), linear.expert), linear)
+        earlier = first.setdefault((_place(linear.weight), linear.expert, linear.projection), linear)
         if earlier is linear:
             continue
         repeats.append(Repeat(linear.name, layer, earlier.name))

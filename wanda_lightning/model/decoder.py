@@ -13,6 +13,7 @@ from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.linears import PrunableLinear, is_linear, matrix_parameters, own_modules, prunable_linears
 from wanda_lightning.model.names import is_router, list_of, matches
 from wanda_lightning.model.quantized import refuse_quantized
+from wanda_lightning.model.stacks import lists_of_layers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class DecoderLayer:
         return int(self.name.removeprefix(f"{self.list_name}."))
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is no layer but a matrix outside of the layers, which a target named."""
+        return any(linear.module is self.module for linear in self.linears)
+
+    @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters that are to be pruned, by name; experts may share one."""
         return {linear.parameter_name: linear.weight for linear in self.linears}
@@ -44,7 +50,7 @@ def decoder_layers(
     model: nn.Module,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    layers: str | None = None,
+    layers: str | Sequence[str] | None = None,
 ) -> list[DecoderLayer]:
     """List the decoder layers of a model with the linears that are to be pruned.
 
@@ -60,26 +66,51 @@ def decoder_layers(
             full name (``"model.layers.0.*"``) or its end (``"q_proj"``). Default: all but routers and thin linears.
         ignore: Patterns in the same style of linears to leave alone.
         layers: The name of the ``ModuleList`` of decoder layers, such as ``"model.layers"``, where the rule picks
-            another one.
+            another one; or the names of several lists of layers, in the order in which the model calls them. Of any
+            model then: a target that fits none of their linears may fit one that lies outside, such as a patch
+            embedding; it is a layer of its own, behind the others.
 
     Returns:
-        All decoder layers in order, also those in which nothing is pruned.
+        All decoder layers in order, also those in which nothing is pruned. (Encoder layers, too, if they are named.)
 
     Raises:
         ValueError: If the model is quantised, no decoder layers are found, their matrix weights are mostly not in
             linears, or a pattern matches nothing.
     """
     refuse_quantized(uncompiled(model))
-    prefix, modules = _layer_list(uncompiled(model), layers)
-    linears = {f"{prefix}.{i}": prunable_linears(layer, f"{prefix}.{i}") for i, layer in enumerate(modules)}
-    uncovered = _uncovered(modules, linears)
+    if layers is None or isinstance(layers, str):
+        prefix, of_decoder = _layer_list(uncompiled(model), layers)
+        lists: dict[str, nn.Module] = {prefix: of_decoder}
+    else:
+        lists = lists_of_layers(uncompiled(model), layers)
+    modules = {
+        f"{prefix}.{i}": layer for prefix, found in lists.items() for i, layer in cast(Any, found)._modules.items()
+    }
+    linears = {name: prunable_linears(layer, name) for name, layer in modules.items()}
     every = [linear for layer in linears.values() for linear in layer]
+    if layers is not None and not isinstance(layers, str):
+        for linear in _named_outside(uncompiled(model), every, targets):
+            modules[linear.name], linears[linear.name] = linear.module, [linear]
+            every.append(linear)
+    uncovered = _uncovered([*modules.values()], linears)
     for pattern in [*(targets or []), *(ignore or [])]:
         check_pattern(pattern, every)
-    return [
-        _decide(name, module, found, uncovered[name], targets, ignore)
-        for (name, found), module in zip(linears.items(), modules, strict=True)
-    ]
+    return [_decide(name, modules[name], found, uncovered[name], targets, ignore) for name, found in linears.items()]
+
+
+def every_linear(model: nn.Module, layers: str | Sequence[str] | None = None) -> list[PrunableLinear]:
+    """List what may have been pruned.
+
+    Args:
+        model: The model.
+        layers: See :func:`decoder_layers`.
+
+    Returns:
+        All linears of the decoder; where ``layers`` names several lists, those of the whole model.
+    """
+    if layers is None or isinstance(layers, str):
+        return [linear for layer in decoder_layers(model, ["*"], layers=layers) for linear in layer.linears]
+    return prunable_linears(uncompiled(model), "")
 
 
 def coverage(layers: Iterable[DecoderLayer]) -> float:
@@ -113,6 +144,16 @@ def check_pattern(pattern: str, linears: Sequence[PrunableLinear]) -> None:
     if not any(linear.matches(pattern) for linear in linears):
         examples = list(dict.fromkeys(linear.name for linear in linears))[:12]
         raise ValueError(f"the pattern {pattern!r} matches no linear of the decoder; among others it has {examples}")
+
+
+def _named_outside(
+    model: nn.Module, inside: Sequence[PrunableLinear], targets: Sequence[str] | None
+) -> list[PrunableLinear]:
+    """Find linears outside of the layers that targets name: by patterns that fit none inside."""
+    reach = [pattern for pattern in targets or [] if not any(linear.matches(pattern) for linear in inside)]
+    names = {linear.name for linear in inside}
+    every = prunable_linears(model, "") if reach else []
+    return [x for x in every if x.name not in names and any(x.matches(pattern) for pattern in reach)]
 
 
 def _decide(
@@ -165,7 +206,9 @@ def _has_linear(module: nn.Module) -> bool:
     return any(is_linear(child) for _, child in own_modules(module))
 
 
-def _uncovered(modules: nn.ModuleList, linears: dict[str, list[PrunableLinear]]) -> dict[str, dict[str, nn.Parameter]]:
+def _uncovered(
+    modules: Sequence[nn.Module], linears: dict[str, list[PrunableLinear]]
+) -> dict[str, dict[str, nn.Parameter]]:
     """Find the matrices of each layer that lie outside linears; refuse a decoder that consists of such.
 
     Pruning it would do next to nothing, and say that it did.

@@ -19,7 +19,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is none, or more than one side by side.
     """
-    found = {uncompiled(child): name for name, child in module.named_modules() if _is_causal_lm(child)}
+    found = {uncompiled(child): name for name, child in module.named_modules() if is_of_transformers(child)}
     held = {model: set(model.parameters()) for model in found}
     # The one that holds the most, and of several forms the outermost, which comes first.
     model = max(found, key=lambda model: (len(held[model]), len(list(model.modules()))), default=None)
@@ -31,6 +31,49 @@ def find_language_model(module: nn.Module) -> nn.Module:
             "Models load in __init__ or configure_model; with several, prune the one you mean with prune_model."
         )
     return model
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model is called with token ids alone, and its tokens see those before them: a decoder of transformers.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        False for encoders, encoder-decoders, models of other inputs, and modules that are not of transformers. A model
+        that sees images, too, and writes text is one.
+    """
+    plain: Any = uncompiled(model)
+    if not is_of_transformers(plain) or getattr(plain, "main_input_name", "input_ids") != "input_ids":
+        return False
+    try:
+        embeddings = plain.get_input_embeddings()
+    except NotImplementedError:  # of transformers' own method, for models with several
+        return False
+    if getattr(plain.config, "is_encoder_decoder", False) or getattr(embeddings, "weight", None) is None:
+        return False
+    sees = [module.is_causal for module in plain.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    generates = getattr(plain, "can_generate", None)
+    return not sees or any(sees) or (generates is not None and bool(generates()))
+
+
+def find_model(module: nn.Module) -> nn.Module:
+    """Find what is to be pruned, evaluated and saved in any module, such as a LightningModule.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The model of transformers that it holds; where there is none, the only child that has weights; else itself.
+
+    Raises:
+        ValueError: If there are several models of transformers side by side.
+    """
+    if any(is_of_transformers(child) for child in module.modules()):
+        return find_language_model(module)
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    own = any(True for _ in module.parameters(recurse=False))
+    return uncompiled(children[0]) if len(children) == 1 and not own else module
 
 
 def max_sequence_length(model: nn.Module) -> int | None:
@@ -47,5 +90,6 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if original is None else original
 
 
-def _is_causal_lm(module: nn.Module) -> bool:
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers."""
     return hasattr(module, "config") and hasattr(module, "get_input_embeddings")

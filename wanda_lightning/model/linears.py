@@ -1,4 +1,4 @@
-"""The matrices of a decoder layer that can be pruned: linears, and the slices of fused experts.
+"""The matrices of a layer that can be pruned: linears, the slices of fused experts, and those of packed attention.
 
 Shapes: O out features, I in features, E experts.
 """
@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from wanda_lightning.model.attention import PROJECTIONS, holds_packed_projections
 from wanda_lightning.model.convolutions import is_conv2d
 from wanda_lightning.model.names import is_router, matches
 
@@ -30,6 +31,8 @@ class PrunableLinear:
         experts: Name of the list or module of experts it belongs to: tokens may pass it by. None outside of such.
         parameter: The attribute of the module that holds the weight.
         expert: Which slice of a 3-D weight it is; None for a whole weight.
+        projection: Which projection of an ``nn.MultiheadAttention`` it is, in the order of query, key and value; None
+            elsewhere.
     """
 
     name: str
@@ -37,6 +40,7 @@ class PrunableLinear:
     experts: str | None = None
     parameter: str = "weight"
     expert: int | None = None
+    projection: int | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -51,6 +55,8 @@ class PrunableLinear:
     @property
     def parameter_name(self) -> str:
         """The parameter's name in the model."""
+        if self.projection is not None:
+            return f"{self.name.rpartition('.')[0]}.{self.parameter}"
         return f"{self.name}.weight" if self.expert is None else self.name.rpartition(".")[0]
 
     @property
@@ -60,6 +66,8 @@ class PrunableLinear:
 
     def view(self, weight: Tensor) -> Tensor:
         """See a tensor that is laid out as the module stores its weight as this matrix, (out_features, in_features)."""
+        if self.projection is not None:
+            return weight.unflatten(0, (3, -1))[self.projection] if self.parameter == "in_proj_weight" else weight
         matrix = weight.flatten(1) if self.expert is None else weight[self.expert]
         return matrix.t() if self.is_transposed else matrix
 
@@ -105,12 +113,12 @@ def own_modules(
 
 
 def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
-    """List every ``nn.Linear``, ``transformers.Conv1D``, ``Conv2d`` and expert matrix of a decoder layer."""
+    """List every ``nn.Linear``, ``transformers.Conv1D``, ``Conv2d``, expert and attention matrix of a layer."""
     linears = []
     lists: list[str] = []  # of modules within the layer, such as experts that are modules of their own
     for name, module in own_modules(layer, prefix):
         experts = next((outer for outer in lists if name.startswith(f"{outer}.")), None)
-        if isinstance(module, nn.ModuleList) and experts is None:
+        if isinstance(module, nn.ModuleList) and experts is None and not _is_of_parts(module):
             lists.append(name)
         elif is_linear(module):
             linears.append(PrunableLinear(name, module, experts))
@@ -121,6 +129,15 @@ def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
                     PrunableLinear(f"{name}.{parameter}.{expert}", module, name, parameter, expert)
                     for expert in range(0 if weight is None else len(weight))
                 ]
+        elif holds_packed_projections(module):
+            packed = module.in_proj_weight is not None
+            linears += [
+                PrunableLinear(
+                    f"{name}.{projection}", module, experts, "in_proj_weight" if packed else f"{projection}_weight",
+                    projection=number,
+                )
+                for number, projection in enumerate(PROJECTIONS)
+            ]  # fmt: skip
     return linears
 
 
@@ -146,6 +163,11 @@ def holds_fused_experts(module: nn.Module) -> bool:
     """
     weight = getattr(module, EXPERT_OUTPUT, None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
+
+
+def _is_of_parts(modules: nn.ModuleList) -> bool:
+    """Whether a list holds the parts of a layer, each of its own class: experts, that tokens pass by, are alike."""
+    return 1 < len(modules) == len({type(part) for part in modules})
 
 
 def _is_conv1d(module: nn.Module) -> bool:

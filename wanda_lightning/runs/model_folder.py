@@ -12,25 +12,29 @@ from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import hub, saving
 from wanda_lightning.engine.measured_sparsity import disagreements
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model, is_of_transformers
 from wanda_lightning.model.offload import is_on_disk
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.model_card import Training, card_of_smaller, model_card
 from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
 
 
 def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
-    """Save the module's language model, tokenizer and a model card; see :meth:`PruningTrainer.save_pretrained`."""
+    """Save the module's model, tokenizer and a model card; see :meth:`PruningTrainer.save_pretrained`."""
     for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, SparseFinetuning):
             callback.check()
     if getattr(getattr(module, "lora", None), "merge", "none") == "masked":
         _merge(trainer, cast(Any, module))
-    language_model: Any = find_language_model(module)
+    language_model: Any = find_model(module)
     check_reports(trainer, language_model)
     folder = run_folder(trainer)
     if trainer.is_global_zero:
         with without_adapters(language_model) as plain:
-            saving.save_pretrained(cast(Any, plain), getattr(module, "tokenizer", None), folder / "model")
+            if is_of_transformers(plain):
+                saving.save_pretrained(cast(Any, plain), getattr(module, "tokenizer", None), folder / "model")
+            else:
+                saving.save_weights(plain, folder / "model")
         _write_card(trainer, module, folder / "model")
         if has_adapters(language_model):
             save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
@@ -68,7 +72,9 @@ def check_reports(trainer: Trainer, model: Any) -> None:
         RuntimeError: If a report is of other weights, with the linears and what is wrong.
     """
     for callback in pruning_callbacks(trainer):
-        if callback.report is not None and (wrong := disagreements(model, callback.report, callback.layers)):
+        if callback.report is not None and (
+            wrong := disagreements(model, callback.report, lists_in(model, callback.layers))
+        ):
             names = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:3])
             raise RuntimeError(
                 f"the report is not of these weights, {len(wrong)} linears differ ({names}"

@@ -165,7 +165,7 @@ class PruningTrainer(Trainer):
         return self.search_result
 
     def save_pretrained(self, model: LightningModule) -> None:
-        """Save the module's language model, tokenizer and a model card to ``model/`` beside the report.
+        """Save the module's model, tokenizer and a model card to ``model/`` beside the report.
 
         That is in the ``output_dir`` of the pruning callback, else in the Trainer's ``log_dir``.
         Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.engine.fingerprint import differences
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.decoder import every_linear
+from wanda_lightning.model.language_model import find_model
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.runs.one_shot import end_if_asked, prune
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -25,7 +26,7 @@ class DenseWeights(Callback):
         layers: Name of the list of decoder layers, where the rule for finding it fails.
     """
 
-    def __init__(self, layers: str | None = None) -> None:
+    def __init__(self, layers: str | list[str] | None = None) -> None:
         self.layers = layers
         self._dense: dict[str, Tensor] = {}
 
@@ -44,8 +45,9 @@ class DenseWeights(Callback):
                 weight.copy_(self._dense[name])
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
-        layers = decoder_layers(find_language_model(module), targets=["*"], layers=self.layers)
-        return {name: weight for layer in layers for name, weight in layer.weights.items()}
+        model = find_model(module)
+        linears = every_linear(model, lists_in(model, self.layers))
+        return {linear.parameter_name: linear.weight for linear in linears}
 
 
 def check_in_memory(model: LightningModule, what: str) -> None:

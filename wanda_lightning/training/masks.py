@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.decoder import every_linear
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.sparsity import Pattern, sparsity_of
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def masks_of(linears: Sequence[PrunableLinear], pruned_to: Mapping[str, Pattern]
     return WeightMasks({linear.parameter_name: linear.weight for linear in linears}, spared)
 
 
-def masks_of_decoder(model: nn.Module, layers: str | None = None) -> WeightMasks:
+def masks_of_decoder(model: nn.Module, layers: str | Sequence[str] | None = None) -> WeightMasks:
     """Mask the zeros that the linears of a decoder have now.
 
     Args:
@@ -119,8 +120,8 @@ def masks_of_decoder(model: nn.Module, layers: str | None = None) -> WeightMasks
     Returns:
         The masks; a warning says if there are none.
     """
-    decoder = decoder_layers(find_language_model(model), targets=["*"], layers=layers)
-    masks = masks_of([linear for layer in decoder for linear in layer.linears])
+    held = find_model(model)
+    masks = masks_of(every_linear(held, lists_in(held, layers)))
     if not masks.masks:
         log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
     return masks

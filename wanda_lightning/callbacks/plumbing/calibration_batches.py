@@ -81,13 +81,13 @@ class CalibrationBatches:
         if trainer.is_global_zero:
             log.log(
                 logging.WARNING if sequences < asked else logging.INFO,
-                "calibrated with %d sequences (%d tokens) from %s; num_samples asks for %d",
+                "calibrated with %d sequences (%s) from %s; num_samples asks for %d",
                 sequences,
-                tokens,
+                f"{tokens} tokens" if tokens else "of no token ids",
                 self._source,
                 asked,
             )
-        used = {"sequences": sequences, "tokens": tokens}
+        used = {"sequences": sequences, **({"tokens": tokens} if tokens else {})}
         return {"source": self._source, "num_samples": asked, **told, **used}
 
     def _counted(self, batches: Iterable[Any]) -> Iterator[Any]:

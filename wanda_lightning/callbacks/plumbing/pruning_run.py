@@ -12,6 +12,7 @@ from torch import nn
 from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.callbacks.plumbing.module_step import own_step
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
@@ -29,9 +30,10 @@ from wanda_lightning.engine.measured_sparsity import (
 )
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
+from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.training.lora import without_adapters
@@ -83,7 +85,9 @@ class PruningRun:
 
     def is_pruned(self, model: nn.Module) -> bool:
         """Whether the report is of these weights. While pruned weights may regrow, zeros do not tell."""
-        return self.results.report is not None and (self.regrows or self.results.is_of(model, self.asked.layers))
+        return self.results.report is not None and (
+            self.regrows or self.results.is_of(model, lists_in(model, self.asked.layers))
+        )
 
     @property
     def regrows(self) -> bool:
@@ -93,19 +97,19 @@ class PruningRun:
 
     def stage(self, module: LightningModule) -> Stage:
         """Name the stage that the weights are in, by looking at them."""
-        model = find_language_model(module)
+        model = find_model(module)
         pruned = self.is_pruned(model)
-        came_with_zeros = not pruned and self._was_pruned(*self._look_at(model))
+        came_with_zeros = not pruned and _was_pruned(*_look_at(model, self.asked))
         return stage_of(module, pruned, self.results.trained, came_with_zeros)
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin anew if the weights are others than those that were pruned."""
-        if self.results.report is not None and not self.is_pruned(find_language_model(module)):
+        if self.results.report is not None and not self.is_pruned(find_model(module)):
             self._forget(trainer)
 
     def prune(self, trainer: Trainer, module: LightningModule) -> None:
         """Prune the module's model unless it is pruned as asked for; a schedule prunes later."""
-        model = find_language_model(module)
+        model = find_model(module)
         refuse_sharded(model)
         if self.files.will_save:
             with without_adapters(model) as plain:
@@ -113,15 +117,15 @@ class PruningRun:
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
             return
-        found, met = self._look_at(model)
+        found, met = _look_at(model, self.asked)
         if self.asked.schedule is not None:
-            self.results.came_with_zeros = self._was_pruned(found, met)
+            self.results.came_with_zeros = _was_pruned(found, met)
             return
         if self.results.report is not None:
             if met or self.results.report.settings == describe_settings(self.asked):
                 return
             self._forget(trainer)
-        if self._was_pruned(found, met):
+        if _was_pruned(found, met):
             self.results.came_with_zeros = True
             log.warning(
                 "the model was pruned before: %.2f %% of the weights are zero, %.2f %% are asked for: %s",
@@ -158,7 +162,8 @@ class PruningRun:
         """Warn if training ended before the schedule did."""
         schedule, report = self.asked.schedule, self.results.report
         if schedule is not None and self.pruned_at < schedule.end:
-            model, layers = find_language_model(module), self.asked.layers
+            model = find_model(module)
+            layers = lists_in(model, self.asked.layers)
             if report is not None and self.regrows:
                 report.linears = read_back(model, report, layers)
             now = sparsity_now(model, [report] if report else [], layers)
@@ -178,7 +183,7 @@ class PruningRun:
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
         """Find the linears that have zeros to keep, and what they were pruned to, where that is known."""
-        report, layers = self.results.report, self.asked.layers
+        report, layers = self.results.report, lists_in(model, self.asked.layers)
         if self.regrows:
             return [], None
         if report is None or self.results.came_with_zeros:
@@ -187,19 +192,7 @@ class PruningRun:
         if report.allocation is not None:
             return linears, patterns_of(report.allocation, linears)
         pattern = self.asked.pattern if self.asked.schedule is None else Unstructured(report.target_sparsity)
-        return linears, allocate(linears, pattern, self._selection.by_name)
-
-    def _look_at(self, model: nn.Module) -> tuple[PruningReport, bool]:
-        return report_as_found(model, self.asked.method, self.asked.pattern, self._selection)
-
-    @property
-    def _selection(self) -> Selection:
-        asked = self.asked
-        return Selection(asked.targets, asked.ignore, asked.layers, asked.allocation)
-
-    @staticmethod
-    def _was_pruned(found: PruningReport, met: bool) -> bool:
-        return met or found.sparsity >= NOTABLE
+        return linears, allocate(linears, pattern, _selection(model, self.asked).by_name)
 
     def _forget(self, trainer: Trainer) -> None:
         self.results.forget()
@@ -207,18 +200,20 @@ class PruningRun:
         self.files.forget_finished(trainer)
 
     def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule) -> None:
-        asked, model, processes = self.asked, find_language_model(module), Processes()
+        asked, model, processes = self.asked, find_model(module), Processes()
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        needs_batches = needs_batches or self._selection.needs_batches or None
-        with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
+        needs_batches = needs_batches or _selection(model, self.asked).needs_batches or None
+        precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
+        with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
                 asked.calibration.of(trainer) if needs_batches else None,
                 asked.method,
                 pattern,
                 **{name: getattr(asked, name) for name in HANDED_ON},
+                forward=forward,
                 journal=journal,
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),
@@ -229,8 +224,20 @@ class PruningRun:
 
     def _take(self, report: PruningReport, trainer: Trainer, module: LightningModule) -> None:
         """Take a new report, of the weights as they are now, and bring it to the loggers and to its folder."""
-        model = find_language_model(module)
+        model = find_model(module)
         report.model, report.settings = describe_model(module, model), describe_settings(self.asked)
-        self.results.take(report, model, self.asked.layers)
+        self.results.take(report, model, lists_in(model, self.asked.layers))
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)
+
+
+def _look_at(model: nn.Module, asked: "PruningCallback") -> tuple[PruningReport, bool]:
+    return report_as_found(model, asked.method, asked.pattern, _selection(model, asked))
+
+
+def _selection(model: nn.Module, asked: "PruningCallback") -> Selection:
+    return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
+
+
+def _was_pruned(found: PruningReport, met: bool) -> bool:
+    return met or found.sparsity >= NOTABLE

@@ -13,7 +13,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import (
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
 from wanda_lightning.engine.journal import Journal
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.offload import is_on_disk
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class RunFiles:
         """
         folder = self.asked.folder(trainer)
         if loaded:
-            now = {"model": describe_model(module, find_language_model(module))}
+            now = {"model": describe_model(module, find_model(module))}
             now["calibration"] = describe_calibration(trainer)
         else:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
@@ -61,7 +61,7 @@ class RunFiles:
     def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
         """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results."""
         until_saved = self._unfinished is not None and self._unfinished.until_saved
-        if self.asked.resume is None and not until_saved and not is_on_disk(find_language_model(module)):
+        if self.asked.resume is None and not until_saved and not is_on_disk(find_model(module)):
             self.forget_layers(trainer)
         self.end_run()
 

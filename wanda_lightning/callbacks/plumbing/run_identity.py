@@ -23,13 +23,13 @@ def describe_model(module: LightningModule, model: nn.Module) -> dict[str, Any]:
 
     Args:
         module: The LightningModule that holds it.
-        model: The model of transformers.
+        model: The model.
 
     Returns:
         Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; and the number of
         its ``parameters``, where shared ones count once and those of adapters do not.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     asked = getattr(module, "model_kwargs", None) or {}
     revision = asked.get("revision") or getattr(config, "_commit_hash", None)
     parameters = {p for _, part in own_modules(model) for p in part.parameters(recurse=False)}

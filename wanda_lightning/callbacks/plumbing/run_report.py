@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.plumbing.stage import Stage
 from wanda_lightning.engine.fingerprint import differences
-from wanda_lightning.engine.measured_sparsity import FOUND, disagreements, has_zeros_at, linears_of, sample_zeros
+from wanda_lightning.engine.measured_sparsity import FOUND, Lists, disagreements, has_zeros_at, linears_of, sample_zeros
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.pruning_report import PruningReport
 
@@ -39,7 +39,7 @@ class RunReport:
         self._begun = 0
         self._held: dict[Path, Callable[[], None]] | None = None  # what is to be written in the end
 
-    def is_of(self, model: nn.Module, layers: str | None) -> bool:
+    def is_of(self, model: nn.Module, layers: Lists) -> bool:
         """Whether there is a report, and the weights are those that it was made of, trained or not."""
         if self.report is None or disagreements(model, self.report, layers):
             return False
@@ -50,7 +50,7 @@ class RunReport:
         self.report, self.evaluations, self._zeros = None, {}, {}
         self.trained = self.came_with_zeros = False
 
-    def take(self, report: PruningReport, model: nn.Module, layers: str | None) -> None:
+    def take(self, report: PruningReport, model: nn.Module, layers: Lists) -> None:
         """Take a new report of a model as it is now."""
         report.linears = [replace(row, name=name_without_adapters(row.name)) for row in report.linears]
         report.magnitudes = {name_without_adapters(kind): counts for kind, counts in report.magnitudes.items()}

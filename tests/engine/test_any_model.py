@@ -1,0 +1,194 @@
+"""``prune_model`` on models of every kind."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from kinds_of_models import STACKS, Keywords, build, convnext, swin, t5, transformer_encoder, vit
+from torch import nn
+
+from wanda_lightning import SemiStructured, SparseGPT, Wanda, prune_model
+from wanda_lightning.calibration.feed import call_with
+from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.model.decoder import every_linear
+
+
+def output(model, batch):
+    """Run a model; return the first of what it gives that is no loss."""
+    with torch.no_grad():
+        out = call_with(model, batch)
+    values = out.values() if isinstance(out, dict) else [out]
+    return next(x for x in values if isinstance(x, torch.Tensor) and x.dim())
+
+
+@pytest.mark.parametrize("kind", STACKS, ids=lambda kind: kind.__name__)
+def test_every_linear_of_every_list_has_the_zeros_asked_for_and_a_copy_loads(kind, tmp_path):
+    model, batches = build(kind)
+    dense, fresh = deepcopy(model.state_dict()), deepcopy(model)
+    report = prune_model(model, batches, Wanda(), 0.5)
+    layers = dict.fromkeys(row.layer.rpartition(".")[0] for row in report.linears)
+    assert [*layers] == STACKS[kind]
+    names = {row.name for row in report.linears}
+    pruned = {linear.name: linear for linear in every_linear(model, ["of any model"]) if linear.name in names}
+    assert pruned.keys() == names
+    for name, linear in pruned.items():
+        zeros_O = (linear.weight_OI == 0).sum(1)
+        assert (zeros_O == linear.weight_OI.shape[1] // 2).all(), name
+    changed = {linear.parameter_name for linear in pruned.values()}
+    for name, weight in model.state_dict().items():
+        assert name in changed or torch.equal(weight, dense[name]), name
+    assert all(reason for reason in report.not_pruned.values())
+
+    if hasattr(model, "save_pretrained"):
+        save_pretrained(model, None, tmp_path)
+        fresh = type(model).from_pretrained(tmp_path)
+    else:
+        from safetensors.torch import load_model
+
+        save_weights(model, tmp_path)
+        load_model(fresh, str(tmp_path / "model.safetensors"))
+    assert torch.equal(output(fresh.eval(), batches[0]), output(model, batches[0]))
+
+
+@pytest.mark.parametrize("kind", [t5, swin, convnext, transformer_encoder], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_second_order_and_n_of_m(kind, true_sequential):
+    model, batches = build(kind)
+    report = prune_model(model, batches, SparseGPT(), SemiStructured(2, 4), true_sequential=true_sequential)
+    assert {row.sparsity for row in report.linears} == {0.5}
+    for linear in every_linear(model, ["of any model"]):
+        if linear.name in {row.name for row in report.linears}:
+            assert ((linear.weight_OI != 0).reshape(-1, 4).sum(1) == 2).all()
+
+
+def test_a_later_list_is_pruned_with_what_the_pruned_earlier_one_gives():
+    """The decoder alone, behind an encoder that is pruned already, is pruned to the same weights."""
+    model, batches = build(t5)
+    in_turn = deepcopy(model)
+    prune_model(model, batches, SparseGPT(), 0.5)
+    prune_model(in_turn, batches, SparseGPT(), 0.5, layers="encoder.block")
+    prune_model(in_turn, batches, SparseGPT(), 0.5, layers=["decoder.block"])
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, in_turn.state_dict()[name]), name
+
+
+def test_a_function_runs_the_model_and_batches_may_be_anything():
+    model, batches = build(vit)
+    plain = deepcopy(model)
+    prune_model(plain, batches, "wanda", 0.5)
+    wrapped = [("an image", {"deep": [batch["pixel_values"]]}) for batch in batches]
+    report = prune_model(
+        model, iter(wrapped), "wanda", 0.5, forward=lambda model, batch: model(pixel_values=batch[1]["deep"][0])
+    )
+    assert report.sparsity == 0.5
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+
+
+def test_layers_with_keywords_and_second_outputs():
+    model, batches = build(lambda: (Keywords(), [torch.randn(2, 5, 16)]))
+    assert prune_model(model, batches, "wanda", 0.5).sparsity == 0.5
+
+
+def test_a_patch_embedding_is_pruned_when_a_target_names_it():
+    model, batches = build(vit)
+    report = prune_model(model, batches, "wanda", 0.5, targets=["patch_embeddings.projection", "attention.*"])
+    first = report.linears[0]
+    assert first.name == "vit.embeddings.patch_embeddings.projection"
+    assert (first.shape, first.sparsity, first.tokens) == ((32, 48), 0.5, 2 * 2 * 16)
+    assert {row.name.split(".")[3] for row in report.linears[1:]} == {"attention"}
+    with pytest.raises(ValueError, match="'nothing' matches no linear"):
+        prune_model(model, batches, "wanda", 0.5, targets=["nothing"])
+
+
+def test_what_stays_dense_is_named_with_its_share(caplog):
+    model, batches = build(convnext)
+    report = prune_model(model, batches, "wanda", 0.5)
+    assert report.not_pruned["convnext.encoder.stages.0.layers.0.dwconv.weight"] == "not in a linear"
+    assert report.not_pruned["convnext.encoder.stages.1.downsampling_layer.1.weight"] == "outside of the layers"
+    assert "% of the matrix weights lie outside of the layers and stay dense" in caplog.text
+
+
+class MostlyOutside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 200)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.body(x)
+
+
+def test_a_model_that_is_mostly_outside_of_layers_is_refused_unless_they_are_named():
+    model, batches = MostlyOutside(), [torch.randn(4, 8)]
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"93% of the matrix weights lie outside.*body\.weight \(1,600\).*name them"):
+        prune_model(model, batches, "wanda", 0.5)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert prune_model(model, batches, "wanda", 0.5, layers="layers").sparsity == 0.5
+
+
+def test_magnitude_needs_no_batches():
+    model, batches = build(swin)
+    with_batches = deepcopy(model)
+    report = prune_model(model, None, "magnitude", 0.5)
+    assert [*dict.fromkeys(row.layer.rpartition(".")[0] for row in report.linears)] == STACKS[swin]
+    prune_model(with_batches, batches, "magnitude", 0.5)
+    assert all(map(torch.equal, model.parameters(), with_batches.parameters()))
+    with pytest.raises(ValueError, match="no ModuleList or Sequential"):
+        prune_model(nn.Linear(4, 4), None, "magnitude", 0.5)
+
+
+def test_a_run_goes_on_behind_the_layers_that_are_finished(tmp_path):
+    model, batches = build(t5)
+    whole, again = deepcopy(model), deepcopy(model)
+    prune_model(whole, batches, "wanda", 0.5)
+
+    class CutOffError(Exception):
+        pass
+
+    def until_the_decoder(visits, number):
+        for count, visit in enumerate(visits):
+            if count == 3:
+                raise CutOffError
+            yield visit
+
+    with pytest.raises(CutOffError):
+        prune_model(model, batches, "wanda", 0.5, journal=(first := Journal(tmp_path)), progress=until_the_decoder)
+    first.release()
+    prune_model(again, batches, "wanda", 0.5, journal=Journal(tmp_path))
+    assert all(map(torch.equal, again.parameters(), whole.parameters()))
+
+
+def test_the_model_is_left_as_it_was_found():
+    model, batches = build(t5)
+    model.train()
+    assert model.config.use_cache
+    fast = torch.backends.mha.get_fastpath_enabled()
+    prune_model(model, batches, "wanda", 0.5)
+    assert model.training
+    assert model.config.use_cache
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_language_model_beside_a_head_keeps_the_head(llama, batches):
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = llama.model, nn.Linear(32, 2)
+
+        def forward(self, input_ids):
+            return self.head(self.model(input_ids).last_hidden_state[:, -1])
+
+    alone = deepcopy(llama)
+    model = Classifier()
+    head = model.head.weight.clone()
+    report = prune_model(model, [{"input_ids": batch} for batch in batches], "wanda", 0.5)
+    assert report.not_pruned["head.weight"] == "outside of the layers"
+    assert torch.equal(model.head.weight, head)
+    prune_model(alone, batches, "wanda", 0.5)
+    for one, other in zip(llama.model.layers.parameters(), alone.model.layers.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,150 @@
+"""How a calibration batch goes through a model: with its token ids alone, or in the way that its owner calls it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.batches import model_inputs, tensors_in
+from wanda_lightning.calibration.real_tokens import RealTokens, real_tokens
+from wanda_lightning.model.attention import every_linear_is_called
+from wanda_lightning.model.offload import device_of
+from wanda_lightning.model.replaced import replaced
+
+Forward = Callable[[nn.Module, Any], Any]
+"""Runs a model on a batch; what it returns is not used."""
+
+
+class Feed:
+    """Feeds batches of any kind to any module.
+
+    Args:
+        model: The module.
+        forward: Runs it on a batch. Default: mappings are its keyword arguments, a tensor its only argument, and of a
+            tuple or list the first element is, with labels or so behind it.
+    """
+
+    runs_layers = True
+    """Whether the layers run in the dry run: what a model passes to one may depend on what another gave."""
+
+    head: nn.Module | None = None
+    """What the model calls behind its layers, where that is known."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None = None) -> None:
+        self.model, self._forward = model, forward or call_with
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def run(self, batch: Any) -> None:
+        """Run the model on a batch."""
+        self._forward(self.model, _moved(batch, self.device))
+
+    def tensors(self, batch: Any) -> dict[str, Tensor]:
+        """Return what is in a batch, by name.
+
+        Args:
+            batch: Tensors, in mappings, tuples and lists.
+
+        Returns:
+            The tensors.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        found = dict(tensors_in(batch))
+        if not found:
+            raise ValueError(
+                f"a calibration batch must hold tensors, in mappings, tuples or lists; got {repr(batch)[:200]}"
+            )
+        return found
+
+    def real_tokens(self, batch: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> RealTokens:
+        """Find out which tokens are no padding.
+
+        Args:
+            batch: The batch.
+            hidden: What of it enters a layer; only the shape counts.
+            arguments: What else the layer is given, by the names of its parameters.
+
+        Returns:
+            What the masks in the batch say of them.
+        """
+        return real_tokens(_masks(batch), hidden, arguments)
+
+    def first(self, batch: Any) -> Any:
+        """Return a small part of a batch, where that can be taken."""
+        return batch
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Keep the model from what would make two calls differ: caches of keys, and fast paths around its linears."""
+        configs = {id(c): c for m in self.model.modules() if hasattr(c := getattr(m, "config", None), "use_cache")}
+        with ExitStack() as stack:
+            for config in configs.values():
+                stack.enter_context(replaced(config, "use_cache", False))
+            stack.enter_context(every_linear_is_called(self.model))
+            yield
+
+
+class LanguageModelFeed(Feed):
+    """Feeds token ids to a language model of transformers."""
+
+    runs_layers = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = device_of(cast(Any, model).get_input_embeddings())
+        self.head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+    def run(self, batch: Any) -> None:
+        """Run the model on a batch of token ids."""
+        self.model(**{n: x.to(self.device) for n, x in self.tensors(batch).items()}, use_cache=False)
+
+    def tensors(self, batch: Any) -> dict[str, Tensor]:
+        """Return ``input_ids`` and ``attention_mask``, checked; see :func:`model_inputs`."""
+        return model_inputs(batch, self.model)
+
+    def real_tokens(self, batch: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> RealTokens:
+        """Read the mask of a batch, if it has one; it is of the token ids."""
+        mask_BT = self.tensors(batch).get("attention_mask")
+        return RealTokens(None if mask_BT is None or bool(mask_BT.all()) else mask_BT.bool())
+
+    def first(self, batch: Any) -> Any:
+        """Return the first sequence of a batch."""
+        return {name: tensor[:1] for name, tensor in self.tensors(batch).items()}
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Nothing is to be kept from such a model: its cache is switched off for every call."""
+        yield
+
+
+def _masks(batch: Any) -> dict[str, Tensor]:
+    """Return the padding masks in a batch by name, booleans, True = real; in torch's own, True is padding."""
+    masks = {}
+    for path, tensor in tensors_in(batch):
+        name = path.rpartition(".")[2]
+        if tensor.dim() == 2 and name.endswith("attention_mask"):
+            masks[name] = tensor != 0
+        elif tensor.dim() == 2 and name.endswith("padding_mask") and tensor.dtype == torch.bool:
+            masks[name] = ~tensor
+    return masks
+
+
+def call_with(model: nn.Module, batch: Any) -> Any:
+    """Call a module with a batch: a mapping's values by name, a tensor, or the first element of a tuple or list."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) and batch else batch)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if hasattr(batch, "to"):  # a tensor, or what a tokenizer or an image processor gives
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        moved = [_moved(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch

@@ -1,0 +1,96 @@
+"""How a LightningModule runs its model on a calibration batch: by its own step, as in validation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+from torchmetrics import Metric
+
+from wanda_lightning.calibration.feed import Forward, call_with
+from wanda_lightning.model.language_model import find_model, is_language_model
+from wanda_lightning.model.replaced import replaced
+
+CALIBRATION_STEP = "calibration_step"
+"""The method that a LightningModule may have for this: ``calibration_step(batch, batch_idx)``."""
+
+
+def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
+    """Choose what runs the model of a LightningModule on a calibration batch.
+
+    Args:
+        trainer: The Trainer, which moves batches to where the module is.
+        module: The module.
+
+    Returns:
+        Its ``calibration_step``; else None where its model is a language model, which is called with token ids; else
+        its ``validation_step``; else its ``forward``.
+    """
+    step: Callable[..., Any] | None = getattr(module, CALIBRATION_STEP, None)
+    if step is None and is_language_model(find_model(module)):
+        return None
+    if step is None and is_overridden("validation_step", module):
+        step = module.validation_step
+
+    def forward(_: nn.Module, batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        if step is None:
+            return call_with(module, batch)
+        numbered = {"batch_idx": 0} if is_param_in_hook_signature(step, "batch_idx", min_args=2) else {}
+        return step(batch, **numbered)
+
+    return forward
+
+
+@contextmanager
+def own_step(trainer: Trainer, module: LightningModule) -> Iterator[Forward | None]:
+    """Choose what runs the model, and let it be called: :func:`forward_of`, :func:`as_in_validation`."""
+    forward = forward_of(trainer, module)
+    with as_in_validation(module) if forward else nullcontext():
+        yield forward
+
+
+@contextmanager
+def as_in_validation(module: LightningModule) -> Iterator[None]:
+    """Let steps of a module be called outside of Lightning's loops, and leave it as it was.
+
+    It is in eval mode and runs uncompiled; what it logs goes nowhere, for there is no loop that would collect it; and
+    its metrics forget what they see.
+
+    Args:
+        module: The module.
+    """
+    parts = [*module.modules()]
+    training = [part for part in parts if part.training]
+    metrics = [part for part in parts if isinstance(part, Metric)]
+    kept = [{name: deepcopy(value) for name, value in _state(metric).items()} for metric in metrics]
+    with ExitStack() as stack:
+        if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name in ("log", "log_dict"):
+            stack.enter_context(replaced(module, name, _log_nothing))
+        module.eval()
+        try:
+            yield
+        finally:
+            for part in training:
+                part.training = True
+            for metric, values in zip(metrics, kept, strict=True):
+                for name, value in values.items():
+                    setattr(metric, name, value)
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    counters = {name: getattr(metric, name) for name in ("_update_count", "_computed") if hasattr(metric, name)}
+    return {**cast(Any, metric).metric_state, **counters}
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
