@@ -14,6 +14,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.evaluation.generation import PROMPTS, check_prompts
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
@@ -53,6 +54,8 @@ class PruningCallback(SparseFinetuning):
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
         true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
+        prompts: Texts that the model continues at every ``trainer.validate``, for the report. Default: three short
+            ones, where there is a tokenizer. An empty list for none.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -76,8 +79,11 @@ class PruningCallback(SparseFinetuning):
         overwrite: bool = False,
         true_sequential: bool = False,
         reconstruction: Reconstruction | None = None,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__(layers)
+        self.prompts = PROMPTS if prompts is None else prompts
+        check_prompts(self.prompts)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
         self.calibration = CalibrationBatches(num_samples)

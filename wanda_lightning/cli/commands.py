@@ -56,6 +56,11 @@ COMMANDS = {
         "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
         "inspect:main",
     ),
+    "generate": Command(
+        "Show what a model says: texts that it continues.",
+        'wanda-lightning generate results/wanda "The capital of France is"',
+        "generate:main",
+    ),
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",
         "wanda-lightning compress results/wanda/model to-ship",

@@ -32,7 +32,7 @@ LONG = {
     "--dtype": "--model.dtype",
     "--max_steps": "--trainer.max_steps",
 }
-OF_CALLBACK = ("--method", "--sparsity", "--pattern")
+OF_CALLBACK = ("--method", "--sparsity", "--pattern", "--prompt")
 # The options that no value follows.
 FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
@@ -90,9 +90,9 @@ def closest(option: str, known: Iterable[str]) -> str | None:
     return ends[end[0]] if end else None
 
 
-def _parted(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+def _parted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Part short options and their values, recipes, and all others, which stay as they are."""
-    short: dict[str, str] = {}
+    short: dict[str, Any] = {}
     recipes: list[str] = []
     others: list[str] = []
     for option, value, words in _options(arguments):
@@ -104,6 +104,8 @@ def _parted(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[s
             raise ValueError(f"{option} needs a value")
         elif option == "MODEL" and option in short:
             raise ValueError(f"one model at a time, got {short[option]!r} and {value!r}")
+        elif option == "--prompt":
+            short[option] = [*short.get(option, []), value]
         else:
             short[option] = value
     return short, recipes, others
@@ -133,11 +135,12 @@ def _is_for_lightning(value: str) -> bool:
     return all(map(str.isidentifier, parts)) and parts[-1][0].isupper() and not Path(value).exists()
 
 
-def _check(command: str, short: dict[str, str]) -> None:
+def _check(command: str, short: dict[str, Any]) -> None:
     """Refuse options that the command does not have, and values that are certainly wrong."""
     if command not in ("prune", "fit") and (own := [option for option in OF_CALLBACK if option in short]):
         several = "--methods, --sparsities and --patterns, with a list each"
-        raise ValueError(f"{command} has no {own[0]}" + (f": it takes {several}" if command == "sweep" else ""))
+        hint = f": it takes {several}" if command == "sweep" and own[0] != "--prompt" else ""
+        raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
         meant = closest(short["--method"].lower(), METHODS)
         raise ValueError(
@@ -152,7 +155,7 @@ def _check(command: str, short: dict[str, str]) -> None:
             raise ValueError(f"--sparsity must be a number in [0, 1), got {short['--sparsity']!r}{hint}") from None
 
 
-def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
+def _callbacks(short: dict[str, Any], recipes: Sequence[str]) -> list[str]:
     """Return the option that sets the callbacks: those of the recipes, the first that prunes as the short ones say."""
     callbacks: list[dict[str, Any]] = []
     for recipe in recipes:
@@ -165,6 +168,8 @@ def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
         pruning = [_as_dict(METHODS["wanda"])]
         callbacks += pruning
     moved = False
+    for settings in (each["init_args"] for each in pruning if "prompt" in asked):
+        settings["prompts"] = asked["prompt"]
     for settings in (each["init_args"] for each in pruning):
         if "--output" in short and settings.get("output_dir"):
             settings["output_dir"], moved = short["--output"], True

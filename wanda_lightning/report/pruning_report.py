@@ -12,6 +12,7 @@ from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction, reconstruction_table
 from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity, order_of
+from wanda_lightning.report.samples import samples_lines, samples_table
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
@@ -47,6 +48,7 @@ class PruningReport:
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
+        samples: How the model continued texts, by stage: ``{"dense": {"The capital of France is": " Paris."}}``.
         environment: Versions, machine and date.
     """
 
@@ -66,6 +68,7 @@ class PruningReport:
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=environment)
 
     @property
@@ -101,15 +104,15 @@ class PruningReport:
         """Return the tables for a rich console, the most wanted last, where the eye is.
 
         Args:
-            details: Whether to show all; else the evaluations alone.
+            details: Whether to show all; else the evaluations, and how texts are continued.
 
         Returns:
             What rich can print.
         """
         from rich.console import Group
 
-        evaluation = self.evaluation_table()
-        others = [table for table in self._tables() if table != evaluation] if details else []
+        evaluation, said = self.evaluation_table(), samples_table(self.samples)
+        others = [table for table in self._tables() if table not in (evaluation, said)] if details else []
         error = [ERROR] if details and mean_error(self.linears) is not None else []
         model = [f"Model: {self.model_name}."] if self.model else []
         return Group(
@@ -119,6 +122,7 @@ class PruningReport:
             *model,
             *([terminal_table(*evaluation)] if evaluation else []),
             self.summary,
+            *([samples_lines(self.samples, whole=details)] if said else []),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -161,9 +165,11 @@ class PruningReport:
         return ["evaluation", *values], rows
 
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
-        """Yield the tables that are not by layer, each a header and rows of text."""
+        """Yield the tables that are not by layer, each a header and rows of text as Markdown has it."""
         if evaluation := self.evaluation_table():
             yield evaluation
+        if samples := samples_table(self.samples):
+            yield samples
         if self.matches:
             yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
         if self.not_pruned:

@@ -102,7 +102,7 @@ def _callbacks(
     callbacks = []
     for name, (method, pattern) in runs.items():
         kind = {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
-        callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, **kind))
+        callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, prompts=[], **kind))
     return callbacks
 
 

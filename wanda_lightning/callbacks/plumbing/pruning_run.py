@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progre
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
+from wanda_lightning.callbacks.plumbing.samples import samples_of
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
@@ -173,7 +174,8 @@ class PruningRun:
         """Put the metrics of a validation into the report, under the stage that the weights are in."""
         self.look_again(trainer, module)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.results.add_evaluation(self.stage(module), metrics, trainer, self.asked.folder(trainer))
+        samples = samples_of(trainer, module, self.asked.prompts)
+        self.results.add_evaluation(self.stage(module), metrics, samples, trainer, self.asked.folder(trainer))
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
         """Find the linears that have zeros to keep, and what they were pruned to, where that is known."""

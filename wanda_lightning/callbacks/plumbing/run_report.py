@@ -27,6 +27,7 @@ class RunReport:
     Attributes:
         report: What was pruned; None before that.
         evaluations: Metrics by stage.
+        samples: What the model said, by stage and prompt.
         trained: Whether the weights were trained since they were pruned.
         came_with_zeros: Whether they had zeros of an earlier pruning.
     """
@@ -34,6 +35,7 @@ class RunReport:
     def __init__(self) -> None:
         self.report: PruningReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
+        self.samples: dict[str, dict[str, str]] = {}
         self.trained = self.came_with_zeros = False
         self._zeros: dict[str, Tensor] = {}  # samples of them, to know the weights again
         self._begun = 0
@@ -47,19 +49,23 @@ class RunReport:
 
     def forget(self) -> None:
         """Begin anew, for other weights."""
-        self.report, self.evaluations, self._zeros = None, {}, {}
+        self.report, self.evaluations, self.samples, self._zeros = None, {}, {}, {}
         self.trained = self.came_with_zeros = False
 
     def take(self, report: PruningReport, model: nn.Module, layers: str | None) -> None:
         """Take a new report of a model as it is now."""
         report.linears = [replace(row, name=name_without_adapters(row.name)) for row in report.linears]
         report.magnitudes = {name_without_adapters(kind): counts for kind, counts in report.magnitudes.items()}
-        report.evaluations = self.evaluations
+        report.evaluations, report.samples = self.evaluations, self.samples
         self.report, self._zeros = report, sample_zeros(linears_of(model, report, layers))
 
-    def add_evaluation(self, stage: Stage, metrics: dict[str, float], trainer: Trainer, folder: Path) -> None:
-        """Keep metrics under the stage that the weights are in; if there is a report, log and save them too."""
+    def add_evaluation(
+        self, stage: Stage, metrics: dict[str, float], samples: dict[str, str], trainer: Trainer, folder: Path
+    ) -> None:
+        """Keep metrics and texts under the stage that the weights are in; if there is a report, log and save them."""
         self.evaluations[stage] = metrics
+        if samples:
+            self.samples[stage] = samples
         if self.report is not None:
             log_evaluation(self.report, stage, trainer)
             self.save(trainer, folder)
@@ -127,6 +133,7 @@ class RunReport:
         return {
             "report": report,
             "evaluations": self.evaluations,
+            "samples": self.samples,
             "trained": self.trained,
             "came_with_zeros": self.came_with_zeros,
             "zeros": self._zeros,
@@ -134,12 +141,13 @@ class RunReport:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, also in an older version."""
-        self.evaluations, self.trained = state["evaluations"], state["trained"]
+        self.evaluations, self.samples = state["evaluations"], state.get("samples", {})
+        self.trained = state["trained"]
         self.came_with_zeros = state.get("came_with_zeros", "as loaded" in self.evaluations)
         self._zeros = state.get("zeros", {})
         self.report = PruningReport.from_dict(state["report"]) if state["report"] else None
         if self.report is not None:
-            self.report.evaluations = self.evaluations
+            self.report.evaluations, self.report.samples = self.evaluations, self.samples
 
 
 def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:

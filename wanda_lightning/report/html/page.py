@@ -11,6 +11,7 @@ from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
 from wanda_lightning.report.html.charts import bars, breakable, heat_map, histograms, lines
 from wanda_lightning.report.layer_reconstruction import reconstruction_table
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
+from wanda_lightning.report.samples import prompts_of
 from wanda_lightning.report.tables import in_bytes
 from wanda_lightning.report.weight_magnitudes import ZERO
 
@@ -40,6 +41,7 @@ def to_html(report: "PruningReport") -> str:
     page = _PAGES.get_template("page.html").render(
         report=report,
         evaluation=report.evaluation_table(),
+        prompts=prompts_of(report.samples),
         errors=_errors(report),
         reconstruction=_reconstruction(report),
         sparsities=_sparsities(report),
