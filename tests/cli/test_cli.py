@@ -172,6 +172,12 @@ def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_quiet(wanda_lightning_command, small):
+    done = wanda_lightning_command("fit", "-c", "wanda_finetune", *small, "--max_steps=1", "-q")
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_the_short_way_is_shown_in_long(wanda_lightning_command):
     done = wanda_lightning_command("prune", "MODEL", "--sparsity", "0.6", "--data", "mine.txt", "--print_config")
     config = yaml.safe_load(done.stdout)
@@ -249,7 +255,10 @@ def test_help_and_version(wanda_lightning_command):
     assert wanda_lightning_command("--version").stdout == f"wanda-lightning {wanda_lightning.__version__}\n"
     done = wanda_lightning_command("prune", "--help")
     assert done.returncode == 0
-    assert "\n\nThe options that matter most:\n  MODEL " in done.stdout.partition("--help")[0]
+    assert "--trainer.max_steps" not in done.stdout
+    whole = wanda_lightning_command("prune", "--help-all").stdout
+    assert "--trainer.max_steps" in whole
+    assert done.stdout.partition("\n\n")[2].strip() in whole
     assert "--data.source" in wanda_lightning_command("prune", "--data.help=TextDataModule").stdout
     assert "sparsity" in wanda_lightning_command("prune", "--trainer.callbacks.help=WandaPruning").stdout
 

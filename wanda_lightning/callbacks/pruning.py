@@ -54,8 +54,7 @@ class PruningCallback(SparseFinetuning):
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
         true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
-        prompts: Texts that the model continues at every ``trainer.validate``, for the report. Default: three short
-            ones, where there is a tokenizer. An empty list for none.
+        prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -82,8 +81,7 @@ class PruningCallback(SparseFinetuning):
         prompts: list[str] | None = None,
     ) -> None:
         super().__init__(layers)
-        self.prompts = PROMPTS if prompts is None else prompts
-        check_prompts(self.prompts)
+        self.prompts = PROMPTS if prompts is None else check_prompts(prompts)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
@@ -109,9 +107,8 @@ class PruningCallback(SparseFinetuning):
     @override
     def state_key(self) -> str:
         """Tell callbacks of different settings apart in a checkpoint; the schedule does not count and may change."""
-        return self._generate_state_key(
-            **{key: value for key, value in describe_settings(self).items() if key != "schedule"}
-        )
+        settings = describe_settings(self)
+        return self._generate_state_key(**{key: settings[key] for key in settings if key != "schedule"})
 
     @property
     def _legacy_state_key(self) -> Any:  # where the checkpoints of older versions keep the state

@@ -34,24 +34,10 @@ LONG = {
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern", "--prompt")
 # The options that no value follows.
-FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
+FLAGS = (
+    "-h", "--help", "--help-all", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details", "-q", "--quiet",
+)  # fmt: skip
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
-
-HELP = f"""
-
-The options that matter most:
-  MODEL                   a hub name, a folder or a .gguf file
-  --method NAME           {", ".join(METHODS)}; by default wanda
-  --sparsity FRACTION     how many of the weights go, in [0, 1); by default 0.5
-  --pattern N:M           keep N of every M consecutive inputs, such as 2:4
-  --data TEXT             to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set
-  --eval TEXT             to evaluate with, named alike; by default a part of the other
-  --output DIR            where model and report go
-  --num_samples N         calibration windows, by default 128
-  --sequence_length N     tokens in a window, by default up to 2048
-  --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
-  --overwrite             replace other results that are there
-  -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:

@@ -68,14 +68,18 @@ def continue_prompts(
     return said
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
+def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
     """Refuse prompts that are no texts.
 
     Args:
         prompts: Texts.
+
+    Returns:
+        The same.
 
     Raises:
         ValueError: If they are no list of texts, or one is empty.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts must be a list of texts, none of them empty, got {prompts!r}")
+    return prompts

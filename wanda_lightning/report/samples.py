@@ -17,8 +17,8 @@ def prompts_of(samples: Samples) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """Write a text without its line breaks."""
-    return " ".join(text.split())
+    """Write a text without its line breaks and other characters that are not to be seen."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def samples_table(samples: Samples) -> tuple[list[str], list[list[str]]] | None:
@@ -40,17 +40,19 @@ def samples_lines(samples: Samples, whole: bool) -> "RenderableType":
     Returns:
         What rich can print.
     """
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    lines = Table.grid(padding=(0, 1))
-    lines.add_column(style="dim")
-    lines.add_column(no_wrap=not whole, overflow="fold" if whole else "ellipsis")
+    parts: list[RenderableType] = []
     for prompt in prompts_of(samples):
-        lines.add_row("", Text(one_line(prompt), style="italic"))
+        lines = Table.grid(padding=(0, 1))
+        lines.add_column(style="dim")
+        lines.add_column(no_wrap=not whole, overflow="fold" if whole else "ellipsis")
         for stage, said in samples.items():
             lines.add_row(f"  {stage}", Text(f"... {one_line(said.get(prompt, ''))}"))
-    return lines
+        parts += [Text(one_line(prompt), style="italic"), lines]
+    return Group(*parts)
 
 
 def _escaped(text: str) -> str:
