@@ -1,6 +1,7 @@
 """What the model said, in each form of a report."""
 
 import html
+import io
 from html.parser import HTMLParser
 
 import pytest
@@ -37,9 +38,9 @@ def test_nothing_that_moves_the_cursor_is_shown():
 def test_on_the_terminal_a_line_each_unless_more_is_asked_for(report):
     shown = {}
     for details in (False, True):
-        console = Console(width=60, record=True, quiet=True)
+        console = Console(width=60, file=io.StringIO())
         console.print(report.to_table(details))
-        lines = console.export_text().splitlines()
+        lines = console.file.getvalue().splitlines()
         start = lines.index("Water boils")
         shown[details] = lines[start:]
         assert all(len(line) <= 60 for line in lines)
@@ -48,6 +49,29 @@ def test_on_the_terminal_a_line_each_unless_more_is_asked_for(report):
     assert shown[False][2].rstrip().endswith("…")
     assert len(shown[True]) > 9
     assert " ".join(shown[True]).count("hot") == 21
+
+
+def test_in_a_notebook():
+    """Its tables hold what the evaluations and texts do; nothing is loaded and nothing is run."""
+    report = PruningReport("Wanda(variant=False)", "2:4", 0.5, samples=SAID)
+    report.evaluations = {"dense": {"val/perplexity": 12.345}, "pruned": {"val/perplexity": 20.0}}
+    cells = []
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag in ("div", "b", "p", "table", "tr", "td", "th")
+            if tag in ("td", "th"):
+                cells.append("")
+
+        def handle_data(self, data):
+            if cells:
+                cells[-1] += data
+
+    page = report._repr_html_()
+    Page().feed(page)
+    assert cells[:6] == ["evaluation", "dense", "pruned", "val/perplexity", "12.35", "20" + report.summary]
+    assert cells[9:11] == ["Water boils", "at 100 °C. It is | hot *there*."]
+    assert len(page) < 5000
 
 
 def test_the_page_shows_texts_as_they_are(report):

@@ -47,9 +47,8 @@ class PruningCallback(SparseFinetuning):
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
         activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
-        resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
-            them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
-            until ``fit`` ends. Models that are streamed from disk have that folder in any case.
+        resume: Keep finished layers in ``unfinished/`` until the model is saved, and go on behind them if they are of
+            this run. Default: in ``PruningTrainer.prune``; until ``fit`` ends with an ``output_dir``; when streaming.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
         true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
@@ -81,15 +80,14 @@ class PruningCallback(SparseFinetuning):
         prompts: list[str] | None = None,
     ) -> None:
         super().__init__(layers)
-        self.prompts = PROMPTS if prompts is None else check_prompts(prompts)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
-        self.num_samples, self.output_dir = num_samples, output_dir
-        self.activations, self.resume, self.reconstruction = activations, resume, reconstruction
+        self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
+        self.reconstruction, self.prompts = reconstruction, PROMPTS if prompts is None else check_prompts(prompts)
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 
@@ -133,9 +131,9 @@ class PruningCallback(SparseFinetuning):
         self._prune_gradually(trainer, pl_module)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Remember that the weights are no longer as they were pruned; prune more if the schedule says so."""
-        self.run.results.trained = True
+        self.run.results.note_step(trainer, outputs)
         self._prune_gradually(trainer, pl_module)
 
     @override

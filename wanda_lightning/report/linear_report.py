@@ -5,6 +5,11 @@ from typing import Any
 
 from wanda_lightning.model.names import kind_of
 
+ERROR = (
+    "error: how much of a linear's output on the calibration set the pruning changed, ||(W - W') X||² / ||W X||², mean "
+    "over linears; ~ where it is estimated from the norms of the inputs alone."
+)
+
 
 @dataclass(frozen=True)
 class LinearReport:

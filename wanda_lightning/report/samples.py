@@ -2,10 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Samples = Mapping[str, Mapping[str, str]]
 """Continuations by stage and prompt."""
@@ -28,31 +24,6 @@ def samples_table(samples: Samples) -> tuple[list[str], list[list[str]]] | None:
         for prompt in prompts_of(samples)
     ]
     return (["the model continues", *samples], rows) if rows else None
-
-
-def samples_lines(samples: Samples, whole: bool) -> "RenderableType":
-    """Show what was said on a terminal, the stages below each other.
-
-    Args:
-        samples: What was said.
-        whole: Whether to show long texts whole; else as far as a line goes.
-
-    Returns:
-        What rich can print.
-    """
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    parts: list[RenderableType] = []
-    for prompt in prompts_of(samples):
-        lines = Table.grid(padding=(0, 1))
-        lines.add_column(style="dim")
-        lines.add_column(no_wrap=not whole, overflow="fold" if whole else "ellipsis")
-        for stage, said in samples.items():
-            lines.add_row(f"  {stage}", Text(f"... {one_line(said.get(prompt, ''))}"))
-        parts += [Text(one_line(prompt), style="italic"), lines]
-    return Group(*parts)
 
 
 def _escaped(text: str) -> str:
