@@ -62,9 +62,10 @@ class Comparison:
         return named if len(alike) == 1 else f"{named} in {run.folder.name}"
 
     def distinction(self, run: Run) -> str:
-        """Say what keeps a run's figures from being compared with those of others: its model and data; often nothing."""
-        model = [run.model.partition(", ")[0]] if len(self.models()) > 1 else []
-        return ", ".join(model + [f"{what} {run.data[what]}" for what in self._differing() if what in run.data])
+        """Say what tells a run's model and data from those of others; empty where all have the same."""
+        model = [Path(run.model.partition(", ")[0]).name] if len(self.models()) > 1 else []
+        data = [f"{what} {Path(str(run.data[what])).name}" for what in self._differing() if what in run.data]
+        return ", ".join(model + data)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each stage of each run; dense results that runs share appear once."""

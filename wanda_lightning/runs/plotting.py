@@ -89,7 +89,7 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
             label=name,
             marker="s" if not unstructured else "D" if stage == "merged" else "o",
             markerfacecolor=color if stage == "pruned" else "white",
-            linestyle="-" if stage == "pruned" else "--",
+            linestyle="none" if not unstructured else "-" if stage == "pruned" else "--",
         )
     if pruned:
         places = [x for points in series.values() for x, _ in points]
@@ -100,6 +100,6 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     if models := comparison.models():
-        figure.text(0.01, 0.01, "; ".join(models), fontsize="x-small")
+        axes.set_title("; ".join(models), fontsize="x-small", loc="left")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished)
