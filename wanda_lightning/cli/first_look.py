@@ -12,7 +12,7 @@ PLAIN = (
     *OF_CALLBACK,
     *FLAGS,
     *("-c", "--config", "--trainer", "--seed_everything", "--ckpt_path", "--weights_only", "--verbose"),
-    *("--methods", "--sparsities", "--patterns"),
+    *("--evaluate", "--save", "--methods", "--sparsities", "--patterns"),
 )
 """The options without a dot in their names; the others, such as ``--data.source``, are those of classes."""
 NO_MODEL = (
