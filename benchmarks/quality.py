@@ -3,8 +3,8 @@
     python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--order two one] [--seeds 0 1 2]
         [--tasks TASK ... --include-path FOLDER]
 
-Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in two passes over
-them, or in one (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
+Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in one pass over
+them, or in two (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
 lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown table: means over the seeds, with
 standard deviations, and seconds a pruning.
 """
@@ -18,9 +18,12 @@ from collections.abc import Sequence
 import torch
 
 from wanda_lightning import (
+    ADMM,
+    RIA,
     Ablate,
     CausalLM,
     Magnitude,
+    Reconstruction,
     SparseGPT,
     TextDataModule,
     Unstructured,
@@ -34,13 +37,18 @@ from wanda_lightning.sparsity import Pattern, parse_pattern
 METHODS = {
     "magnitude": Magnitude(),
     "Wanda": Wanda(),
+    "RIA": RIA(),
     "Wanda variant": Wanda(variant=True),
     "SparseGPT": SparseGPT(),
     "Ablate (Wanda, sequential)": Ablate("wanda", "sequential"),
     "Ablate (Wanda, iterative)": Ablate("wanda", "iterative"),
     "Ablate (magnitude, sequential)": Ablate("magnitude", "sequential"),
     "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
+    "SparseGPT, refined": SparseGPT(refine=20),
+    "ADMM (balanced)": ADMM(),
+    "ADMM, reconstruction (best)": ADMM(),
 }
+RECONSTRUCTION = {"ADMM, reconstruction (best)": Reconstruction(epochs=8, lr=1e-3)}  # as in best.yaml
 
 
 def main() -> None:
@@ -50,10 +58,12 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="a sparsity, or n:m")
-    parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["two"], help="how many passes a layer")
+    parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["one"], help="how many passes a layer")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
+    parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--tasks", nargs="*", default=[], help="of lm-eval")
     parser.add_argument("--include-path", help="folder of task YAMLs")
     parser.add_argument("--limit", type=int, help="questions a task")
@@ -67,10 +77,10 @@ def main() -> None:
             options.calibration,
             options.evaluation,
             tokenizer=module.tokenizer,
-            num_samples=32,
+            num_samples=options.num_samples,
             sequence_length=512,
             calibration_batch_size=options.batch_size,
-            max_evaluation_windows=40,
+            max_evaluation_windows=options.evaluation_windows,
             seed=seed,
         )
         for seed in options.seeds
@@ -87,9 +97,10 @@ def main() -> None:
             accuracies = [100 * metrics[f"{name}/acc"] for name in names]
         return [perplexity(of, data[0]), *accuracies]
 
-    def pruned_results(method: PruningMethod, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
-        pruned = copy.deepcopy(model)
-        report = prune_model(pruned, seed.calibration_dataloader(), method, pattern, true_sequential=one_pass)
+    def pruned_results(name: str, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
+        pruned, settings = copy.deepcopy(model), {"true_sequential": one_pass}
+        settings["reconstruction"] = RECONSTRUCTION.get(name)
+        report = prune_model(pruned, seed.calibration_dataloader(), METHODS[name], pattern, **settings)
         return [*results(pruned), report.seconds]
 
     print("| " + " | ".join(["method", "pattern", "passes", "perplexity", *names, "seconds"]) + " |")
@@ -100,7 +111,7 @@ def main() -> None:
         if (method.statistic is None and order != options.order[0]) or not takes(method, pattern):
             continue  # magnitude has no passes
         seeds = data if method.statistic else data[:1]
-        found = [pruned_results(method, pattern, order == "one", seed) for seed in seeds]
+        found = [pruned_results(name, pattern, order == "one", seed) for seed in seeds]
         cells = [name, setting, order if method.statistic else "", *map(with_spread, zip(*found, strict=True))]
         print(f"| {' | '.join(cells)} |", flush=True)
 

@@ -183,7 +183,7 @@ def as_pattern(pattern: Pattern | str | float) -> Pattern:
 
 def sparsity_of(tensor: Tensor) -> float:
     """Measure the fraction of zeros (of a weight) or of pruned entries (of a mask)."""
-    return 1 - int(torch.count_nonzero(tensor)) / max(tensor.numel(), 1)
+    return 1 - int(torch.count_nonzero(tensor != 0)) / max(tensor.numel(), 1)  # booleans are counted faster
 
 
 def max_kept_per_group(mask_OI: Tensor, m: int) -> int:

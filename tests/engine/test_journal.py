@@ -102,13 +102,13 @@ MODELS = {
 }
 
 
-ONE_PASS = {"true_sequential": True}
+TWO_PASSES = {"true_sequential": False}
 
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [(Magnitude(), {}), (Wanda(), {}), (SparseGPT(block_size=16), {}), (SparseGPT(block_size=16), ONE_PASS)],
-    ids=["Magnitude", "Wanda", "SparseGPT", "SparseGPT, one pass"],
+    [(Magnitude(), {}), (Wanda(), TWO_PASSES), (SparseGPT(block_size=16), TWO_PASSES), (SparseGPT(block_size=16), {})],
+    ids=["Magnitude", "Wanda, two passes", "SparseGPT, two passes", "SparseGPT"],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("model", MODELS)
@@ -201,7 +201,7 @@ OTHERS = {
     "ignore": ({"ignore": ["q_proj"]}, "ignore: None there, ['q_proj'] now"),
     "allocation": ({"allocation": {"q_proj": 0.25}}, "allocation: None there, {'q_proj': 0.25} now"),
     "error": ({"exact_error": True}, "exact_error: False there, True now"),
-    "passes": ({"true_sequential": True}, "true_sequential: None there, True now"),
+    "passes": ({"true_sequential": False}, "true_sequential: True there, None now"),
     "calibration": ({"batches": token_batches(batches=3, seed=2)}, "calibration: ["),
     "order": ({"batches": BATCHES[::-1]}, "calibration: ["),
     "batch size": ({"batches": [torch.cat(BATCHES)]}, "calibration: ["),
@@ -240,9 +240,9 @@ def test_another_run_is_refused_and_nothing_changed(other, recorded, solved):
 
 
 def test_a_run_of_two_passes_does_not_go_on_from_one_of_one(tmp_path):
-    run(tmp_path, **ONE_PASS)
+    run(tmp_path)
     with pytest.raises(ValueError, match=r"another run.*true_sequential: True there, None now"):
-        run(tmp_path)
+        run(tmp_path, **TWO_PASSES)
 
 
 def test_another_precision_is_refused(recorded):

@@ -73,12 +73,17 @@ class CalibratedLayer:
                 self.hidden_BTD[batch] = out_BTD
         self.has_advanced = True
 
-    @property
-    def bytes_waiting(self) -> int:
-        """Bytes that wait before the widest linear, where all batches wait there: its inputs and two hidden states."""
-        widest = max((linear.weight_OI.shape[1] for linear in self.layer.linears), default=0)
+    def bytes_waiting(self, in_features: int) -> int:
+        """Count what is held where all batches wait before one linear: its inputs and two hidden states.
+
+        Args:
+            in_features: Of the linear.
+
+        Returns:
+            Bytes.
+        """
         shapes = self.hidden_BTD.shapes
-        return sum(x.numel() // x.shape[-1] * x.itemsize * (widest + 2 * x.shape[-1]) for x in shapes)
+        return sum(x.numel() // x.shape[-1] * x.itemsize * (in_features + 2 * x.shape[-1]) for x in shapes)
 
     def parts(self, statistic: type[InputStatistic]) -> list[list[PrunableLinear]]:
         """Split the pruned linears so that the statistics of each part fit in memory together.

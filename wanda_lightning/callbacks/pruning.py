@@ -51,7 +51,8 @@ class PruningCallback(SparseFinetuning):
             this run. Default: in ``PruningTrainer.prune``; until ``fit`` ends with an ``output_dir``; when streaming.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        true_sequential: Prune each linear with what those before it, pruned, give; in one pass, not in two, a layer.
+        true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
+            passes. Default: in one, or in two where the memory does not suffice.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
         prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
 
@@ -75,7 +76,7 @@ class PruningCallback(SparseFinetuning):
         resume: bool | None = None,
         exact_error: bool = False,
         overwrite: bool = False,
-        true_sequential: bool = False,
+        true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
         prompts: list[str] | None = None,
     ) -> None:
@@ -192,11 +193,7 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this callback's files go; every process must ask for it.
-
-        That is ``output_dir``, else the Trainer's ``log_dir``. Of several pruning callbacks with the same folder the
-        second takes ``pruning-2`` in it, and so on.
-        """
+        """Return where the files go, for the second callback of a folder ``pruning-2`` in it; each process must ask."""
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1

@@ -6,13 +6,10 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
-from wanda_lightning.calibration.free_memory import free_memory
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk, names_without_values
-from wanda_lightning.report.tables import in_bytes
 
 PRUNABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -112,25 +109,4 @@ def refuse_sharded(model: nn.Module) -> None:
         raise ValueError(
             f"{len(sharded)} weights are sharded over processes ({sharded[0]}, ...), and pruning needs them whole: "
             "prune on one device or with DDP, save, and fine-tune the saved model sharded, with SparseFinetuning"
-        )
-
-
-def check_that_it_can_wait(layer: DecoderLayer, inputs: CalibratedLayer) -> None:
-    """Refuse to hold the calibration set before a linear where there is no memory for that.
-
-    Args:
-        layer: The layer that all batches are to go through together.
-        inputs: What enters it.
-
-    Raises:
-        ValueError: If the inputs of its widest linear do not fit, with what helps.
-    """
-    waiting, place = inputs.bytes_waiting, inputs.hidden_BTD.place
-    device = torch.device("cpu") if place == "cpu" or not layer.linears else layer.linears[0].weight.device
-    free = free_memory(device)
-    if place != "disk" and free is not None and waiting > free:
-        raise ValueError(
-            f"one pass holds the whole calibration set before every linear, {in_bytes(waiting)} at the widest of "
-            f"{layer.name}, and {in_bytes(free)} are free on {device}: use fewer samples, activations='cpu' or 'disk', "
-            "or true_sequential=False, which takes two passes"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.one_pass import NotOnePassError, OnePass, Part
-from wanda_lightning.engine.checks import check_finite, check_that_it_can_wait
+from wanda_lightning.engine.checks import check_finite
 from wanda_lightning.engine.linear_pruning import PrunedLayer, PrunedLinear, prune_linear
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes, share_statistics
@@ -88,8 +88,6 @@ def _in_one_pass(
     processes: Processes,
 ) -> tuple[dict[str, PrunedLinear], dict[str, Tensor]]:
     """Prune linears as all batches reach them; afterwards the batches are behind the layer, if it is not trained."""
-    with processes.together():
-        check_that_it_can_wait(layer, inputs)
     dense = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
     done: dict[str, PrunedLinear] = {}
     masks: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """What is to be pruned, to what and by what: made and checked before any weight changes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,7 @@ class Plan:
         selection: What the user said of linears.
         exact_error: Whether X^T X is gathered whatever the method.
         true_sequential: Whether each linear is pruned with what the pruned linears before it give, also those of its
-            own layer, in one pass over the calibration set.
+            own layer, in one pass over the calibration set; None while that is to depend on the memory.
         layers: The decoder layers, with the linears that are to be pruned.
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
@@ -37,7 +37,7 @@ class Plan:
     pattern: Pattern
     selection: Selection
     exact_error: bool
-    true_sequential: bool
+    true_sequential: bool | None
     layers: list[DecoderLayer]
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
@@ -51,7 +51,7 @@ class Plan:
         pattern: Pattern,
         selection: Selection,
         exact_error: bool = False,
-        true_sequential: bool = False,
+        true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
     ) -> "Plan":
         """Find out what is to be done to a model.
@@ -62,7 +62,8 @@ class Plan:
             pattern: What linears are pruned to, where the selection says nothing else.
             selection: What the user said of linears.
             exact_error: Whether X^T X is gathered whatever the method.
-            true_sequential: Whether each linear is pruned with what the pruned linears before it give.
+            true_sequential: Whether each linear is pruned with what the pruned linears before it give; None where that
+                is to depend on the memory.
             reconstruction: How what is kept of each layer is then trained; None where it is not.
 
         Returns:
@@ -74,6 +75,17 @@ class Plan:
         layers, patterns = selection.choose(model, pattern)
         layers, repeats = without_repeats(model, layers, patterns)
         return cls(method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction)
+
+    def in_order(self, one_pass: bool) -> "Plan":
+        """Return the plan with the order decided.
+
+        Args:
+            one_pass: Whether a layer is to be passed once.
+
+        Returns:
+            The plan.
+        """
+        return replace(self, true_sequential=one_pass)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:

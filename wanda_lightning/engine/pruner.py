@@ -21,6 +21,7 @@ from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.measured_sparsity import ZeroCount
+from wanda_lightning.engine.order import decide_order
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
@@ -47,7 +48,7 @@ def prune_model(
     layers: str | None = None,
     allocation: Allocation | None = None,
     exact_error: bool = False,
-    true_sequential: bool = False,
+    true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
     activations: Place = "device",
     journal: Journal | None = None,
@@ -78,7 +79,8 @@ def prune_model(
         exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
         true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, as
             GPTQ's setting of this name does (arXiv:2210.17323). All batches advance through a layer together, so one
-            pass is enough; by default there are two, one for the statistics of the whole layer and one for its outputs.
+            pass is enough. False: two passes, one for the statistics of the whole layer and one for its outputs, as
+            the published code has it. Default: one pass, or two where the memory does not suffice for one.
         reconstruction: Train what is kept of each layer, so that the layer gives what it gave in the dense model.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
@@ -116,6 +118,7 @@ def prune_model(
         with processes.together():
             first = next(visits)  # the dry run reads the batches
             check_inputs(plan, first[1])
+        plan = decide_order(plan, first[1], processes)
         visits = chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest)), processes)

@@ -55,6 +55,6 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "ignore": asked.ignore,
         "allocation": asked.allocation,
         "schedule": str(asked.schedule) if asked.schedule else None,
-        **({"true_sequential": True} if asked.true_sequential else {}),  # as runs before there was a choice say
+        **({} if asked.true_sequential is None else {"true_sequential": asked.true_sequential}),  # older ones know none
         **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
     }

@@ -169,9 +169,9 @@ def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
         before["method"] = before["method"].removeprefix(FOUND)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / REPORT} is no report of a pruning ({error!r}): choose another folder") from error
-    two_passes = {"true_sequential": False}  # which says nothing of it
-    there["settings"] = two_passes | (there.get("settings") or before)  # a report of an older version says less
-    now["settings"] = two_passes | now["settings"]
+    unsaid = {"true_sequential": None}
+    there["settings"] = unsaid | (there.get("settings") or before)  # a report of an older version says less
+    now["settings"] = unsaid | now["settings"]
     now = json.loads(json.dumps(now, default=str))  # as it will be read back
     other = [
         difference

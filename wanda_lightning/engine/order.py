@@ -1,0 +1,66 @@
+"""How often the calibration set goes through a layer: once where it can wait in the middle of one, else twice."""
+
+import logging
+
+import torch
+
+from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.free_memory import free_memory
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.report.tables import in_bytes
+
+log = logging.getLogger(__name__)
+
+
+def decide_order(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) -> Plan:
+    """Decide whether a layer is passed once or twice, where that was left open.
+
+    Args:
+        plan: What is asked for.
+        inputs: What enters the first layer; None without calibration.
+        processes: Those that have the other parts of the calibration set; all of them decide alike.
+
+    Returns:
+        The plan, with the order in it.
+
+    Raises:
+        ValueError: If one pass is asked for and the calibration set cannot wait before the widest linear, with what
+            helps.
+    """
+    if inputs is None or plan.statistic is None or plan.true_sequential is False:
+        return plan.in_order(one_pass=False)
+    with processes.together():
+        lack = _lack_of_memory(plan, inputs)
+        if lack and plan.true_sequential:
+            raise ValueError(
+                f"{lack}: use fewer samples, activations='cpu' or 'disk', or true_sequential=False, which takes two "
+                "passes"
+            )
+    lacks = [each for each in processes.gather(lack) if each]
+    if lacks:
+        log.warning("every layer is passed twice: %s", lacks[0])
+    return plan.in_order(one_pass=not lacks)
+
+
+def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
+    """Say what does not fit where; None if all of it fits, or nobody can tell."""
+    linears = [linear for layer in plan.layers for linear in layer.linears]
+    widest = max(linears, key=lambda linear: linear.weight_OI.shape[1])
+    waiting, place = inputs.bytes_waiting(widest.weight_OI.shape[1]), inputs.hidden_BTD.place
+    if place == "disk":
+        return None
+    devices = {torch.device("cpu")}
+    if place == "device":
+        devices = {
+            inputs.hidden_BTD[0].device,
+            *(linear.weight.device for linear in linears if not linear.weight.is_meta),
+        }
+    for device in devices:
+        free = free_memory(device)
+        if free is not None and waiting > free:
+            return (
+                f"one pass holds the whole calibration set before every linear, {in_bytes(waiting)} at {widest.name}, "
+                f"and {in_bytes(free)} are free on {device}"
+            )
+    return None
