@@ -29,7 +29,8 @@ def test_a_bar_as_lm_eval_uses_it(capsys):
 
 
 @pytest.mark.parametrize(("limit", "shown"), [({}, "Training"), ({"max_steps": -1, "max_epochs": 2}, "epoch 2 of 2")])
-def test_a_run_of_lightning(tmp_path, capsys, limit, shown):
+def test_a_run_of_lightning(tmp_path, capsys, caplog, limit, shown):
+    caplog.set_level("INFO")
     runner = trainer(tmp_path, StageBar(), WandaPruning(sparsity=0.5), enable_progress_bar=True, **limit)
     runner.validate(SomebodysModule(), SomebodysData(), verbose=False)
     runner.fit(SomebodysModule(), datamodule=SomebodysData())
@@ -40,3 +41,6 @@ def test_a_run_of_lightning(tmp_path, capsys, limit, shown):
     assert lines[1].startswith("Pruning 2/2 layers in 0:00:0")
     assert shown in lines[2]
     assert "Epoch" not in lines[2]
+    said = [record.getMessage() for record in caplog.records][-2:]
+    assert said[0].startswith("50.00% of the weights of 14 linears are zero (")
+    assert said[1] == f"The report is in {tmp_path}: report.html, pruning.md, pruning.json"

@@ -54,6 +54,14 @@ def test_models_without_a_tokenizer_say_nothing(tmp_path, caplog, prompts):
     assert "says" not in caplog.text
 
 
+def test_a_streamed_model_says_nothing(tiny_model_folder, tmp_path):
+    """Its layers would be loaded for every token."""
+    runner = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    report = runner.prune(CausalLM(str(tiny_model_folder), stream=True), data(), save=False)
+    assert list(report.evaluations) == ["dense", "pruned"]
+    assert report.samples == {}
+
+
 def test_a_model_that_cannot_continue_ends_no_run(tiny_model_folder, tmp_path, caplog):
     class Mute(CausalLM):
         def configure_model(self):
