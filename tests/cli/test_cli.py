@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
     done = wanda_lightning_command("validate", model, "--trainer.logger=false", *small[2:4])
     assert done.returncode == 0, done.stderr
     shown = next(line for line in done.stdout.splitlines() if "val/perplexity" in line)
-    assert f"{report['evaluations']['pruned']['val/perplexity']:.4f}"[:8] in shown
+    assert str(report["evaluations"]["pruned"]["val/perplexity"])[:8] in shown
 
 
 @pytest.mark.parametrize("recipe", ["distill", "wanda_lora"])
@@ -173,7 +174,12 @@ def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
 
 
 def test_quiet(wanda_lightning_command, small):
-    done = wanda_lightning_command("fit", "-c", "wanda_finetune", *small, "--max_steps=1", "-q")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    try:
+        done = wanda_lightning_command("fit", "-c", "wanda_finetune", *small, "--max_steps=1", "-q")
+    finally:
+        logger.setLevel(level)  # the command's process would end here
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
 
