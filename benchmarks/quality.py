@@ -135,7 +135,7 @@ def perplexity(model: torch.nn.Module, data: TextDataModule) -> float:
     metric = Perplexity().to(model.device)
     for batch in data.val_dataloader():
         ids = batch["input_ids"].to(model.device)
-        metric.update(model(ids, use_cache=False).logits, ids)
+        metric.update_from(model, {"input_ids": ids}, ids)
     return metric.compute().item()
 
 

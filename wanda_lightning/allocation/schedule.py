@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods import PruningMethod
@@ -78,7 +79,7 @@ class Gradual:
             return self.end
         return None if step < self.start else step - (step - self.start) % self.every
 
-    def check(self, method: PruningMethod, pattern: Pattern, allocation: Allocation | None) -> None:
+    def check(self, method: PruningMethod, pattern: Pattern, allocation: Allocation | Allocator | None) -> None:
         """Refuse what cannot be pruned in several steps.
 
         Args:

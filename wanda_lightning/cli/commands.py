@@ -46,6 +46,10 @@ COMMANDS = {
         "Prune with several methods and sparsities, each from the dense weights; a table and a picture.",
         "wanda-lightning sweep MODEL --sparsities '[0.4, 0.6]'",
     ),
+    "search": Command(
+        "Find the largest sparsity within a budget, or the smallest that fits, and prune to it.",
+        "wanda-lightning search MODEL --method wanda --max_perplexity_increase 0.05",
+    ),
     "compare": Command(
         "Put the results of several runs into one table and one picture.",
         "wanda-lightning compare results/wanda results/sparsegpt --plot runs.png",
@@ -60,6 +64,11 @@ COMMANDS = {
         "Show what a model says: texts that it continues.",
         'wanda-lightning generate results/wanda "The capital of France is"',
         "generate:main",
+    ),
+    "speed": Command(
+        "Measure how fast models read a prompt and decode, and what they take, in turns; dense against pruned.",
+        "wanda-lightning speed MODEL results/wanda/model --output results/speed",
+        "speed:main",
     ),
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",

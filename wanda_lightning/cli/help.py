@@ -13,6 +13,7 @@ _OPTIONS = {
     "--methods LIST": "such as '[Wanda, SparseGPT]'",
     "--sparsities LIST": "such as '[0.4, 0.6]'",
     "--patterns LIST": "such as '[\"2:4\"]'",
+    "--max_perplexity_increase X": "how much worse it may get: the most sparsity within that is searched for",
     "--max_steps N": "training steps",
     "--data TEXT": "to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set",
     "--eval TEXT": "to evaluate with, named alike; by default a part of the other",
@@ -20,20 +21,33 @@ _OPTIONS = {
     "--num_samples N": "calibration windows, by default 128",
     "--sequence_length N": "tokens in a window, by default up to 2048",
     "--dtype NAME": "float32, bfloat16 or float16; by default the checkpoint's",
+    "--push_to_hub ME/NAME": "push the saved model to the hub, with its card",
     "--prompt TEXT": "a text that the model continues in the report, instead of three short ones; may be repeated",
     "--overwrite": "replace other results that are there",
     "-c RECIPE": "start from a recipe, see `wanda-lightning recipes`; options override it",
     "-v, -q": "show also what was done to every layer; show nothing but warnings",
     ALL: "every option, also of the Trainer",
 }
+_SAVING = ("--push_to_hub ME/NAME",)
 _PRUNING = ("--method NAME", "--sparsity FRACTION", "--pattern N:M", "--prompt TEXT")
+_SEARCHING = ("--max_perplexity_increase X",)
 _SWEEPING = ("--methods LIST", "--sparsities LIST", "--patterns LIST")
 _TRAINING = ("--max_steps N",)
 _LEFT_OUT = {
-    "prune": (*_SWEEPING, *_TRAINING),
-    "fit": _SWEEPING,
-    "sweep": (*_PRUNING, *_TRAINING),
-    "validate": (*_PRUNING, *_SWEEPING, *_TRAINING, "--num_samples N", "--output DIR", "--overwrite"),
+    "prune": (*_SWEEPING, *_SEARCHING, *_TRAINING),
+    "fit": (*_SWEEPING, *_SEARCHING),
+    "sweep": (*_PRUNING, *_SEARCHING, *_TRAINING, *_SAVING),
+    "search": (*_PRUNING[1:], *_SWEEPING, *_TRAINING, *_SAVING),
+    "validate": (
+        *_PRUNING,
+        *_SWEEPING,
+        *_SEARCHING,
+        *_TRAINING,
+        *_SAVING,
+        "--num_samples N",
+        "--output DIR",
+        "--overwrite",
+    ),
 }
 _LEFT_OUT["test"] = _LEFT_OUT["validate"]
 

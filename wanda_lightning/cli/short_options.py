@@ -31,13 +31,18 @@ LONG = {
     "--sequence_length": "--data.sequence_length",
     "--dtype": "--model.dtype",
     "--max_steps": "--trainer.max_steps",
+    "--push_to_hub": "--trainer.push_to_hub",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern", "--prompt")
 # The options that no value follows.
 FLAGS = (
     "-h", "--help", "--help-all", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details", "-q", "--quiet",
 )  # fmt: skip
-RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
+RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep", "search": "search"}  # where no other is named
+INSTEAD = {
+    "sweep": ": it takes --methods, --sparsities and --patterns, with a list each",
+    "search": ": it finds the sparsity, see --max_perplexity_increase",
+}
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:
@@ -59,7 +64,7 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     _check(command, short)
     if not recipes and command in RECIPES:
         recipes = [RECIPES[command]]
-        if command != "sweep":
+        if command in ("prune", "fit"):
             folder = recipes[0].replace("wanda", short.get("--method", "wanda").lower())
             short.setdefault("--output", f"results/{folder}")
     written = [f"{LONG[option]}={value}" for option, value in short.items() if option in LONG]
@@ -123,9 +128,9 @@ def _is_for_lightning(value: str) -> bool:
 
 def _check(command: str, short: dict[str, Any]) -> None:
     """Refuse options that the command does not have, and values that are certainly wrong."""
-    if command not in ("prune", "fit") and (own := [option for option in OF_CALLBACK if option in short]):
-        several = "--methods, --sparsities and --patterns, with a list each"
-        hint = f": it takes {several}" if command == "sweep" and own[0] != "--prompt" else ""
+    allowed = {"prune": OF_CALLBACK, "fit": OF_CALLBACK, "search": ("--method",)}.get(command, ())
+    if own := [option for option in OF_CALLBACK if option in short and option not in allowed]:
+        hint = "" if own[0] == "--prompt" else INSTEAD.get(command, "")
         raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
         meant = closest(short["--method"].lower(), METHODS)

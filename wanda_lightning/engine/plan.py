@@ -11,6 +11,7 @@ from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
@@ -31,6 +32,7 @@ class Plan:
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
+        allotment: What an allocator has decided; None before that, and where there is none.
     """
 
     method: PruningMethod
@@ -42,6 +44,7 @@ class Plan:
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
+    allotment: Allotment | None = None
 
     @classmethod
     def of(
@@ -95,7 +98,7 @@ class Plan:
     @property
     def needs_batches(self) -> bool:
         """Whether there has to be a calibration set."""
-        return self.statistic is not None or self.reconstruction is not None
+        return self.statistic is not None or self.reconstruction is not None or self.selection.needs_batches
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,6 +108,7 @@ class Plan:
             "pattern": str(self.pattern),
             "sparsity": self.pattern.sparsity,
             **vars(self.selection),
+            **({"allocation": str(allocator)} if (allocator := self.selection.allocator) else {}),
             "exact_error": self.exact_error,
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
             **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
@@ -114,6 +118,7 @@ class Plan:
         """Begin the report."""
         report = PruningReport(str(self.method), str(self.pattern), self.pattern.sparsity)
         report.matches = self.selection.matches(self.layers)
+        report.allocation = self.allotment
         for layer in self.layers:
             report.not_pruned |= layer.left_dense
         return report

@@ -29,6 +29,7 @@ class Run:
         evaluations: Metrics by stage, such as dense, pruned and fine-tuned.
         data: What it was calibrated and evaluated on.
         model: Which model was pruned, and its size; empty in reports of older versions.
+        allocation: What split the sparsity among linears; empty where nothing did.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Run:
     evaluations: dict[str, dict[str, float]]
     data: dict[str, Any]
     model: str = ""
+    allocation: str = ""
 
 
 class Comparison:
@@ -57,7 +59,7 @@ class Comparison:
 
     def label(self, run: Run) -> str:
         """Name a run's method: with its model and data where others have other ones, else its folder if need be."""
-        named = ", ".join(filter(None, (title_of(run.method), self.distinction(run))))
+        named = ", ".join(filter(None, (title_of(run.method), title_of(run.allocation), self.distinction(run))))
         alike = [r for r in self.runs if _asked(r) == _asked(run) and self.distinction(r) == self.distinction(run)]
         return named if len(alike) == 1 else f"{named} in {run.folder.name}"
 
@@ -144,8 +146,8 @@ class Comparison:
         write_text(Path(folder) / "comparison.json", json.dumps(plain, indent=2) + "\n")
 
 
-def _asked(run: Run) -> tuple[str, str, float]:
-    return run.method, run.pattern, run.sparsity
+def _asked(run: Run) -> tuple[object, ...]:
+    return run.method, run.allocation, run.pattern, run.sparsity
 
 
 def _read(folder: Path) -> Run:
@@ -160,6 +162,7 @@ def _read(folder: Path) -> Run:
             plain["evaluations"],
             plain["calibration"],
             name_of_model(plain.get("model") or {}),
+            (plain.get("allocation") or {}).get("allocator", ""),
         )
     except OSError as error:
         raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error
