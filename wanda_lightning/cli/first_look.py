@@ -12,7 +12,9 @@ PLAIN = (
     *OF_CALLBACK,
     *FLAGS,
     *("-c", "--config", "--trainer", "--seed_everything", "--ckpt_path", "--weights_only", "--verbose"),
-    *("--evaluate", "--save", "--methods", "--sparsities", "--patterns"),
+    *("--evaluate", "--save", "--methods", "--sparsities", "--patterns", "--allocations"),
+    *("--max_perplexity_increase", "--max_bytes", "--metric", "--max_drop", "--max_rise", "--step"),
+    "--held_out_windows",
 )
 """The options without a dot in their names; the others, such as ``--data.source``, are those of classes."""
 NO_MODEL = (

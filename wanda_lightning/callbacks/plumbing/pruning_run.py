@@ -174,9 +174,8 @@ class PruningRun:
     def add_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the metrics of a validation into the report, under the stage that the weights are in."""
         self.look_again(trainer, module)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        samples = samples_of(trainer, module, self.asked.prompts)
-        self.results.add_evaluation(self.stage(module), metrics, samples, trainer, self.asked.folder(trainer))
+        metrics, said = metrics_of(trainer), samples_of(trainer, module, self.asked.prompts)
+        self.results.add_evaluation(self.stage(module), metrics, said, trainer, self.asked.folder(trainer))
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
         """Find the linears that have zeros to keep, and what they were pruned to, where that is known."""
@@ -236,3 +235,8 @@ class PruningRun:
         self.results.take(report, model, self.asked.layers)
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """Return what the last validation gave."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
