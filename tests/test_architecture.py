@@ -20,6 +20,7 @@ ROOMS = {
     "arguments": set(),
     "sparsity": {"arguments"},
     "atomic_files": set(),
+    "terminal": set(),
     "solvers": {"sparsity"},
     "statistics": {"solvers"},
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
@@ -36,10 +37,10 @@ ROOMS = {
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
     "data": {"arguments", "checkpoints", "model"},
-    "evaluation": {"arguments", "checkpoints", "data", "model"},
+    "evaluation": {"arguments", "checkpoints", "data", "model", "terminal"},
     "callbacks": {
         "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods",
-        "model", "report", "sparsity", "training",
+        "model", "report", "sparsity", "terminal", "training",
     },
     "runs": {
         "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",

@@ -52,9 +52,14 @@ def _run(arguments: list[str]) -> None:
         if (function := COMMANDS[name].function) is not None:
             resolve_name(f"wanda_lightning.cli.{function}")(arguments[1:])
             return
+        from wanda_lightning.cli import help
         from wanda_lightning.cli.first_look import refuse_at_once
         from wanda_lightning.cli.short_options import written_out
 
+        if not {"-h", "--help"}.isdisjoint(arguments):
+            print(f"usage: {help.usage(name)}\n\n{help.description(name)}")
+            return
+        arguments = ["--help" if argument == help.ALL else argument for argument in arguments]
         sys.argv[1:] = written_out(arguments)  # there also Lightning finds it, which starts further processes
         refuse_at_once(sys.argv[1:])
     # Lightning 2.6 calls torch in a way that torch 2.13 deprecates; nothing a user can do about it.

@@ -67,6 +67,9 @@ def test_missing_models_are_explained(tmp_path):
         load_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"'nobody/nothing'.*could not be had from the hub"):
         load_tokenizer("nobody/nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"cannot load the model of .*: Error no file named model\.safetensors"):
+        load_model(str(tmp_path))
 
 
 def test_a_weight_that_is_not_a_number_is_saved_as_it_is(tmp_path):

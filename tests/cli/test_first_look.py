@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from wanda_lightning.cli.first_look import NO_MODEL, refuse_at_once
+from wanda_lightning.cli.first_look import NO_MODEL, PLAIN, refuse_at_once
 from wanda_lightning.cli.short_options import written_out
 
 RUN = """
@@ -40,6 +40,14 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["prune", "-c"], 2, "see `wanda-lightning recipes`"),
         (["recipes"], 0, "wanda_finetune"),
         (["recipes", "show", "wonda"], 2, "there is no file 'wonda'"),
+        (["prune", "--help"], 0, "\n\nThe options that matter most:\n  MODEL "),
+        (["fit", "MODEL", "-c", "wanda", "-h"], 0, "--max_steps N"),
+        (["sweep", "--help"], 0, "--sparsities LIST"),
+        (["validate", "--help"], 0, "--help-all"),
+        (["generate", "--help"], 0, "[PROMPT ...]"),
+        (["prune", "MODEL", "--sparsty", "0.6"], 2, "there is no option --sparsty\n  did you mean --sparsity?"),
+        (["fit", "MODEL", "--ouput=x"], 2, "did you mean --output?"),
+        (["generate"], 2, "are required: pretrained"),
         (["compare"], 2, "are required: runs"),
         (["compare", "--help"], 0, "RUN [RUN ...]"),
         (["compress", "model"], 2, "are required: output"),
@@ -66,6 +74,9 @@ def test_answers_without_torch(arguments, code, said, tmp_path):
         ["prune", "-c", "{model: {class_path: CausalLM}}"],
         ["prune", "-cmine.yaml"],
         ["prune", "MODEL"],
+        ["prune", "MODEL", "--batch_size", "3"],
+        ["prune", "MODEL", "--trainer.max_stepz", "3"],
+        ["sweep", "MODEL", "--sparsities=[0.5]", "--seed_everything", "true"],
         ["prune", "MODEL", "-c", "wanda"],
         ["prune", "--help"],
         ["prune", "-h"],
@@ -78,6 +89,17 @@ def test_what_may_be_right_is_left_to_the_parser(arguments, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("model:\n  class_path: my.Model\n")
     refuse_at_once(written_out(arguments))
+
+
+def test_the_options_without_a_dot_are_those_of_the_parser():
+    from jsonargparse import capture_parser
+
+    from wanda_lightning.cli.lightning_cli import run
+
+    parser = capture_parser(lambda: run(["prune"]))
+    for command in parser._subcommands_action._name_parser_map.values():
+        options = {option for option in command._option_string_actions if "." not in option and "+" not in option}
+        assert options <= {*PLAIN, "--model", "--data"}
 
 
 def test_comments_name_no_model(tmp_path):

@@ -18,12 +18,15 @@ def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = [line for line in done.stdout.splitlines() if line.strip()]
-    bars = [line for line in lines if re.match("Validation|Pruning", line)]
+    bars = [line for line in lines if re.match(r"(Evaluation +2/2|Pruning +3/3 layers) in 0:00:0\d", line)]
     assert len(bars) == 3
     shown = [line for line in lines if line not in bars]
     assert shown == lines[-len(shown) :]
     assert shown[0] == "Wanda, unstructured, sparsity 0.5"
     assert shown[1] == "Model: tiny, 44,320 parameters."
     assert any(re.match(r"│ val/perplexity +│ [\d.]+ │ +[\d.]+ │$", line) for line in shown)
+    said = [line.split()[0] for line in shown[-10:-1]]
+    assert said == ["The", "dense", "pruned", "Once", "dense", "pruned", "Water", "dense", "pruned"]
     assert shown[-1] == "Results are in out: report.html, model"
-    assert len(shown) <= 12
+    assert len(shown) <= 20
+    assert "\x1b" not in done.stdout

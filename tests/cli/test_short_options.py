@@ -9,8 +9,9 @@ import yaml
 
 from wanda_lightning import callbacks
 from wanda_lightning.cli.first_look import refuse_at_once
+from wanda_lightning.cli.help import description
 from wanda_lightning.cli.recipes import recipes
-from wanda_lightning.cli.short_options import HELP, LONG, METHODS, OF_CALLBACK, RECIPES, closest, written_out
+from wanda_lightning.cli.short_options import LONG, METHODS, OF_CALLBACK, RECIPES, closest, written_out
 from wanda_lightning.methods.named import METHODS as METHODS_IN_PYTHON
 
 
@@ -20,9 +21,11 @@ def test_the_names_of_methods_are_those_of_python():
 
 
 def test_help_names_every_short_option():
-    for option in {*LONG, *OF_CALLBACK} - {"--model", "--max_steps"}:
-        assert f"  {option} " in HELP
-    assert all(name in HELP for name in METHODS)
+    for option in {*LONG, *OF_CALLBACK} - {"--model"}:
+        assert f"\n  {option} " in description("fit")
+    assert all(name in description("prune") for name in METHODS)
+    for name in ("validate", "test", "sweep"):
+        assert not any(f"\n  {option} " in description(name) for option in (*OF_CALLBACK, "--max_steps"))
     assert set(RECIPES.values()) <= set(recipes())
 
 
@@ -83,6 +86,13 @@ def test_a_file_that_is_called_like_a_class_is_a_file(tmp_path, monkeypatch):
             "-c wanda_2of4 --sparsity 0.6",
             {"class_path": "WandaPruning", "init_args": {"sparsity": 0.6, "pattern": "unstructured"}},
         ),
+        (
+            "--prompt=a --sparsity 0.6 --prompt b",
+            {
+                "class_path": "WandaPruning",
+                "init_args": {"sparsity": 0.6, "pattern": "unstructured", "prompts": ["a", "b"]},
+            },
+        ),
         ("-c wanda_2of4 --method admm", {"class_path": "ADMMPruning", "init_args": {"pattern": "2:4"}}),
     ],
 )
@@ -128,6 +138,7 @@ def test_a_recipe_without_pruning_gets_a_callback(tmp_path):
         ("prune M --sparsity 2:4", "an N:M pattern is --pattern"),
         ("validate M --sparsity 0.5", "validate has no --sparsity"),
         ("sweep M --method wanda", "sweep has no --method: it takes --methods"),
+        ("validate M --prompt x", "validate has no --prompt$"),
         ("search M --sparsity 0.5", "search has no --sparsity: it finds the sparsity"),
         ('prune M -c {"trainer":{"callbacks":[3]}} --sparsity 0.5', "a callback needs a class_path, got 3"),
         ("prune M -c no_such --sparsity 0.5", "there is no file 'no_such'"),

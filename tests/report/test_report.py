@@ -75,7 +75,7 @@ def test_tables_show_the_evaluations_and_every_layer(report):
     assert "12.35" in text
     assert "model.layers.2" in text
     assert markdown.startswith("# Wanda, unstructured, sparsity 0.5")
-    assert "error: how much of a linear's output" in markdown
+    assert "error: how much of the output of a linear, a weight matrix" in markdown
 
 
 def test_without_details_the_evaluations_alone_are_shown(report):

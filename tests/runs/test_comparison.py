@@ -65,6 +65,36 @@ def test_folders_are_named_where_settings_do_not_tell_runs_apart(tmp_path):
     assert [comparison.label(r) for r in comparison.runs] == ["Wanda in a", "Wanda in b", "Wanda"]
 
 
+def changed(folder, **parts):
+    """Change parts of a run's report."""
+    plain = json.loads((folder / "pruning.json").read_text())
+    for part, values in parts.items():
+        plain[part] |= values
+    (folder / "pruning.json").write_text(json.dumps(plain))
+    return folder
+
+
+def test_runs_of_other_models_or_with_other_data_are_told_apart(tmp_path):
+    """In the table, in the picture, and each with its own dense level."""
+    runs = [run(tmp_path / name, pruned=20.0) for name in ("a", "b", "c")]
+    runs.append(run(tmp_path / "d", "Magnitude()", pruned=50.0))
+    changed(runs[0], model={"name": "org/small", "parameters": 10})
+    for folder in runs[1:]:
+        changed(folder, model={"name": "/models/large", "parameters": 30}, calibration={"source": "data/my.txt"})
+    changed(runs[2], calibration={"sequence_length": 32})
+    comparison = Comparison(runs)
+    assert [comparison.label(each) for each in comparison.runs] == [
+        "Wanda, small, sequence_length 16, source builtin",
+        "Wanda, large, sequence_length 16, source my.txt",
+        "Wanda, large, sequence_length 32, source my.txt",
+        "Magnitude, large, sequence_length 16, source my.txt",
+    ]
+    assert sum(row["stage"] == "dense" for row in comparison.rows()) == 3
+    plot(comparison, tmp_path / "p.svg")
+    legend = ElementTree.parse(tmp_path / "p.svg").find(".//{*}g[@id='legend_1']")
+    assert len([group for group in legend if group.get("id", "").startswith("text")]) == 7
+
+
 def test_standard_errors_stand_beside_their_metrics(tmp_path):
     folder = run(tmp_path)
     report = PruningReport.from_dict(json.loads((folder / "pruning.json").read_text()))
@@ -126,7 +156,7 @@ def test_no_point_is_outside_of_the_picture(tmp_path):
     points = [use for group in axes if group.get("id", "").startswith("line2d") for use in group.findall(".//{*}use")]
     places = [(float(use.get("x")), float(use.get("y"))) for use in points]
     assert len(places) == 2
-    assert places[0][0] < places[1][0]  # the square stands to the right
+    assert places[0][0] == pytest.approx(places[1][0])  # both have 50 %
     for x, y in places:
         assert min(c[0] for c in corners) < x < max(c[0] for c in corners)
         assert min(c[1] for c in corners) < y < max(c[1] for c in corners)

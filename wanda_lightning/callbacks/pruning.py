@@ -16,6 +16,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.evaluation.generation import PROMPTS, check_prompts
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.stacks import lists_in
@@ -52,14 +53,14 @@ class PruningCallback(SparseFinetuning):
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
         schedule: Prune gradually during training rather than once before it; unstructured patterns only.
         activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
-        resume: Keep every finished layer in ``unfinished/`` of the folder until the model is saved, and go on behind
-            them if they are of this very run. Default: in ``PruningTrainer.prune``, and where ``output_dir`` is given
-            until ``fit`` ends. Models that are streamed from disk have that folder in any case.
+        resume: Keep finished layers in ``unfinished/`` until the model is saved, and go on behind them if they are of
+            this run. Default: in ``PruningTrainer.prune``; until ``fit`` ends with an ``output_dir``; when streaming.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
         true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
             passes. Default: in one, or in two where the memory does not suffice.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
+        prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -83,6 +84,7 @@ class PruningCallback(SparseFinetuning):
         overwrite: bool = False,
         true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
+        prompts: list[str] | None = None,
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
@@ -93,8 +95,8 @@ class PruningCallback(SparseFinetuning):
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
-        self.num_samples, self.output_dir = num_samples, output_dir
-        self.activations, self.resume, self.reconstruction = activations, resume, reconstruction
+        self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
+        self.reconstruction, self.prompts = reconstruction, PROMPTS if prompts is None else check_prompts(prompts)
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 
@@ -112,9 +114,8 @@ class PruningCallback(SparseFinetuning):
     @override
     def state_key(self) -> str:
         """Tell callbacks of different settings apart in a checkpoint; the schedule does not count and may change."""
-        return self._generate_state_key(
-            **{key: value for key, value in describe_settings(self).items() if key != "schedule"}
-        )
+        settings = describe_settings(self)
+        return self._generate_state_key(**{key: settings[key] for key in settings if key != "schedule"})
 
     @property
     def _legacy_state_key(self) -> Any:  # where the checkpoints of older versions keep the state
@@ -139,9 +140,9 @@ class PruningCallback(SparseFinetuning):
         self._prune_gradually(trainer, pl_module)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Remember that the weights are no longer as they were pruned; prune more if the schedule says so."""
-        self.run.results.trained = True
+        self.run.results.note_step(trainer, outputs)
         self._prune_gradually(trainer, pl_module)
 
     @override

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.callbacks.plumbing.samples import tokenizer_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
@@ -78,7 +79,8 @@ class ZeroShotEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load the tasks, once, before a model is loaded or pruned."""
         if self._loaded is None:
-            if not hasattr(pl_module, "tokenizer") and getattr(_datamodule(trainer), "tokenizer", None) is None:
+            given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            if given is None and not hasattr(pl_module, "tokenizer"):
                 raise ValueError(
                     f"zero-shot evaluation needs a tokenizer: {type(pl_module).__name__} has no attribute tokenizer"
                 )
@@ -135,15 +137,7 @@ def _stage(trainer: Trainer, pl_module: LightningModule) -> str:
 
 
 def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
-    tokenizer = getattr(pl_module, "tokenizer", None) or getattr(_datamodule(trainer), "tokenizer", None)
-    if isinstance(tokenizer, str):
-        from wanda_lightning.checkpoints.loading import load_tokenizer
-
-        return load_tokenizer(tokenizer)
+    tokenizer = tokenizer_of(trainer, pl_module)
     if tokenizer is None:
         raise ValueError(f"zero-shot evaluation needs a tokenizer: {type(pl_module).__name__}.tokenizer is None")
     return tokenizer
-
-
-def _datamodule(trainer: Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)

@@ -226,6 +226,8 @@ def _converted(gguf: Path) -> Path:
 
 def _not_found(what: str, pretrained: str, error: OSError) -> ValueError:
     reason = str(error).strip().splitlines()[0]
+    if Path(pretrained).expanduser().exists():
+        return ValueError(f"cannot load the {what} of {pretrained!r}: {reason}")
     return ValueError(
         f"cannot load the {what} of {pretrained!r}: there is no such folder here, "
         f"and it could not be had from the hub ({reason})"

@@ -60,6 +60,11 @@ COMMANDS = {
         "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
         "inspect:main",
     ),
+    "generate": Command(
+        "Show what a model says: texts that it continues.",
+        'wanda-lightning generate results/wanda "The capital of France is"',
+        "generate:main",
+    ),
     "speed": Command(
         "Measure how fast models read a prompt and decode, and what they take, in turns; dense against pruned.",
         "wanda-lightning speed MODEL results/wanda/model --output results/speed",

@@ -5,14 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from wanda_lightning.cli.recipes import is_inline, settings_of
+from wanda_lightning.cli.short_options import FLAGS, LONG, OF_CALLBACK, closest
 
+PLAIN = (
+    *LONG,
+    *OF_CALLBACK,
+    *FLAGS,
+    *("-c", "--config", "--trainer", "--seed_everything", "--ckpt_path", "--weights_only", "--verbose"),
+    *("--evaluate", "--save", "--methods", "--sparsities", "--patterns", "--allocations"),
+    *("--max_perplexity_increase", "--max_bytes", "--metric", "--max_drop", "--max_rise", "--step"),
+    "--held_out_windows",
+)
+"""The options without a dot in their names; the others, such as ``--data.source``, are those of classes."""
 NO_MODEL = (
     "no model was given: name it first, a hub name, a folder or a .gguf file, as in `wanda-lightning prune MODEL`"
 )
 
 
 def refuse_at_once(arguments: Sequence[str]) -> None:
-    """Refuse a recipe that is not there or none at all, and a run without a model.
+    """Refuse a recipe that is not there or none at all, a run without a model, and mistyped options.
 
     Args:
         arguments: A sub-command of LightningCLI and its options.
@@ -29,6 +40,10 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
             f"-c needs the name of a recipe, see `wanda-lightning recipes`, or a file ({error})"
         ) from error
     recipes = [settings_of(recipe) for recipe in given.config if not is_inline(recipe)]
+    for name in (word.partition("=")[0] for word in others):
+        plain = name.startswith("--") and "." not in name and not name.endswith("+") and name not in PLAIN
+        if plain and (meant := closest(name, PLAIN)):
+            raise ValueError(f"there is no option {name}\n  did you mean {meant}?")
     # Only what is certain: options that speak of a model may name one, and help needs none.
     words = [*others, *filter(is_inline, given.config)]
     open_to_doubt = any(word in text for text in words for word in ("model", "help", "print_", "-h"))

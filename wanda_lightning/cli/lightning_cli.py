@@ -1,5 +1,6 @@
 """The command line: LightningCLI with ``prune``, ``sweep`` and ``search``."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -7,6 +8,7 @@ from typing import Any, NoReturn, cast
 import lightning
 from jsonargparse import ActionConfigFile, ActionYesNo
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -14,22 +16,18 @@ from typing_extensions import override
 
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
+from wanda_lightning.callbacks.plumbing.progress import StageBar
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
-from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.help import description, usage
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
 from wanda_lightning.cli.quiet_terminal import leave_out_what_nobody_asked
 from wanda_lightning.cli.recipes import find, is_inline
-from wanda_lightning.cli.short_options import HELP, LONG, OF_CALLBACK
+from wanda_lightning.cli.short_options import LONG, OF_CALLBACK
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.one_shot import end_if_asked, whole_run
 from wanda_lightning.runs.trainer import PruningTrainer
-
-MORE_HELP = """
-
-A recipe (see `wanda-lightning recipes`) or a config.yaml sets all of this; options after it override it. Help on parts:
-  --model.help CausalLM   --data.help TextDataModule   --trainer.callbacks.help WandaPruning"""
 
 
 class _Parser(LightningArgumentParser):
@@ -102,7 +100,23 @@ class PruningCLI(LightningCLI):
             help="Replace the results in the folder also if they are of another model or of other settings.",
         )
         parser.add_argument("-v", "--details", action="store_true", help="Show also what was done to every layer.")
+        parser.add_argument("-q", "--quiet", action="store_true", help="Show nothing but warnings.")
         parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Show progress in our way, unless the user chose another one, or none."""
+        settings = self.config_init[self.subcommand]
+        chosen = [*(settings.trainer.callbacks or [])]  # a copy: Lightning adds to the list
+        if settings.quiet:
+            kwargs["enable_progress_bar"] = False
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks[:] = [
+            StageBar() if isinstance(each, RichProgressBar) and each not in chosen else each
+            for each in trainer.callbacks
+        ]
+        return trainer
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -139,7 +153,8 @@ class PruningCLI(LightningCLI):
     def after_sweep(self) -> None:
         """Show the table of all runs."""
         folder = self.trainer.log_dir  # all processes must ask: they agree on it
-        if self.trainer.comparison and self.trainer.is_global_zero:
+        quiet = self.config_init[self.subcommand].quiet
+        if self.trainer.comparison and self.trainer.is_global_zero and not quiet:
             Console().print(self.trainer.comparison.to_table())
             Console().print(f"Results and comparison.png are in {folder}", soft_wrap=True)
 
@@ -174,7 +189,7 @@ class PruningCLI(LightningCLI):
         shrinking = shrinking_of(self.trainer, self.model)
         reports: list[Any] = [shrinking, *(callback.report for callback in pruning_callbacks(self.trainer))]
         reports = [report for report in reports if report is not None]
-        if reports and self.trainer.is_global_zero:
+        if reports and self.trainer.is_global_zero and not self.config_init[self.subcommand].quiet:
             details = self.config_init[self.subcommand].details
             for report in reports:
                 Console().print(report.to_table(details))
@@ -209,12 +224,6 @@ def run(args: ArgsType = None) -> PruningCLI:
             "prog": "wanda-lightning",
             "formatter_class": HelpFormatter,
         }
-        | {
-            name: {
-                "usage": f"wanda-lightning {name} [MODEL] [-c RECIPE] [--option value ...]",
-                "description": COMMANDS[name].description + (HELP if name in ("prune", "fit") else "") + MORE_HELP,
-            }
-            for name in PruningCLI.subcommands()
-        },
+        | {name: {"usage": usage(name), "description": description(name)} for name in PruningCLI.subcommands()},
         args=args,
     )

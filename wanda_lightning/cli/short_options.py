@@ -33,32 +33,17 @@ LONG = {
     "--max_steps": "--trainer.max_steps",
     "--push_to_hub": "--trainer.push_to_hub",
 }
-OF_CALLBACK = ("--method", "--sparsity", "--pattern")
+OF_CALLBACK = ("--method", "--sparsity", "--pattern", "--prompt")
 OF_SHAPES = ("WidthPruning", "DepthPruning")  # callbacks that have none of these options
 # The options that no value follows.
-FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
+FLAGS = (
+    "-h", "--help", "--help-all", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details", "-q", "--quiet",
+)  # fmt: skip
 RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep", "search": "search"}  # where no other is named
 INSTEAD = {
     "sweep": ": it takes --methods, --sparsities and --patterns, with a list each",
     "search": ": it finds the sparsity, see --max_perplexity_increase",
 }
-
-HELP = f"""
-
-The options that matter most:
-  MODEL                   a hub name, a folder or a .gguf file
-  --method NAME           {", ".join(METHODS)}; by default wanda
-  --sparsity FRACTION     how many of the weights go, in [0, 1); by default 0.5
-  --pattern N:M           keep N of every M consecutive inputs, such as 2:4
-  --data TEXT             to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set
-  --eval TEXT             to evaluate with, named alike; by default a part of the other
-  --output DIR            where model and report go
-  --num_samples N         calibration windows, by default 128
-  --sequence_length N     tokens in a window, by default up to 2048
-  --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
-  --push_to_hub ME/NAME   push the saved model to the hub, with its card
-  --overwrite             replace other results that are there
-  -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:
@@ -97,9 +82,9 @@ def closest(option: str, known: Iterable[str]) -> str | None:
     return ends[end[0]] if end else None
 
 
-def _parted(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
+def _parted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Part short options and their values, recipes, and all others, which stay as they are."""
-    short: dict[str, str] = {}
+    short: dict[str, Any] = {}
     recipes: list[str] = []
     others: list[str] = []
     for option, value, words in _options(arguments):
@@ -111,6 +96,8 @@ def _parted(arguments: Sequence[str]) -> tuple[dict[str, str], list[str], list[s
             raise ValueError(f"{option} needs a value")
         elif option == "MODEL" and option in short:
             raise ValueError(f"one model at a time, got {short[option]!r} and {value!r}")
+        elif option == "--prompt":
+            short[option] = [*short.get(option, []), value]
         else:
             short[option] = value
     return short, recipes, others
@@ -140,11 +127,12 @@ def _is_for_lightning(value: str) -> bool:
     return all(map(str.isidentifier, parts)) and parts[-1][0].isupper() and not Path(value).exists()
 
 
-def _check(command: str, short: dict[str, str]) -> None:
+def _check(command: str, short: dict[str, Any]) -> None:
     """Refuse options that the command does not have, and values that are certainly wrong."""
     allowed = {"prune": OF_CALLBACK, "fit": OF_CALLBACK, "search": ("--method",)}.get(command, ())
     if own := [option for option in OF_CALLBACK if option in short and option not in allowed]:
-        raise ValueError(f"{command} has no {own[0]}{INSTEAD.get(command, '')}")
+        hint = "" if own[0] == "--prompt" else INSTEAD.get(command, "")
+        raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
         meant = closest(short["--method"].lower(), METHODS)
         raise ValueError(
@@ -159,7 +147,7 @@ def _check(command: str, short: dict[str, str]) -> None:
             raise ValueError(f"--sparsity must be a number in [0, 1), got {short['--sparsity']!r}{hint}") from None
 
 
-def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
+def _callbacks(short: dict[str, Any], recipes: Sequence[str]) -> list[str]:
     """Return the option that sets the callbacks: those of the recipes, the first that prunes as the short ones say."""
     callbacks: list[dict[str, Any]] = []
     for recipe in recipes:
@@ -174,6 +162,8 @@ def _callbacks(short: dict[str, str], recipes: Sequence[str]) -> list[str]:
         pruning = [_as_dict(METHODS["wanda"])]
         callbacks += pruning
     moved = False
+    for settings in (each["init_args"] for each in pruning if "prompt" in asked):
+        settings["prompts"] = asked["prompt"]
     for settings in (each["init_args"] for each in pruning):
         if "--output" in short and settings.get("output_dir"):
             settings["output_dir"], moved = short["--output"], True

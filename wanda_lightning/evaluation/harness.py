@@ -1,5 +1,6 @@
 """lm-eval's own model class on a model in memory. Imports lm-eval, so nothing imports this before it is needed."""
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,6 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, distributed
 from typing_extensions import override
 
+from wanda_lightning import terminal
 from wanda_lightning.checkpoints.quiet import quiet
 
 if TYPE_CHECKING:
@@ -87,3 +89,39 @@ class InMemoryLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         with torch.no_grad():
             return self.model(inps, use_cache=False).logits  # nothing is generated: a cache would only take memory
+
+
+class Tqdm:
+    """What lm-eval uses of tqdm, shown as one of our bars.
+
+    Args:
+        steps: What to iterate over.
+        total: How many steps there are.
+        disable: Show nothing.
+        settings: What is left to us.
+    """
+
+    def __init__(
+        self, steps: Iterable[Any] = (), total: int | None = None, disable: bool = False, **settings: Any
+    ) -> None:
+        self.steps = [*steps]
+        self._bars = None if disable else terminal.progress("Zero-shot", total or len(self.steps))
+        if self._bars is not None:
+            self._bars.start()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Pass the steps on."""
+        for step in self.steps:
+            yield step
+            self.update()
+        self.close()
+
+    def update(self, steps: int = 1) -> None:
+        """Count steps."""
+        if self._bars is not None:
+            self._bars.advance(self._bars.task_ids[0], steps)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bars is not None:
+            self._bars.stop()

@@ -150,13 +150,20 @@ def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 
 @contextmanager
 def _subdued() -> Iterator[None]:
-    """Keep lm-eval from forking a pool for bootstrap errors (not safe beside CUDA) and from a bar for every task."""
-    from lm_eval.api import task
+    """Keep lm-eval from forking a pool for bootstrap errors (not safe beside CUDA) and from bars of its own."""
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    from wanda_lightning.evaluation.harness import Tqdm
 
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with replaced(task, "tqdm", lambda docs, **_: docs):
+        with (
+            replaced(task, "tqdm", lambda docs, **_: docs),
+            replaced(model, "tqdm", lambda texts, **_: texts),
+            replaced(huggingface, "tqdm", Tqdm),
+        ):
             yield
     finally:
         if before is None:

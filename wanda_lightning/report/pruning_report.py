@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.environment import environment
+from wanda_lightning.report.html.notebook import to_notebook
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction, reconstruction_table
-from wanda_lightning.report.linear_report import LinearReport, mean_error, mean_sparsity, order_of
-from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+from wanda_lightning.report.linear_report import ERROR, LinearReport, mean_error, mean_sparsity, order_of
+from wanda_lightning.report.on_terminal import to_table
+from wanda_lightning.report.samples import samples_table
+from wanda_lightning.report.tables import in_bytes, markdown_table, with_errors
 from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-ERROR = (
-    "error: how much of a linear's output on the calibration set the pruning changed, ||(W - W') X||² / ||W X||², mean "
-    "over linears; ~ where it is estimated from the norms of the inputs alone."
-)
 
 
 @dataclass
@@ -49,6 +47,8 @@ class PruningReport:
         magnitudes: How large the kept and the pruned weights were, by kind of linear.
         calibration: Where the calibration set came from.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
+        samples: How the model continued texts, by stage: ``{"dense": {"The capital of France is": " Paris."}}``.
+        training: Steps and losses of the training after the pruning.
         environment: Versions, machine and date.
     """
 
@@ -69,6 +69,8 @@ class PruningReport:
     magnitudes: dict[str, Magnitudes] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)
+    training: list[tuple[int, float]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=environment)
 
     @property
@@ -98,7 +100,7 @@ class PruningReport:
         """Return the tables as Markdown."""
         lines = [f"# {self.title}", "", *([f"Model: {self.model_name}.", ""] if self.model else []), self.summary, ""]
         lines += [f"Allocation: {self.allocation}.", ""] if self.allocation else []
-        for header, rows in self._tables():
+        for header, rows in self.tables():
             lines += [*markdown_table(header, rows), ""]
         lines += [ERROR, ""] if mean_error(self.linears) is not None else []
         return "\n".join(lines)
@@ -107,25 +109,16 @@ class PruningReport:
         """Return the tables for a rich console, the most wanted last, where the eye is.
 
         Args:
-            details: Whether to show all; else the evaluations alone.
+            details: Whether to show all; else the evaluations, and how texts are continued.
 
         Returns:
             What rich can print.
         """
-        from rich.console import Group
+        return to_table(self, details)
 
-        evaluation = self.evaluation_table()
-        others = [table for table in self._tables() if table != evaluation] if details else []
-        error = [ERROR] if details and mean_error(self.linears) is not None else []
-        model = [f"Model: {self.model_name}."] if self.model else []
-        return Group(
-            *(terminal_table(*table) for table in reversed(others)),
-            *error,
-            f"[bold]{self.title}[/bold]",
-            *model,
-            *([terminal_table(*evaluation)] if evaluation else []),
-            self.summary,
-        )
+    def _repr_html_(self) -> str:
+        """Show it in a notebook."""
+        return to_notebook(self)
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
@@ -167,9 +160,11 @@ class PruningReport:
         return ["evaluation", *values], rows
 
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
-        """Yield the tables that are not by layer, each a header and rows of text."""
+        """Yield the tables that are not by layer, each a header and rows of text as Markdown has it."""
         if evaluation := self.evaluation_table():
             yield evaluation
+        if samples := samples_table(self.samples):
+            yield samples
         if self.matches:
             yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
         if self.not_pruned:
@@ -194,7 +189,8 @@ class PruningReport:
         other = self.seconds - sum(self.seconds_by_phase.values())
         return {**self.seconds_by_phase, **({"other": max(0.0, other)} if self.seconds_by_phase else {})}
 
-    def _tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+    def tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
+        """Yield all tables, each a header and rows of text as Markdown has it."""
         yield from self.overview()
         costs = [["order", self.order]] if self.order else []
         costs += [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]

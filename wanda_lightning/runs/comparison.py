@@ -12,6 +12,8 @@ from wanda_lightning.report.shrinking import SHRINKING, Shrinking
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
 
+DATA = ("sequence_length", "evaluation", "source", "num_samples")
+"""What figures depend on, of the data."""
 TEXT = (0, 1, 3)
 """The columns of the table that hold words."""
 
@@ -57,14 +59,16 @@ class Comparison:
         self.runs = [_read(Path(folder)) for folder in folders]
 
     def label(self, run: Run) -> str:
-        """Name a run's method: with its folder where another run has the same."""
+        """Name a run's method: with its model and data where others have other ones, else its folder if need be."""
+        named = ", ".join(filter(None, (title_of(run.method), title_of(run.allocation), self.distinction(run))))
+        alike = [r for r in self.runs if _asked(r) == _asked(run) and self.distinction(r) == self.distinction(run)]
+        return named if len(alike) == 1 else f"{named} in {run.folder.name}"
 
-        def what(run: Run) -> tuple[object, ...]:
-            return run.method, run.allocation, run.pattern, run.sparsity
-
-        alike = [other for other in self.runs if what(other) == what(run)]
-        name = ", ".join(filter(None, map(title_of, (run.method, run.allocation))))
-        return name if len(alike) == 1 else f"{name} in {run.folder.name}"
+    def distinction(self, run: Run) -> str:
+        """Say what tells a run's model and data from those of others; empty where all have the same."""
+        model = [Path(run.model.partition(", ")[0]).name] if len(self.models()) > 1 else []
+        data = [f"{what} {Path(str(run.data[what])).name}" for what in self._differing() if what in run.data]
+        return ", ".join(model + data)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row for each stage of each run; dense results that runs share appear once."""
@@ -73,14 +77,15 @@ class Comparison:
             for stage, metrics in run.evaluations.items():
                 shown = {key: value for key, value in metrics.items() if key != "sparsity"}
                 if stage == "dense":
-                    if shown in dense:
+                    if (shown, self.distinction(run)) in dense:
                         continue
-                    dense.append(shown)
+                    dense.append((shown, self.distinction(run)))
                 is_dense = stage in ("dense", "as loaded")
                 rows.append(
                     {
                         "run": "" if is_dense and len(self.runs) > 1 else str(run.folder),
                         "method": "" if is_dense else self.label(run),
+                        "of": self.distinction(run),
                         "pattern": "" if is_dense else run.pattern,
                         "sparsity": metrics.get("sparsity", 0.0 if is_dense else run.sparsity),
                         "stage": stage,
@@ -101,9 +106,13 @@ class Comparison:
             named = [f"the runs are of different models, so their figures do not compare: {'; '.join(models)}"]
         return named + [
             f"the runs differ in {what}, so their figures do not compare: {', '.join(map(str, sorted(found, key=str)))}"
-            for what in ("sequence_length", "evaluation", "source", "num_samples")
-            if len(found := {run.data[what] for run in self.runs if what in run.data}) > 1
+            for what, found in self._differing().items()
         ]
+
+    def _differing(self) -> dict[str, set[Any]]:
+        """Return the settings of the data that are not the same in all runs, with their values."""
+        values = {what: {run.data[what] for run in self.runs if what in run.data} for what in DATA}
+        return {what: found for what, found in values.items() if len(found) > 1}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the header and the rows, as text."""
@@ -136,6 +145,10 @@ class Comparison:
         plain = {"notes": self.notes(), "rows": self.rows()}
         write_text(Path(folder) / "comparison.md", self.to_markdown())
         write_text(Path(folder) / "comparison.json", json.dumps(plain, indent=2) + "\n")
+
+
+def _asked(run: Run) -> tuple[object, ...]:
+    return run.method, run.allocation, run.pattern, run.sparsity
 
 
 def _read(folder: Path) -> Run:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from wanda_lightning.runs.comparison import Comparison
 
 SUFFIXES = (".png", ".svg")
-STEP = 9  # points between the squares of N:M patterns at one sparsity
+LEVELS = (":", "-.", "--")  # of dense models
 Point = tuple[float, float]
 
 
@@ -39,8 +39,8 @@ def check(file: str | Path) -> Path:
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
     """Draw a metric of several runs against their sparsity, one line for each method.
 
-    N:M patterns are squares to the right of their sparsity, so that they do not hide what is unstructured; fine-tuned
-    models have hollow markers and dashed lines; the dense model is a level.
+    Every point is at the sparsity that was reached. N:M patterns are squares; fine-tuned models have hollow markers and
+    dashed lines; dense models are levels. Runs of other models or with other data are other lines, and named.
 
     Args:
         comparison: The runs.
@@ -61,52 +61,43 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
-    from matplotlib.transforms import offset_copy
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
     levels = [row["metrics"][metric] for row in rows]
     log_scale_if_wide(axes, levels)
     labels = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
-    for row in rows:
-        if row["stage"] in ("dense", "as loaded"):
-            axes.axhline(row["metrics"][metric], color="0.5", linestyle=":", label=row["stage"])
-    patterns: dict[float, list[str]] = {}
-    for number, label in enumerate(labels):
-        own = [row for row in rows if row["method"] == label]
-        beside = offset_copy(axes.transData, figure, x=STEP * (number + 1), units="points")
-        for stage in dict.fromkeys(row["stage"] for row in own):
-            style: dict[str, Any] = {"color": f"C{number}", "linestyle": "-" if stage == "pruned" else "--"}
-            style["markerfacecolor"] = style["color"] if stage == "pruned" else "white"
-            name = label if stage == "pruned" else f"{label}, {stage}"
-            points = sorted(
-                _point(row, metric) for row in own if row["stage"] == stage and row["pattern"] == "unstructured"
-            )
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="D" if stage == "merged" else "o", label=name, **style)
-            for row in own:
-                if row["stage"] == stage and row["pattern"] != "unstructured":
-                    x, y = _point(row, metric)
-                    axes.plot([x], [y], marker="s", transform=beside, **style | {"linestyle": "none"},
-                              label=None if points else f"{name} ({row['pattern']})")  # fmt: skip
-                    patterns.setdefault(x, []).append(row["pattern"])
-    for x, found in patterns.items():  # once above the picture: beside every point the names would overlap
-        axes.annotate(
-            f"■ {', '.join(dict.fromkeys(found))}", (x, 1), xycoords=("data", "axes fraction"), fontsize="small",
-            xytext=(STEP * (len(labels) + 1) / 2, 4), textcoords="offset points", ha="center",
-        )  # fmt: skip
-    axes.dataLim.update_from_data_y(levels, ignore=True)  # what is drawn beside its place does not count otherwise
-    axes.autoscale_view(scalex=False)
-    pruned = [_point(row, metric)[0] for row in rows if row["method"]]
+    dense = [row for row in rows if row["stage"] in ("dense", "as loaded")]
+    for number, row in enumerate(dense):
+        name = ", ".join(filter(None, (row["stage"], row["of"])))
+        axes.axhline(row["metrics"][metric], color="0.5", linestyle=LEVELS[number % len(LEVELS)], label=name)
+    pruned = [row for row in rows if row["method"]]
+    series: dict[tuple[str, str, str], list[Point]] = {}
+    for row in pruned:
+        points = series.setdefault((row["method"], row["stage"], row["pattern"]), [])
+        points.append((round(100 * row["sparsity"], 2), row["metrics"][metric]))
+    for (label, stage, pattern), points in series.items():
+        color = f"C{labels.index(label)}"
+        unstructured = pattern == "unstructured"
+        name = ", ".join([label, *([] if unstructured else [pattern]), *([] if stage == "pruned" else [stage])])
+        axes.plot(
+            *zip(*sorted(points), strict=True),
+            color=color,
+            label=name,
+            marker="s" if not unstructured else "D" if stage == "merged" else "o",
+            markerfacecolor=color if stage == "pruned" else "white",
+            linestyle="none" if not unstructured else "-" if stage == "pruned" else "--",
+        )
     if pruned:
-        axes.set_xlim(min(pruned) - 5, max(pruned) + 5)
+        places = [x for points in series.values() for x, _ in points]
+        axes.set_xlim(min(places) - 5, max(places) + 5)
     axes.xaxis.set_major_locator(MultipleLocator(10))
     axes.set_xlabel("sparsity of the pruned linears (%)")
     axes.set_ylabel(metric.removeprefix("val/"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     if models := comparison.models():
-        figure.text(0.01, 0.01, "; ".join(models), fontsize="x-small")
+        axes.set_title("; ".join(models), fontsize="x-small", loc="left")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished)
 
@@ -120,7 +111,3 @@ def log_scale_if_wide(axes: Any, levels: Sequence[float]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _point(row: dict[str, Any], metric: str) -> Point:
-    return round(100 * row["sparsity"], 2), row["metrics"][metric]

@@ -93,7 +93,7 @@ def _callbacks(
     for name, (method, pattern, split) in runs.items():
         kind: dict[str, Any] = {"allocation": split}
         kind |= {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
-        callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, **kind))
+        callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, prompts=[], **kind))
     return callbacks
 
 

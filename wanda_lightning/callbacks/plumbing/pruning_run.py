@@ -17,6 +17,7 @@ from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progre
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
+from wanda_lightning.callbacks.plumbing.samples import samples_of
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
@@ -178,8 +179,8 @@ class PruningRun:
     def add_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the metrics of a validation into the report, under the stage that the weights are in."""
         self.look_again(trainer, module)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self.results.add_evaluation(self.stage(module), metrics, trainer, self.asked.folder(trainer))
+        metrics, said = metrics_of(trainer), samples_of(trainer, module, self.asked.prompts)
+        self.results.add_evaluation(self.stage(module), metrics, said, trainer, self.asked.folder(trainer))
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
         """Find the linears that have zeros to keep, and what they were pruned to, where that is known."""
@@ -241,3 +242,8 @@ def _selection(model: nn.Module, asked: "PruningCallback") -> Selection:
 
 def _was_pruned(found: PruningReport, met: bool) -> bool:
     return met or found.sparsity >= NOTABLE
+
+
+def metrics_of(trainer: Trainer) -> dict[str, float]:
+    """Return what the last validation gave."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from wanda_lightning.callbacks.plumbing.run_identity import (
     describe_calibration,
@@ -63,12 +64,16 @@ class RunFiles:
         until_saved = self._unfinished is not None and self._unfinished.until_saved
         if self.asked.resume is None and not until_saved and not is_on_disk(find_model(module)):
             self.forget_layers(trainer)
-        self.end_run()
+        folder = self.asked.folder(trainer)  # every process must ask for it
+        if self.end_run() and (report := self.results.report) is not None:
+            rank_zero_info(report.summary)
+            rank_zero_info(f"The report is in {folder}: report.html, pruning.md, pruning.json")
 
-    def end_run(self) -> None:
-        """End a run: write the results, unless it is part of a longer one."""
-        if self.results.end():
+    def end_run(self) -> bool:
+        """End a run: write the results, unless it is part of a longer one; return whether it is not."""
+        if ended := self.results.end():
             self.will_save = False
+        return ended
 
     def abandon(self) -> None:
         """End a run that failed: earlier results stay, and others may go on with the layers that are finished."""

@@ -14,6 +14,7 @@ from wanda_lightning.callbacks.plumbing.stage import Stage
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.engine.measured_sparsity import FOUND, Lists, disagreements, has_zeros_at, linears_of, sample_zeros
 from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.report.loss_curve import Point, add_point, is_wanted
 from wanda_lightning.report.pruning_report import PruningReport
 
 REPORT = "pruning.json"
@@ -27,6 +28,8 @@ class RunReport:
     Attributes:
         report: What was pruned; None before that.
         evaluations: Metrics by stage.
+        samples: What the model said, by stage and prompt.
+        training: The loss since the pruning, by step.
         trained: Whether the weights were trained since they were pruned.
         came_with_zeros: Whether they had zeros of an earlier pruning.
     """
@@ -34,6 +37,8 @@ class RunReport:
     def __init__(self) -> None:
         self.report: PruningReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
+        self.samples: dict[str, dict[str, str]] = {}
+        self.training: list[Point] = []
         self.trained = self.came_with_zeros = False
         self._zeros: dict[str, Tensor] = {}  # samples of them, to know the weights again
         self._begun = 0
@@ -47,19 +52,30 @@ class RunReport:
 
     def forget(self) -> None:
         """Begin anew, for other weights."""
-        self.report, self.evaluations, self._zeros = None, {}, {}
+        self.report, self.evaluations, self.samples, self.training, self._zeros = None, {}, {}, [], {}
         self.trained = self.came_with_zeros = False
 
     def take(self, report: PruningReport, model: nn.Module, layers: Lists) -> None:
         """Take a new report of a model as it is now."""
         report.linears = [replace(row, name=name_without_adapters(row.name)) for row in report.linears]
         report.magnitudes = {name_without_adapters(kind): counts for kind, counts in report.magnitudes.items()}
-        report.evaluations = self.evaluations
+        report.evaluations, report.samples, report.training = self.evaluations, self.samples, self.training
         self.report, self._zeros = report, sample_zeros(linears_of(model, report, layers))
 
-    def add_evaluation(self, stage: Stage, metrics: dict[str, float], trainer: Trainer, folder: Path) -> None:
-        """Keep metrics under the stage that the weights are in; if there is a report, log and save them too."""
+    def note_step(self, trainer: Trainer, outputs: Any) -> None:
+        """Keep the loss of a training step; Lightning divides it where gradients are accumulated."""
+        self.trained = True
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor) and is_wanted(self.training, trainer.global_step):
+            add_point(self.training, trainer.global_step, float(loss) * trainer.accumulate_grad_batches)
+
+    def add_evaluation(
+        self, stage: Stage, metrics: dict[str, float], samples: dict[str, str], trainer: Trainer, folder: Path
+    ) -> None:
+        """Keep metrics and texts under the stage that the weights are in; if there is a report, log and save them."""
         self.evaluations[stage] = metrics
+        if samples:
+            self.samples[stage] = samples
         if self.report is not None:
             log_evaluation(self.report, stage, trainer)
             self.save(trainer, folder)
@@ -127,6 +143,8 @@ class RunReport:
         return {
             "report": report,
             "evaluations": self.evaluations,
+            "samples": self.samples,
+            "training": self.training,
             "trained": self.trained,
             "came_with_zeros": self.came_with_zeros,
             "zeros": self._zeros,
@@ -134,12 +152,14 @@ class RunReport:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave, also in an older version."""
-        self.evaluations, self.trained = state["evaluations"], state["trained"]
+        self.evaluations, self.samples = state["evaluations"], state.get("samples", {})
+        self.training, self.trained = state.get("training", []), state["trained"]
         self.came_with_zeros = state.get("came_with_zeros", "as loaded" in self.evaluations)
         self._zeros = state.get("zeros", {})
         self.report = PruningReport.from_dict(state["report"]) if state["report"] else None
         if self.report is not None:
-            self.report.evaluations = self.evaluations
+            self.report.evaluations, self.report.samples = self.evaluations, self.samples
+            self.report.training = self.training
 
 
 def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:

@@ -65,9 +65,9 @@ def heat_map(
     )
 
 
-def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], level: Show) -> Markup:
-    """Draw a line for each series over the same labels, from 0 up; None leaves a gap."""
-    top, levels = _levels(max(value for values in series.values() for value in values if value is not None))
+def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], level: Show, low: float = 0) -> Markup:
+    """Draw a line for each series over the same labels, from ``low`` up; None leaves a gap."""
+    top, levels = _levels(max(value - low for values in series.values() for value in values if value is not None))
     marks = "".join(f'<path class="rule" d="M0 {_y(mark, top)}H{len(labels)}"/>' for mark in levels)
     legend = ""
     for number, (name, values) in enumerate(series.items()):
@@ -78,8 +78,8 @@ def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], l
             if value is None:
                 pen = "M"
                 continue
-            path, pen = f"{path}{pen}{place + 0.5} {_y(value, top)}", "L"
-            dots += f"M{place + 0.5} {_y(value, top)}h0"
+            path, pen = f"{path}{pen}{place + 0.5} {_y(value - low, top)}", "L"
+            dots += f"M{place + 0.5} {_y(value - low, top)}h0"
         marks += f'<path {style} d="{path}"><title>{escape(name)}</title></path>'
         marks += f'<path class="dots" stroke="var(--c{color})" d="{dots}"/>'
         line = ("solid", "dashed", "dotted")[min(dashed, 2)]
@@ -88,7 +88,9 @@ def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], l
             "</span></div>"
         )
     texts = "".join(
-        f'<span class="level" style="top: {_y(mark, top)}%">{level(mark)}</span>' for mark in levels if mark
+        f'<span class="level" style="top: {_y(mark, top)}%">{level(low + mark)}</span>'
+        for mark in levels
+        if mark or low
     )
     return Markup(
         f'<figure class="plot"><div class="legend">{legend}</div><div class="area"><svg '

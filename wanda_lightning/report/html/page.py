@@ -1,5 +1,6 @@
 """A pruning report as one HTML file that needs no network and no scripts; ``page.html`` is its template."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
 from wanda_lightning.report.html.charts import bars, breakable, heat_map, histograms, lines
 from wanda_lightning.report.layer_reconstruction import reconstruction_table
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
+from wanda_lightning.report.loss_curve import averaged
+from wanda_lightning.report.samples import prompts_of
 from wanda_lightning.report.tables import in_bytes
 from wanda_lightning.report.weight_magnitudes import ZERO
 
@@ -40,6 +43,8 @@ def to_html(report: "PruningReport") -> str:
     page = _PAGES.get_template("page.html").render(
         report=report,
         evaluation=report.evaluation_table(),
+        prompts=prompts_of(report.samples),
+        training=_training(report),
         errors=_errors(report),
         reconstruction=_reconstruction(report),
         sparsities=_sparsities(report),
@@ -66,6 +71,19 @@ def _errors(report: "PruningReport") -> dict[str, Any] | None:
         "unseen": sum(row.tokens == 0 for row in report.linears),
         "figures": _by_layer(report, series, top, lambda value: f"{mark}{value:.4f}", "{:.3g}".format, "error"),
     }
+
+
+def _training(report: "PruningReport") -> dict[str, Any] | None:
+    """Draw the loss, from a round number below its least value up."""
+    points = [(step, loss) for step, loss in averaged(report.training, 40) if math.isfinite(loss)]
+    if len(points) < 2:
+        return None
+    losses = [loss for _, loss in points]
+    spread = max(losses) - min(losses) or 1.0
+    unit = 10.0 ** math.floor(math.log10(spread))
+    low = max(0.0, math.floor(min(losses) / unit) * unit)
+    curve = lines({"loss": losses}, [str(step) for step, _ in points], "{:.4g}".format, low)
+    return {"curve": curve, "steps": report.training[-1][0], "averaged": len(points) < len(report.training)}
 
 
 def _reconstruction(report: "PruningReport") -> dict[str, Any] | None:

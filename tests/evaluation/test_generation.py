@@ -1,0 +1,76 @@
+"""What a model says, against a loop that asks for one token after another."""
+
+import pytest
+import torch
+from helpers import tiny_llama
+from transformers import GenerationConfig
+
+from wanda_lightning.evaluation.generation import PROMPTS, continue_prompts
+from wanda_lightning.runs.generation import generate
+
+
+def one_by_one(model, tokenizer, prompt: str, tokens: int) -> str:
+    """Without a cache and without generate."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(tokens):
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+
+
+def test_the_most_likely_token_each_time(model, tokenizer):
+    said = continue_prompts(model, tokenizer, tokens=12)
+    assert list(said) == list(PROMPTS)
+    assert said == {prompt: one_by_one(model, tokenizer, prompt, 12) for prompt in PROMPTS}
+    assert len(set(said.values())) == 3
+
+
+def test_settings_of_sampling_in_the_model_do_not_count(model, tokenizer):
+    before = continue_prompts(model, tokenizer, ["Sparse"], 8)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=50, top_p=0.9, eos_token_id=tokenizer.eos_token_id
+    )
+    assert continue_prompts(model, tokenizer, ["Sparse"], 8) == before
+
+
+def test_a_text_ends_where_the_context_does(model, tokenizer):
+    prompt = "a b c d e f " * 10
+    length = len(tokenizer(prompt)["input_ids"])
+    assert 128 - 40 < length < 128
+    said = continue_prompts(model, tokenizer, [prompt])[prompt]
+    assert said == one_by_one(model, tokenizer, prompt, 128 - length)
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    model.train()
+    model.lm_head.eval()
+    state = torch.get_rng_state()
+    continue_prompts(model, tokenizer, ["x"], 2)
+    assert model.training
+    assert not model.lm_head.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("prompts", ["one text", ["fine", " "], [3]])
+def test_prompts_that_are_none(model, tokenizer, prompts):
+    with pytest.raises(ValueError, match="prompts must be a list of texts"):
+        continue_prompts(model, tokenizer, prompts)
+
+
+def test_from_the_folder_of_a_model_or_of_a_run(tiny_model_folder, tokenizer, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "model").symlink_to(tiny_model_folder)
+    said = generate(str(run), ["Sparse"], 5)
+    assert said == generate(str(tiny_model_folder), ["Sparse"], 5)
+    assert said == {"Sparse": one_by_one(tiny_llama(vocab_size=len(tokenizer)), tokenizer, "Sparse", 5)}
+    with pytest.raises(ValueError, match="tokens must be"):
+        generate(str(run), tokens=0)

@@ -1,0 +1,42 @@
+"""``wanda-lightning generate``."""
+
+from typing import Literal
+
+from wanda_lightning.cli.commands import run_function
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def generate(
+    pretrained: str, prompts: list[str], tokens: int = 40, dtype: Dtype = "auto", device: str | None = None
+) -> None:
+    """Let a model continue texts, always with its most likely next token.
+
+    Args:
+        pretrained: The folder of a run or of a model, a hub name, or a .gguf file.
+        prompts: Texts, in quotes. Default: the three of the reports.
+        tokens: Tokens to add to each, at most.
+        dtype: Data type of the weights. Default: the checkpoint's.
+        device: Where it computes. Default: a GPU, if there is one.
+    """
+    from wanda_lightning.runs import generation
+
+    for prompt, said in generation.generate(pretrained, prompts or (), tokens, dtype, device).items():
+        print(f"{prompt}{said}\n")
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``wanda-lightning generate``."""
+    run_function(
+        "generate",
+        generate,
+        arguments,
+        pretrained={"type": str, "metavar": "DIR", "help": "Folder of a run or of a model, hub name, or .gguf file."},
+        prompts={
+            "nargs": "*",
+            "type": str,
+            "default": [],
+            "metavar": "PROMPT",
+            "help": "A text to continue.",
+        },
+    )

@@ -1,0 +1,75 @@
+"""What ``--help`` says of the sub-commands of LightningCLI: the options that matter, before torch is imported."""
+
+from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.short_options import METHODS
+
+ALL = "--help-all"
+
+_OPTIONS = {
+    "MODEL": "a hub name, a folder or a .gguf file",
+    "--method NAME": f"{', '.join(METHODS)}; by default wanda",
+    "--sparsity FRACTION": "how many of the weights go, in [0, 1); by default 0.5",
+    "--pattern N:M": "keep N of every M consecutive inputs, such as 2:4",
+    "--methods LIST": "such as '[Wanda, SparseGPT]'",
+    "--sparsities LIST": "such as '[0.4, 0.6]'",
+    "--patterns LIST": "such as '[\"2:4\"]'",
+    "--max_perplexity_increase X": "how much worse it may get: the most sparsity within that is searched for",
+    "--max_steps N": "training steps",
+    "--data TEXT": "to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set",
+    "--eval TEXT": "to evaluate with, named alike; by default a part of the other",
+    "--output DIR": "where model and report go",
+    "--num_samples N": "calibration windows, by default 128",
+    "--sequence_length N": "tokens in a window, by default up to 2048",
+    "--dtype NAME": "float32, bfloat16 or float16; by default the checkpoint's",
+    "--push_to_hub ME/NAME": "push the saved model to the hub, with its card",
+    "--prompt TEXT": "a text that the model continues in the report, instead of three short ones; may be repeated",
+    "--overwrite": "replace other results that are there",
+    "-c RECIPE": "start from a recipe, see `wanda-lightning recipes`; options override it",
+    "-v, -q": "show also what was done to every layer; show nothing but warnings",
+    ALL: "every option, also of the Trainer",
+}
+_SAVING = ("--push_to_hub ME/NAME",)
+_PRUNING = ("--method NAME", "--sparsity FRACTION", "--pattern N:M", "--prompt TEXT")
+_SEARCHING = ("--max_perplexity_increase X",)
+_SWEEPING = ("--methods LIST", "--sparsities LIST", "--patterns LIST")
+_TRAINING = ("--max_steps N",)
+_LEFT_OUT = {
+    "prune": (*_SWEEPING, *_SEARCHING, *_TRAINING),
+    "fit": (*_SWEEPING, *_SEARCHING),
+    "sweep": (*_PRUNING, *_SEARCHING, *_TRAINING, *_SAVING),
+    "search": (*_PRUNING[1:], *_SWEEPING, *_TRAINING, *_SAVING),
+    "validate": (
+        *_PRUNING,
+        *_SWEEPING,
+        *_SEARCHING,
+        *_TRAINING,
+        *_SAVING,
+        "--num_samples N",
+        "--output DIR",
+        "--overwrite",
+    ),
+}
+_LEFT_OUT["test"] = _LEFT_OUT["validate"]
+
+_PARTS = """\
+A recipe or a config.yaml sets all options; those after it override it. Help on parts:
+  --model.help CausalLM   --data.help TextDataModule   --trainer.callbacks.help WandaPruning"""
+
+
+def usage(name: str) -> str:
+    """Return the first line of a sub-command's help."""
+    return f"wanda-lightning {name} [MODEL] [-c RECIPE] [--option value ...]"
+
+
+def description(name: str) -> str:
+    """Describe a sub-command and its most useful options.
+
+    Args:
+        name: A sub-command of LightningCLI.
+
+    Returns:
+        What its help says below the usage.
+    """
+    options = [f"  {option:<22}  {text}" for option, text in _OPTIONS.items() if option not in _LEFT_OUT[name]]
+    listed = "\n".join(["The options that matter most:", *options])
+    return f"{COMMANDS[name].description}\n\n{listed}\n\n{_PARTS}"

@@ -1,0 +1,85 @@
+"""What a model says: prompts continued greedily, so that dense, pruned and trained can be read side by side."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, there was a",
+    "Water boils when",
+)
+"""The same in every report, so that reports can be compared."""
+TOKENS = 40
+# What the files of a model say of sampling does not hold here; None keeps transformers from warning of it.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+def continue_prompts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str] = PROMPTS,
+    tokens: int = TOKENS,
+) -> dict[str, str]:
+    """Let a model continue prompts, always with its most likely next token; nothing is random.
+
+    Each prompt is a batch of its own, so that no padding changes what is said. No chat template is applied.
+
+    Args:
+        model: A causal language model, on its device; it keeps its mode.
+        tokenizer: The tokenizer that belongs to it.
+        prompts: Texts, none of them empty.
+        tokens: Tokens to add to each, at most; fewer where the model ends its text, or its context does.
+
+    Returns:
+        What was added, by prompt.
+
+    Raises:
+        ValueError: If a prompt is empty.
+    """
+    check_prompts(prompts)
+    config: Any = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    training = [module for module in model.modules() if module.training]
+    said = {}
+    model.eval()
+    try:
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            ids_1T = inputs["input_ids"]
+            room = min(tokens, limit - ids_1T.shape[1])
+            with torch.no_grad():
+                whole_1T: Any = model.generate(
+                    input_ids=ids_1T,
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=room,
+                    pad_token_id=end,
+                    **GREEDY,
+                )
+            said[prompt] = str(tokenizer.decode(whole_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
+    finally:
+        for module in training:
+            module.training = True
+    return said
+
+
+def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
+    """Refuse prompts that are no texts.
+
+    Args:
+        prompts: Texts.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If they are no list of texts, or one is empty.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ValueError(f"prompts must be a list of texts, none of them empty, got {prompts!r}")
+    return prompts

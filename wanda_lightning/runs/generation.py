@@ -1,0 +1,41 @@
+"""Text from a saved model, for ``wanda-lightning generate``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wanda_lightning.arguments import whole_number
+from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
+from wanda_lightning.checkpoints.quiet import quiet_if_small
+from wanda_lightning.evaluation.generation import PROMPTS, TOKENS, check_prompts, continue_prompts
+
+
+def generate(
+    pretrained: str, prompts: Sequence[str] = (), tokens: int = TOKENS, dtype: str = "auto", device: str | None = None
+) -> dict[str, str]:
+    """Let a saved model continue texts, always with its most likely next token.
+
+    Args:
+        pretrained: The folder of a run, of which the saved model is taken, or what ``load_model`` takes.
+        prompts: Texts. Default: those of the reports.
+        tokens: Tokens to add to each, at most.
+        dtype: Data type of the weights. Default: the checkpoint's.
+        device: Where it computes. Default: a GPU, if there is one.
+
+    Returns:
+        What was added, by prompt.
+
+    Raises:
+        ValueError: If there is no such model, it has no tokenizer, or a prompt is empty.
+    """
+    whole_number("tokens", tokens, 1)
+    check_prompts(prompts)
+    run = Path(pretrained).expanduser()
+    of_run = (run / "model/config.json").is_file() and not (run / "config.json").exists()
+    folder = str(run / "model") if of_run else pretrained
+    with quiet_if_small(folder):
+        model: Any = load_model(folder, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return continue_prompts(model.to(device), load_tokenizer(folder), prompts or PROMPTS, tokens)
