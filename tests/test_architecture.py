@@ -24,7 +24,7 @@ ROOMS = {
     "statistics": {"solvers"},
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
-    "calibration": {"model", "statistics"},
+    "calibration": {"model", "solvers", "statistics"},
     "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
     "training": {"arguments", "model", "sparsity"},

@@ -7,7 +7,10 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any
 
+from torch import Tensor
+
 from wanda_lightning.calibration.calibrated_layer import hidden_states_of
+from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dry_run import Arguments
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.model.decoder import DecoderLayer
@@ -31,15 +34,21 @@ class DenseStream:
         copies: dict[int, MutableMapping[Any, Any]] = {}
         self._arguments = [[_with_own_dicts(call, copies) for call in calls] for calls in arguments]
 
-    def advance(self, number: int, layer: DecoderLayer) -> None:
+    def advance(self, number: int, layer: DecoderLayer, record: DenseInputs | None = None) -> None:
         """Pass a layer, which is dense still.
 
         Args:
             number: Its place among the layers, from 0.
             layer: The layer.
+            record: Keeps what enters its linears, where that is wanted.
         """
         for batch, (args, kwargs) in enumerate(self._arguments[number]):
-            self.hidden_BTD[batch] = hidden_states_of(layer.module(self.hidden_BTD[batch], *args, **kwargs))
+            hidden_BTD = self.hidden_BTD[batch]
+
+            def run(hidden_BTD: Tensor = hidden_BTD, args: Any = args, kwargs: Any = kwargs) -> Tensor:
+                return hidden_states_of(layer.module(hidden_BTD, *args, **kwargs))
+
+            self.hidden_BTD[batch] = record.record(hidden_BTD, run) if record else run()
         self._arguments[number] = []
 
 

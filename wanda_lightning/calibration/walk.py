@@ -15,6 +15,7 @@ from torch import nn
 
 from wanda_lightning.calibration.batches import Batch, model_inputs
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer, hidden_states_of
+from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.hidden_states import Place
@@ -33,6 +34,7 @@ def walk(
     batches: Iterable[Batch],
     activations: Place = "device",
     with_dense: bool = False,
+    with_dense_inputs: bool = False,
 ) -> Iterator[CalibratedLayer]:
     """Visit the decoder layers in order, each with the inputs that the layers before it give as they are now.
 
@@ -47,6 +49,7 @@ def walk(
         activations: Where the hidden states wait between two layers: ``"device"``, ``"cpu"`` or ``"disk"``.
         with_dense: Whether the hidden states of the dense model go along: each layer runs once more, as it is before
             it is visited.
+        with_dense_inputs: Whether also what enters the linears in the dense model goes along.
 
     Yields:
         The layer and what enters it.
@@ -61,16 +64,19 @@ def walk(
     hidden_BTD, arguments, masks_BT = dry_run(uncompiled(model), modules, batches, activations)
     if first is not None:
         _check_activations(model, layers, first)
-    dense = DenseStream(hidden_BTD, arguments) if with_dense else None
+    dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None
     for index, layer in enumerate(layers):
         memory = _size(layer.module) if is_offloaded(layer.module) else None
         is_last = index + 1 == len(layers)
         dense_BTD = dense.hidden_BTD if dense else None
-        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last, dense_BTD)
+        seen = DenseInputs(layer, activations) if with_dense_inputs else None
+        step = CalibratedLayer(layer, hidden_BTD, arguments[index], masks_BT, memory, is_last, dense_BTD, seen)
         with in_memory(layer.module):
             if dense:
-                dense.advance(index, layer)
+                dense.advance(index, layer, seen)
             yield step
+            if seen:
+                seen.drop()
             if not is_last:
                 step.advance()
         arguments[index] = []

@@ -54,6 +54,7 @@ class PruningCallback(SparseFinetuning):
         true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
             passes. Default: in one, or in two where the memory does not suffice.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
+        dense_target: Prune, in place of each weight, one that makes up for what the pruned layers before have changed.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -77,6 +78,7 @@ class PruningCallback(SparseFinetuning):
         overwrite: bool = False,
         true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
+        dense_target: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
@@ -84,9 +86,12 @@ class PruningCallback(SparseFinetuning):
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation)
+            if dense_target:
+                raise ValueError("a gradual schedule goes on from a pruned model: leave dense_target or schedule out")
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir = num_samples, output_dir
-        self.activations, self.resume, self.reconstruction = activations, resume, reconstruction
+        self.activations, self.resume = activations, resume
+        self.reconstruction, self.dense_target = reconstruction, dense_target
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 
@@ -192,20 +197,21 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this callback's files go; every process must ask for it.
-
-        That is ``output_dir``, else the Trainer's ``log_dir``. Of several pruning callbacks with the same folder the
-        second takes ``pruning-2`` in it, and so on.
-        """
-        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
-        number = alike.index(self) + 1 if self in alike else 1
-        return folder if number == 1 else folder / f"pruning-{number}"
+        """Return where this callback's files go, ``output_dir`` or the ``log_dir``; every process must ask for it."""
+        return _own_folder(self, trainer)
 
 
 def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
     """List the pruning callbacks of a Trainer."""
     return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, PruningCallback)]
+
+
+def _own_folder(asked: PruningCallback, trainer: Trainer) -> Path:
+    """Of several pruning callbacks with the same folder the second takes ``pruning-2`` in it, and so on."""
+    folder = Path(asked.output_dir or trainer.log_dir or trainer.default_root_dir)
+    alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == asked.output_dir]
+    number = alike.index(asked) + 1 if asked in alike else 1
+    return folder if number == 1 else folder / f"pruning-{number}"
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -38,6 +38,10 @@ def decide_order(plan: Plan, inputs: CalibratedLayer | None, processes: Processe
                 "passes"
             )
     lacks = [each for each in processes.gather(lack) if each]
+    if lacks and plan.dense_target:
+        raise ValueError(
+            f"dense_target needs one pass, and {lacks[0]}: use fewer samples, or activations='cpu' or 'disk'"
+        )
     if lacks:
         log.warning("every layer is passed twice: %s", lacks[0])
     return plan.in_order(one_pass=not lacks)
@@ -52,7 +56,10 @@ def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
         return None
     devices = {torch.device("cpu")}
     if place == "device":
-        devices = {inputs.hidden_BTD[0].device, *(linear.weight.device for linear in linears if not linear.weight.is_meta)}
+        devices = {
+            inputs.hidden_BTD[0].device,
+            *(linear.weight.device for linear in linears if not linear.weight.is_meta),
+        }
     for device in devices:
         free = free_memory(device)
         if free is not None and waiting > free:

@@ -50,6 +50,7 @@ def prune_model(
     exact_error: bool = False,
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
+    dense_target: bool = False,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -82,6 +83,9 @@ def prune_model(
             pass is enough. False: two passes, one for the statistics of the whole layer and one for its outputs, as
             the published code has it. Default: one pass, or two where the memory does not suffice for one.
         reconstruction: Train what is kept of each layer, so that the layer gives what it gave in the dense model.
+        dense_target: Prune, in place of each weight, one that makes up for what the pruned layers before have changed, as
+            far as that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`.
+            Needs one pass.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -109,7 +113,7 @@ def prune_model(
     clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     selection = Selection(targets, ignore, layers, allocation)
-    plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction)
+    plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction, dense_target)
     check_pruning(model, plan, calibration is not None, journal)
     report, zeros = plan.new_report(), ZeroCount(model)
     with _left_as_found(model):
@@ -151,7 +155,8 @@ def _visit(
             with in_memory(layer.module):
                 yield layer, None
     else:
-        for step in walk(model, plan.layers, batches, activations, with_dense=plan.reconstruction is not None):
+        trains = plan.reconstruction is not None
+        for step in walk(model, plan.layers, batches, activations, trains, plan.dense_target):
             yield step.layer, step
 
 
