@@ -17,10 +17,10 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.both_streams import BothStreams
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer, check_statistics
-from wanda_lightning.calibration.collector import by_module, real_inputs
+from wanda_lightning.calibration.collector import by_module
 from wanda_lightning.calibration.hidden_states import HiddenStates
-from wanda_lightning.calibration.input_drift import InputDrift, held_out_for_target
 from wanda_lightning.calibration.resumable import Resumable, pause
 from wanda_lightning.model.experts import expert_inputs
 from wanda_lightning.model.linears import EXPERT_OUTPUT, PrunableLinear
@@ -83,8 +83,7 @@ class OnePass:
         self._stop: nn.Module | None = None  # that batches wait at
         self._arrived: dict[int, list[Any]] = {}  # what enters fused experts, by batch, where they are the stop
         self._batch = 0  # that is running
-        self._dense = inputs.dense_inputs
-        self._streams: dict[int, dict[nn.Module, Tensor]] = {}  # residual streams, by batch and module that reads them
+        self._streams = BothStreams(inputs)
 
     def parts(self) -> Generator[Part]:
         """Take the batches through; when all are behind the layer, its outputs are what enters the next one.
@@ -162,9 +161,7 @@ class OnePass:
             for module in self._modules:
                 handle = module.register_forward_pre_hook(self._called, with_kwargs=True)
                 hooks.callback(handle.remove)
-            readers = self._dense.readers if self._dense else None
-            for reader in {reader for reader in (readers or {}).values() if reader is not None}:
-                hooks.callback(reader.register_forward_pre_hook(self._reads_stream, with_kwargs=True).remove)
+            hooks.enter_context(self._streams.watched(lambda: self._batch))
             yield
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,30 +209,8 @@ class OnePass:
         if is_first:
             self._sources.append(_Source(module, self._empty(linear)))
         source = self._sources[-1]
-        self._count(source.statistic, linear, inputs[0])
+        self._streams.count(source.statistic, linear, inputs[0], self._batch)
         source.inputs[self._batch] = ref(inputs[0])
-
-    def _count(self, statistic: InputStatistic, linear: PrunableLinear, x: Tensor) -> None:
-        """Add the real tokens of the running batch to a statistic, beside those of the dense model if they are there."""
-        batch, mask_BT = self._batch, self._inputs.masks_BT[self._batch]
-        dense = self._dense.of(linear.module, batch) if self._dense else None
-        if not isinstance(statistic, InputDrift) or self._dense is None or dense is None:
-            statistic.update(real_inputs(x, mask_BT, linear))
-            return
-        pairs = [(dense, x)]
-        if linear.module in (readers := self._dense.readers or {}):
-            reader = readers[linear.module]
-            stream = self._streams[batch].pop(reader) if reader else self._inputs.hidden_BTD[batch]
-            dense_stream = self._dense.of(reader, batch)
-            assert dense_stream is not None
-            pairs.append((dense_stream, stream))
-        (dense, x), *streams = [tuple(real_inputs(tensor, mask_BT, linear) for tensor in pair) for pair in pairs]
-        is_held_out = batch in held_out_for_target(len(self._inputs.hidden_BTD))
-        statistic.update_with_dense(x, dense, {linear.name: pair for pair in streams}, is_held_out)
-
-    def _reads_stream(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the residual stream as it is before a linear adds to it."""
-        self._streams.setdefault(self._batch, {})[module] = [*args, *kwargs.values()][0]
 
 
 def _checked(statistics: dict[str, InputStatistic], linears: Sequence[PrunableLinear]) -> Part:

@@ -54,7 +54,7 @@ class PruningCallback(SparseFinetuning):
         true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
             passes. Default: in one, or in two where the memory does not suffice.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
-        dense_target: Prune, in place of each weight, one that makes up for what the pruned layers before have changed.
+        dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
 
     Raises:
         ValueError: If the settings contradict each other.

@@ -83,9 +83,9 @@ def prune_model(
             pass is enough. False: two passes, one for the statistics of the whole layer and one for its outputs, as
             the published code has it. Default: one pass, or two where the memory does not suffice for one.
         reconstruction: Train what is kept of each layer, so that the layer gives what it gave in the dense model.
-        dense_target: Prune, in place of each weight, one that makes up for what the pruned layers before have changed, as
-            far as that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`.
-            Needs one pass.
+        dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it, as far as
+            that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`. Needs
+            one pass.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on

@@ -1,4 +1,4 @@
-"""The weight that a linear should have, unpruned, to give on the pruned model's inputs what it gives in the dense model.
+"""The weight with which a linear gives on the pruned model's inputs what it gives in the dense model.
 
 With X the inputs in the dense model, X~ those in the pruned one, H = X~^T X~, and Y what the linear is to give, W + D^T
 with D = H^-1 X~^T (Y - X~ W^T) is the least-squares solution; every method can prune that weight with H as it prunes W.
