@@ -3,8 +3,8 @@
     python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--order two one] [--seeds 0 1 2]
         [--tasks TASK ... --include-path FOLDER]
 
-Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in two passes over
-them, or in one (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
+Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in one pass over
+them, or in two (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
 lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown table: means over the seeds, with
 standard deviations, and seconds a pruning.
 """
@@ -50,10 +50,12 @@ def main() -> None:
     parser.add_argument("evaluation")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="a sparsity, or n:m")
-    parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["two"], help="how many passes a layer")
+    parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["one"], help="how many passes a layer")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
+    parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--tasks", nargs="*", default=[], help="of lm-eval")
     parser.add_argument("--include-path", help="folder of task YAMLs")
     parser.add_argument("--limit", type=int, help="questions a task")
@@ -67,10 +69,10 @@ def main() -> None:
             options.calibration,
             options.evaluation,
             tokenizer=module.tokenizer,
-            num_samples=32,
+            num_samples=options.num_samples,
             sequence_length=512,
             calibration_batch_size=options.batch_size,
-            max_evaluation_windows=40,
+            max_evaluation_windows=options.evaluation_windows,
             seed=seed,
         )
         for seed in options.seeds

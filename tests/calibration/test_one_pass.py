@@ -314,15 +314,19 @@ def test_what_waits_is_moved_to_disk(llama, batches, monkeypatch):
     assert set(seen) == {0}
 
 
-def test_a_set_that_cannot_wait_is_refused_before_anything_changes(llama, batches, monkeypatch):
-    before = copy.deepcopy(llama)
+def test_a_set_that_cannot_wait_is_refused_or_passed_twice(llama, batches, monkeypatch, caplog):
+    before, twice, asked = (copy.deepcopy(llama) for _ in range(3))
     waiting = 4 * 2 * 16 * 4 * (64 + 2 * 32)  # four batches of 2 x 16 tokens in float32, before down_proj
-    monkeypatch.setattr("wanda_lightning.engine.checks.free_memory", lambda device: waiting - 1)
+    monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device: waiting - 1)
     with pytest.raises(ValueError, match=r"one pass holds .* 64 KiB .*model\.layers\.0.*true_sequential=False"):
         prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True)
     assert differing(llama, before) == []
+    assert prune_model(twice, batches, Wanda(), Unstructured(0.5)).order == "two passes"
+    assert "every layer is passed twice: one pass holds" in caplog.text
+    prune_model(asked, batches, Wanda(), Unstructured(0.5), true_sequential=False)
+    assert differing(twice, asked) == []
     prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations="disk")
-    monkeypatch.setattr("wanda_lightning.engine.checks.free_memory", lambda device: waiting)
+    monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device: waiting)
     prune_model(before, batches, Wanda(), Unstructured(0.5), true_sequential=True)
     assert differing(llama, before) == []
 

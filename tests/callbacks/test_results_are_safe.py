@@ -71,7 +71,7 @@ def test_a_run_that_fails_leaves_the_results_of_the_one_before(tmp_path, monkeyp
     [
         ({"sparsity": 0.75}, "sparsity: 0.5 there, 0.75 now"),
         ({"ignore": ["q_proj"]}, "ignore: None there, "),
-        ({"true_sequential": True}, "true_sequential: False there, True now"),
+        ({"true_sequential": True}, "true_sequential: None there, True now"),
     ],
 )
 def test_results_of_other_settings_are_not_overwritten_silently(tmp_path, settings, named):

@@ -102,13 +102,13 @@ MODELS = {
 }
 
 
-ONE_PASS = {"true_sequential": True}
+TWO_PASSES = {"true_sequential": False}
 
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [(Magnitude(), {}), (Wanda(), {}), (SparseGPT(block_size=16), {}), (SparseGPT(block_size=16), ONE_PASS)],
-    ids=["Magnitude", "Wanda", "SparseGPT", "SparseGPT, one pass"],
+    [(Magnitude(), {}), (Wanda(), TWO_PASSES), (SparseGPT(block_size=16), TWO_PASSES), (SparseGPT(block_size=16), {})],
+    ids=["Magnitude", "Wanda, two passes", "SparseGPT, two passes", "SparseGPT"],
 )
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
 @pytest.mark.parametrize("model", MODELS)
@@ -240,9 +240,9 @@ def test_another_run_is_refused_and_nothing_changed(other, recorded, solved):
 
 
 def test_a_run_of_two_passes_does_not_go_on_from_one_of_one(tmp_path):
-    run(tmp_path, **ONE_PASS)
+    run(tmp_path)
     with pytest.raises(ValueError, match=r"another run.*true_sequential: True there, None now"):
-        run(tmp_path)
+        run(tmp_path, **TWO_PASSES)
 
 
 def test_another_precision_is_refused(recorded):

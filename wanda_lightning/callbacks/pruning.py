@@ -85,12 +85,9 @@ class PruningCallback(SparseFinetuning):
         self.method.check(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
-            schedule.check(method, self.pattern, allocation)
-            if dense_target:
-                raise ValueError("a gradual schedule goes on from a pruned model: leave dense_target or schedule out")
+            schedule.check(method, self.pattern, allocation, dense_target)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
-        self.num_samples, self.output_dir = num_samples, output_dir
-        self.activations, self.resume = activations, resume
+        self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
         self.reconstruction, self.dense_target = reconstruction, dense_target
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
@@ -197,21 +194,16 @@ class PruningCallback(SparseFinetuning):
             self.keep_zeros(trainer, pl_module)
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this callback's files go, ``output_dir`` or the ``log_dir``; every process must ask for it."""
-        return _own_folder(self, trainer)
+        """Return where the files go, for the second callback of a folder ``pruning-2`` in it; each process must ask."""
+        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
+        number = alike.index(self) + 1 if self in alike else 1
+        return folder if number == 1 else folder / f"pruning-{number}"
 
 
 def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
     """List the pruning callbacks of a Trainer."""
     return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, PruningCallback)]
-
-
-def _own_folder(asked: PruningCallback, trainer: Trainer) -> Path:
-    """Of several pruning callbacks with the same folder the second takes ``pruning-2`` in it, and so on."""
-    folder = Path(asked.output_dir or trainer.log_dir or trainer.default_root_dir)
-    alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == asked.output_dir]
-    number = alike.index(asked) + 1 if asked in alike else 1
-    return folder if number == 1 else folder / f"pruning-{number}"
 
 
 def run_folder(trainer: Trainer) -> Path:
