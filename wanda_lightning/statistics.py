@@ -71,7 +71,7 @@ class InputStatistic(ABC):
         self.is_summed, self.tokens, self.owner = True, tokens, owner
         if owner != rank:
             for tensor in self.sums:
-                tensor.set_(tensor.new_empty(0))
+                tensor.data = tensor.new_empty(0)
 
     @abstractmethod
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor: ...
