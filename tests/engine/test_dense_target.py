@@ -28,7 +28,7 @@ FAMILIES = {
     ),
     "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZE, max_position_embeddings=64)),
 }
-# What reads the residual stream that a linear adds its output to. Gemma norms the outputs first, Falcon adds two at once.
+# What reads the residual stream that a linear adds its output to. Gemma norms outputs first, Falcon adds two at once.
 STREAMS = {
     "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
     "GPT-2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
@@ -63,7 +63,9 @@ def seen_by(model, batches):
         model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: torch.cat([x.flatten(0, -2) for x in some]) for name, some in seen.items() if some and some[0].dim() > 2}
+    return {
+        name: torch.cat([x.flatten(0, -2) for x in some]) for name, some in seen.items() if some and some[0].dim() > 2
+    }
 
 
 class Noted(Wanda):
