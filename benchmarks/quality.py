@@ -18,9 +18,12 @@ from collections.abc import Sequence
 import torch
 
 from wanda_lightning import (
+    ADMM,
+    RIA,
     Ablate,
     CausalLM,
     Magnitude,
+    Reconstruction,
     SparseGPT,
     TextDataModule,
     Unstructured,
@@ -34,13 +37,18 @@ from wanda_lightning.sparsity import Pattern, parse_pattern
 METHODS = {
     "magnitude": Magnitude(),
     "Wanda": Wanda(),
+    "RIA": RIA(),
     "Wanda variant": Wanda(variant=True),
     "SparseGPT": SparseGPT(),
     "Ablate (Wanda, sequential)": Ablate("wanda", "sequential"),
     "Ablate (Wanda, iterative)": Ablate("wanda", "iterative"),
     "Ablate (magnitude, sequential)": Ablate("magnitude", "sequential"),
     "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
+    "SparseGPT, refined": SparseGPT(refine=20),
+    "ADMM (balanced)": ADMM(),
+    "ADMM, reconstruction (best)": ADMM(),
 }
+RECONSTRUCTION = {"ADMM, reconstruction (best)": Reconstruction(epochs=8, lr=1e-3)}  # as in best.yaml
 
 
 def main() -> None:
@@ -89,9 +97,10 @@ def main() -> None:
             accuracies = [100 * metrics[f"{name}/acc"] for name in names]
         return [perplexity(of, data[0]), *accuracies]
 
-    def pruned_results(method: PruningMethod, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
-        pruned = copy.deepcopy(model)
-        report = prune_model(pruned, seed.calibration_dataloader(), method, pattern, true_sequential=one_pass)
+    def pruned_results(name: str, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
+        pruned, settings = copy.deepcopy(model), {"true_sequential": one_pass}
+        settings["reconstruction"] = RECONSTRUCTION.get(name)
+        report = prune_model(pruned, seed.calibration_dataloader(), METHODS[name], pattern, **settings)
         return [*results(pruned), report.seconds]
 
     print("| " + " | ".join(["method", "pattern", "passes", "perplexity", *names, "seconds"]) + " |")
@@ -102,7 +111,7 @@ def main() -> None:
         if (method.statistic is None and order != options.order[0]) or not takes(method, pattern):
             continue  # magnitude has no passes
         seeds = data if method.statistic else data[:1]
-        found = [pruned_results(method, pattern, order == "one", seed) for seed in seeds]
+        found = [pruned_results(name, pattern, order == "one", seed) for seed in seeds]
         cells = [name, setting, order if method.statistic else "", *map(with_spread, zip(*found, strict=True))]
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -126,7 +135,7 @@ def perplexity(model: torch.nn.Module, data: TextDataModule) -> float:
     metric = Perplexity().to(model.device)
     for batch in data.val_dataloader():
         ids = batch["input_ids"].to(model.device)
-        metric.update(model(ids, use_cache=False).logits, ids)
+        metric.update_from(model, {"input_ids": ids}, ids)
     return metric.compute().item()
 
 

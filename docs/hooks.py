@@ -15,6 +15,7 @@ PACKAGE = ROOT / "wanda_lightning"
 BESIDE_THE_CODE = {
     "architecture.md": "wanda_lightning/README.md",
     "benchmarks.md": "benchmarks/README.md",
+    "examples.md": "examples/README.md",
     "recipes.md": "wanda_lightning/recipes/README.md",
 }
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")
@@ -53,6 +54,8 @@ def page_of(source: str) -> str:
         if source == beside:
             return page
     folder, _, rest = source.partition("/")
+    if folder == "examples":  # all on one page; a notebook is the Python file it is made of
+        return f"examples.md#{rest.replace('.ipynb', '.py').replace('.', '')}"
     return f"reference/{rest.partition('/')[0].removesuffix('.py')}.md" if folder == "wanda_lightning" else rest
 
 
@@ -70,6 +73,15 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, f"reference/{room}.md", content=reference(room, modules)))
 
 
+def examples() -> str:
+    """Write the examples out, each under its name."""
+    languages = {".py": "python", ".sbatch": "bash"}
+    files = [file for file in sorted((ROOT / "examples").iterdir()) if file.suffix in languages]
+    return "".join(
+        f"\n## {file.name}\n\n```{languages[file.suffix]}\n{file.read_text(encoding='utf-8')}```\n" for file in files
+    )
+
+
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Turn links between files of the repository, as a forge follows them, into links between pages."""
     here = page.file.src_uri
@@ -78,4 +90,4 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         target = normpath(join(dirname(source_of(here)), match[1]))
         return relpath(page_of(target), dirname(here) or ".")
 
-    return LINK.sub(link, markdown)
+    return LINK.sub(link, markdown) + (examples() if here == "examples.md" else "")

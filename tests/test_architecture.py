@@ -25,8 +25,8 @@ ROOMS = {
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
     "calibration": {"model", "solvers", "statistics"},
-    "allocation": {"arguments", "model", "methods", "sparsity", "statistics"},
     "report": {"model", "atomic_files"},
+    "allocation": {"arguments", "calibration", "model", "methods", "report", "sparsity", "statistics"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
         "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "sparsity",
@@ -42,8 +42,8 @@ ROOMS = {
         "model", "report", "sparsity", "training",
     },
     "runs": {
-        "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "methods", "model", "report", "sparsity",
-        "training",
+        "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",
+        "methods", "model", "report", "sparsity", "training",
     },
     "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),

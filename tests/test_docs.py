@@ -27,6 +27,7 @@ NEW_METHOD = DOCS / "adding-a-method.md"
 PAGES = {
     "README": ROOT / "README.md",
     "architecture": PACKAGE / "README.md",
+    "examples": ROOT / "examples/README.md",
     **{room: PACKAGE / room / "README.md" for room in ("calibration", "solvers", "engine")},
     "benchmarks": ROOT / "benchmarks/README.md",
     "recipes": FOLDER / "README.md",

@@ -41,6 +41,7 @@ def test_links_between_files_are_links_between_pages(site):
     """A link to a file beside the code works on a forge; on the site it leads to the page made of that file."""
     assert 'href="../benchmarks/#larger-than-memory"' in (site / "large-models/index.html").read_text()
     assert 'href="../reference/methods/"' in (site / "adding-a-method/index.html").read_text()
+    assert 'href="../examples/#transformers_trainerpy"' in (site / "fine-tuning/index.html").read_text()
     assert 'href="../adding-a-method/"' in (site / "architecture/index.html").read_text()
 
 

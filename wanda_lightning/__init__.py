@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.moved import MovedModules
 
-__version__ = "0.1.0.dev0"
-
 _MODULES = {
     "sparsity": (
         "SemiStructured",
@@ -30,6 +28,9 @@ _MODULES = {
         "SparseGPT",
         "Wanda",
     ),
+    "allocation.atp": ("ATP",),
+    "allocation.least_loss": ("LeastLoss",),
+    "allocation.owl": ("OWL",),
     "allocation.schedule": ("Gradual",),
     "engine.journal": ("Journal",),
     "engine.processes": ("Processes",),
@@ -67,14 +68,20 @@ _MODULES = {
         "WandaPruning",
         "ZeroShotEvaluation",
     ),
+    "callbacks.transformers_trainer": ("KeepZeros",),
     "runs.causal_lm": ("CausalLM",),
     "runs.comparison": ("Comparison",),
+    "runs.generation_speed": ("measure_speed",),
+    "runs.search_result": ("SearchResult",),
     "runs.trainer": ("PruningTrainer",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
+    from wanda_lightning.allocation.atp import ATP
+    from wanda_lightning.allocation.least_loss import LeastLoss
+    from wanda_lightning.allocation.owl import OWL
     from wanda_lightning.allocation.schedule import Gradual
     from wanda_lightning.callbacks import (
         AblatePruning,
@@ -87,6 +94,7 @@ if TYPE_CHECKING:
         WandaPruning,
         ZeroShotEvaluation,
     )
+    from wanda_lightning.callbacks.transformers_trainer import KeepZeros
     from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
     from wanda_lightning.checkpoints.saving import save_pretrained
     from wanda_lightning.data import TextDataModule
@@ -102,6 +110,8 @@ if TYPE_CHECKING:
     from wanda_lightning.report.pruning_report import PruningReport
     from wanda_lightning.runs.causal_lm import CausalLM
     from wanda_lightning.runs.comparison import Comparison
+    from wanda_lightning.runs.generation_speed import measure_speed
+    from wanda_lightning.runs.search_result import SearchResult
     from wanda_lightning.runs.trainer import PruningTrainer
     from wanda_lightning.sparsity import SemiStructured, Unstructured
     from wanda_lightning.statistics import InputHessian, InputNorm
@@ -113,10 +123,22 @@ sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, "__version__"])
+
+
+def _version() -> str:
+    """Return the version that was installed, which comes from the tags of the repository."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("wanda-lightning")
+    except PackageNotFoundError:  # used from a folder
+        return "unknown"

@@ -5,7 +5,6 @@ import sys
 import warnings
 from pkgutil import resolve_name
 
-from wanda_lightning import __version__
 from wanda_lightning.cli.commands import COMMANDS
 
 _PURPOSES = "\n".join(f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items())
@@ -33,6 +32,8 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
     elif arguments[0] == "--version":
+        from wanda_lightning import __version__
+
         print(f"wanda-lightning {__version__}")
     else:
         try:

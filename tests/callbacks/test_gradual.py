@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import (
     MagnitudePruning,
@@ -255,6 +256,8 @@ def test_training_that_ends_too_early_says_so(tmp_path, caplog):
     [
         ({"pattern": "2:4"}, "prunes unstructured patterns only, got 2:4"),
         ({"allocation": {"q_proj": 0.2}}, "prunes all linears alike, got the allocation"),
+        ({"allocation": OWL()}, r"prunes all linears alike, got the allocation OWL\("),
+        ({"allocation": OWL(), "pattern": "2:4", "schedule": None}, r"OWL\(.*splits an unstructured sparsity"),
         ({"sparsity": 0.3, "schedule": Gradual(0, 8, 2, initial=0.4)}, "starts at sparsity 0.4, above the final 0.3"),
     ],
 )

@@ -8,6 +8,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from wanda_lightning.allocation.atp import ATP
+from wanda_lightning.allocation.least_loss import LeastLoss
+from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
@@ -312,6 +315,23 @@ def test_allocation_and_layers_reach_the_engine(tmp_path):
     assert again.report.method.startswith("already pruned")
     trainer(tmp_path, even, max_steps=1).fit(module, SomebodysData())
     assert even.report.method == "Wanda(variant=False)"
+
+
+@pytest.mark.parametrize("allocation", [OWL(spread=0.1), ATP(), LeastLoss(choices=["dense", "2:4", "1:4"])], ids=str)
+def test_an_allocator_reaches_the_engine(tmp_path, allocation):
+    module, plain = SomebodysModule(), SomebodysModule()
+    callback = MagnitudePruning(sparsity=0.5, allocation=allocation, output_dir=str(tmp_path))
+    trainer(tmp_path, callback, max_steps=2).fit(module, SomebodysData())
+    report = prune_model(plain.net, batches(seed=3), Magnitude(), Unstructured(0.5), allocation=allocation)
+    found = json.loads((tmp_path / "pruning.json").read_text())
+    assert found["allocation"]["patterns"] == report.allocation.patterns
+    assert found["settings"]["allocation"] == str(allocation)
+    for row in report.linears:  # also after training
+        zeros = plain.net.get_parameter(f"{row.name}.weight") == 0
+        assert torch.equal(module.net.get_parameter(f"{row.name}.weight") == 0, zeros)
+    again = MagnitudePruning(sparsity=0.5, allocation=allocation, overwrite=True)
+    trainer(tmp_path / "again", again, max_steps=1).fit(module, SomebodysData())
+    assert again.report.method.startswith("already pruned")
 
 
 @pytest.mark.parametrize("callback", [WandaPruning, MagnitudePruning])

@@ -48,6 +48,7 @@ def test_results_are_metrics_of_validation(tiny_model_folder, tmp_path):
     assert logged.keys() == {
         *(f"{TASK}/{metric}" for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")),
         "mean/acc",
+        "mean/acc_stderr",
     }
     details = json.loads((tmp_path / "zero_shot/validate.json").read_text())
     assert details["results"][TASK]["acc,none"] == expected[f"{TASK}/acc"]

@@ -1,9 +1,9 @@
 """Runs the command line in processes of their own, as often as asked; importing everything, which takes long, once.
 
 Each line of the input is JSON. It asks for a run: its ``arguments`` and ``folder``, how many ``seconds`` a layer takes
-longer than it would, so that a signal can hit one, and which ``step`` is to crash; the answer is the process id. Or it
-asks to ``wait`` for a process; the answer is the exit code. What a run says goes to ``output`` in its folder, the
-layers that it solves to ``solved``. Used by test_crashes.py.
+longer than it would, so that a signal can hit one, which ``step`` is to crash, ``variables`` of its environment; the
+answer is the process id. Or it asks to ``wait`` for a process; the answer is the exit code. What a run says goes to
+``output`` in its folder, the layers that it solves to ``solved``. Used by test_crashes.py and test_preempted_job.py.
 """
 
 import json
@@ -39,7 +39,10 @@ def slowed_down(seconds: float, solved: Path) -> None:
     pruner.prune_layer = slow
 
 
-def run(arguments: list[str], folder: str, seconds: float, step: str | None) -> None:
+def run(
+    arguments: list[str], folder: str, seconds: float, step: str | None, variables: dict[str, str] | None = None
+) -> None:
+    os.environ |= variables or {}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     os.chdir(folder)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

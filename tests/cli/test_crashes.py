@@ -49,10 +49,13 @@ class Server:
 class Run:
     """A run of the command line that has been started."""
 
-    def __init__(self, server: Server, folder: Path, arguments: list[str], seconds: float, step: str | None) -> None:
+    def __init__(
+        self, server: Server, folder: Path, arguments: list[str], seconds: float, step: str | None,
+        variables: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.server, self.folder = server, folder
         self._before, self._solved_before = len(self._output()), len(self._solved())
-        self.pid = server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step)
+        self.pid = server.ask(arguments=arguments, folder=str(folder), seconds=seconds, step=step, variables=variables)
         self._code: int | None = None
 
     def end(self) -> int:
@@ -303,6 +306,46 @@ def test_a_sweep_leaves_no_layers(start, tmp_path):
     assert run.end() == 0, run.said
     assert (tmp_path / "results/wanda-0.5/pruning.json").exists()
     assert not [*tmp_path.rglob("unfinished")]
+
+
+def trials_of(folder: Path) -> int:
+    file = folder / "results/search.json"
+    return len(json.loads(file.read_text())["trials"]) if file.exists() else 0
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_end(start, tmp_path):
+    """Killed within its second trial, and again when it prunes to what it has found."""
+    options = ["--max_perplexity_increase=0.5", "--step=0.125", "--held_out_windows=2"]
+    whole = start(tmp_path / "whole", *options, command="search", recipe="search", seconds=0)
+    assert whole.end() == 0, whole.said
+    for number in (1, trials_of(tmp_path / "whole")):
+        run = start(tmp_path / "parts", *options, command="search", recipe="search")
+        run.wait_for(lambda: trials_of(run.folder) >= number)  # noqa: B023 (called before it changes)
+        at = len(run.solved)
+        run.wait_for(lambda: len(run.solved) > at + 2)  # noqa: B023
+        assert run.kill() == -signal.SIGKILL, run.said
+        assert trials_of(run.folder) == number
+    rest = start(tmp_path / "parts", *options, command="search", recipe="search", seconds=0)
+    assert rest.end() == 0, rest.said
+    assert len(rest.solved) <= LAYERS  # the trials were kept
+    found = [tmp_path / name / "results" for name in ("whole", "parts")]
+    for name in ("search.json", "search.md"):
+        assert (found[0] / name).read_text() == (found[1] / name).read_text()
+    assert digests(found[0] / "model") == digests(found[1] / "model") != {}
+
+
+def test_a_search_that_cannot_end_well_ends_in_one_line(start, tmp_path):
+    for budget, message in (  # the perplexity of random weights falls
+        (["--metric=perplexity", "--max_drop=0"], "budget cannot be met, even the smallest sparsity is too much: 50 %"),
+        (["--max_bytes=10"], "budget cannot be met: at the largest sparsity, 50 %, the weights take "),
+    ):
+        options = [*budget, "--step=0.5", "--held_out_windows=2", "--overwrite"]
+        run = start(tmp_path, *options, command="search", recipe="search", seconds=0)
+        assert run.end() == 2, run.said
+        assert run.said.count("error: ") == 1
+        assert f"error: the {message}" in run.said
+        assert "Traceback" not in run.said
+        assert not (tmp_path / "results/model").exists()
 
 
 @pytest.fixture

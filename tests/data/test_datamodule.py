@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,30 @@ def test_a_separate_evaluation_file_leaves_both_whole(tokenizer, files):
     assert len(data.train_dataloader()) == len(tokens) // LENGTH
     tokens = tokens_of(tokenizer, evaluation.read_text())
     assert torch.equal(stack(data.val_dataloader()), tokens[: 7 * LENGTH].view(7, LENGTH))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_held_out_windows_are_of_the_source_and_seen_by_nobody_else(tokenizer, files, whole):
+    """Where calibration takes all of the text they lie between its windows, else in the part for training."""
+    source, other = files
+    settings = {"tokenizer": tokenizer, "num_samples": 3, "sequence_length": LENGTH, "batch_size": 2}
+    data = TextDataModule(str(source), str(other) if whole else None, **settings)
+    held_out, calibration = stack(data.held_out_dataloader(5)), stack(data.calibration_dataloader())
+    assert held_out.shape == (5, LENGTH)
+    text = source.read_text() if whole else open_source(str(source)).text("train")
+    held_out, calibration = ([tokenizer.decode(window) for window in each] for each in (held_out, calibration))
+    assert all(text.count(piece) == 1 for piece in held_out)
+    seen = [{*range(text.find(piece), text.find(piece) + len(piece))} for piece in [*held_out, *calibration * whole]]
+    assert all(one.isdisjoint(other) for number, one in enumerate(seen[:5]) for other in seen[number + 1 :])
+    assert whole or not any(piece in text for piece in calibration)
+
+
+def test_held_out_documents_are_those_behind_calibration(tokenizer):
+    documents = [f"{letter} " * 90 for letter in "abcdefg"]
+    data = TextDataModule(tokenizer=tokenizer, num_samples=3, sequence_length=8)
+    data._source = SimpleNamespace(text=lambda split: iter(documents))
+    assert ["".join(set(tokenizer.decode(w).split())) for w in stack(data.calibration_dataloader())] == [*"abc"]
+    assert ["".join(set(tokenizer.decode(w).split())) for w in stack(data.held_out_dataloader(2))] == [*"de"]
 
 
 def test_the_same_file_under_another_name_is_divided_all_the_same(tokenizer, files, monkeypatch):

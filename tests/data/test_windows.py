@@ -4,7 +4,13 @@ import random
 import pytest
 import torch
 
-from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+from wanda_lightning.data.windows import (
+    consecutive_windows,
+    document_windows,
+    random_windows,
+    tokenize,
+    windows_between,
+)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -35,6 +41,26 @@ def test_random_windows_of_the_shortest_text():
     assert random_windows(torch.arange(9), 3, 8, seed=0).tolist() == [list(range(8))] * 3
     with pytest.raises(ValueError, match=r"8 tokens.*sequence_length=8 need at least 9"):
         random_windows(torch.arange(8), 3, 8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "seed", "most"), [(0, 7, 0, 5), (6, 7, 1, 100), (20, 7, 2, 4), (9, 16, 3, 9)]
+)
+def test_windows_between_overlap_nothing_and_miss_no_room(samples, length, seed, most):
+    tokens = torch.arange(211)
+    taken = set(random_windows(tokens, samples, length, seed).flatten().tolist()) if samples else set()
+    windows = windows_between(tokens, samples, length, seed, most)
+    seen = windows.flatten().tolist()
+    assert torch.equal(windows, windows[:, :1] + torch.arange(length))  # each is a piece of the text
+    assert len(set(seen)) == len(seen)
+    assert taken.isdisjoint(seen)
+    free = "".join("x" if token in taken else "." for token in range(211)).split("x")
+    assert len(windows) == min(most, sum(len(gap) // length for gap in free))
+
+
+def test_no_room_between_windows_is_an_error():
+    with pytest.raises(ValueError, match=r"100 random windows of sequence_length=9 leave no room.*20 tokens"):
+        windows_between(torch.arange(20), 100, 9, seed=0, max_windows=1)
 
 
 def test_consecutive_windows_drop_the_rest():

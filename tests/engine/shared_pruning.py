@@ -7,6 +7,7 @@ import torch
 from helpers import Forked, tiny_llama, tiny_mixtral, token_batches
 from torch import distributed, multiprocessing
 
+from wanda_lightning import OWL, LeastLoss
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
@@ -25,6 +26,7 @@ RUNS = {
     **{name: (method, Unstructured(0.5)) for name, method in METHODS.items()},
     **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
     **{f"{name}, one pass": (METHODS[name], Unstructured(0.5)) for name in ("wanda", "sparsegpt")},
+    "wanda, OWL": (METHODS["wanda"], Unstructured(0.5)),
 }
 BATCHES = token_batches(batches=4, batch_size=2, length=32)
 
@@ -38,6 +40,7 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     journal = Journal(folder / f"{model} {name}") if folder else None
     batches = BATCHES[processes.rank :: processes.size]
     settings = {"processes": processes, "journal": journal, "true_sequential": name.endswith("one pass")}
+    settings["allocation"] = OWL(factor=3) if name.endswith("OWL") else None
     report = prune_model(net, batches, method, pattern, **settings)
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
 
@@ -60,6 +63,16 @@ def aimed(processes: Processes, size: int):
     net = tiny_llama()
     report = prune_model(net, mine, SparseGPT(16), Unstructured(0.5), dense_target=True, processes=processes)
     return net.state_dict(), [row.dense_target for row in report.linears]
+
+
+def least_loss(processes: Processes):
+    """Each process measures and judges on batches of its own; all have to end with the same split."""
+    net = tiny_llama()
+    allocation = LeastLoss(step=0.125, rounds=2)
+    report = prune_model(
+        net, BATCHES[processes.rank :: processes.size], "wanda", 0.5, allocation=allocation, processes=processes
+    )
+    return net.state_dict(), (dict(report.allocation.patterns), report.allocation.story)
 
 
 def forked(processes: Processes):
@@ -105,6 +118,7 @@ def run(rank: int, size: int, folder: str) -> None:
     found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
     found |= {(model, "reconstruction"): reconstruct(processes, model, size) for model in MODELS}
     found["aimed"] = aimed(processes, size)
+    found["least loss"] = least_loss(processes)
     found["refused"] = refused(processes)
     if size == 2:
         found["forked"] = forked(processes)

@@ -17,6 +17,7 @@ from helpers import digests, tiny_llama, tiny_mixtral, token_batches
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.checkpoints.loading import load_streamed
 from wanda_lightning.engine import journal as journal_module
 from wanda_lightning.engine.journal import Journal
@@ -200,6 +201,7 @@ OTHERS = {
     "targets": ({"targets": ["q_proj"]}, "targets: None there, ['q_proj'] now"),
     "ignore": ({"ignore": ["q_proj"]}, "ignore: None there, ['q_proj'] now"),
     "allocation": ({"allocation": {"q_proj": 0.25}}, "allocation: None there, {'q_proj': 0.25} now"),
+    "allocator": ({"allocation": OWL()}, "allocation: None there, 'OWL(factor=5.0, spread=0.08)' now"),
     "error": ({"exact_error": True}, "exact_error: False there, True now"),
     "passes": ({"true_sequential": False}, "true_sequential: True there, None now"),
     "calibration": ({"batches": token_batches(batches=3, seed=2)}, "calibration: ["),

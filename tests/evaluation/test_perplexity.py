@@ -1,8 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from helpers import tiny_llama, tiny_mixtral
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning.evaluation import Perplexity
 
@@ -68,3 +72,98 @@ def test_no_copy_of_the_logits_is_made(dtype):
     with LargestNew() as largest:
         metric.update(logits, labels)
     assert largest.numel == 128 * 300  # of the log-probabilities of 128 tokens
+
+
+def small(**settings):
+    return {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 0,
+    } | settings  # fmt: skip
+
+
+FAMILIES = {  # and whether the head is the last that they do
+    "Llama": (tiny_llama, True),
+    "Mixtral": (tiny_mixtral, True),
+    "GPT2": (lambda: build("GPT2", vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=400), True),
+    "GPTNeoX": (lambda: build("GPTNeoX", **small()), True),
+    "Mamba": (lambda: build("Mamba", vocab_size=300, hidden_size=32, num_hidden_layers=2), True),
+    "Gemma2, capped": (lambda: build("Gemma2", **small(final_logit_softcapping=3.0)), False),
+    "Gemma2": (lambda: build("Gemma2", **small(final_logit_softcapping=None)), True),
+    "Cohere, scaled": (lambda: build("Cohere", **small(logit_scale=0.25)), False),
+    "Granite, scaled": (lambda: build("Granite", **small(logits_scaling=4.0)), False),
+}
+
+
+def build(family, **settings):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**settings)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_a_chunk_at_a_time_give_the_same(family):
+    """Against the plain logits in float64, with padding, over two batches of windows that are no whole chunks."""
+    make, head_is_last = FAMILIES[family]
+    model, metric = make(), Perplexity()
+    total, count = 0.0, 0
+    for length in (300, 128):
+        ids = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[1, -20:] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        metric.update_from(model, {"input_ids": ids, "attention_mask": mask}, labels)
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask, use_cache=False).logits.double()
+        nll = -logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+        total, count = total + nll.sum().item(), count + mask[:, 1:].sum().item()
+    assert metric.nll.item() == pytest.approx(total, rel=1e-6)
+    assert metric.tokens.item() == count
+    assert metric.head_ends_model == head_is_last
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("length", [1, 2, 128, 129, 130])
+def test_windows_of_any_length(llama, length):
+    ids = torch.randint(0, 300, (2, length), generator=torch.Generator().manual_seed(0))
+    metric, plain = Perplexity(), Perplexity()
+    metric.update_from(llama, {"input_ids": ids}, ids)
+    with torch.no_grad():
+        plain.update(llama(ids).logits, ids)
+    assert metric.nll.item() == pytest.approx(plain.nll.item(), rel=1e-6)
+    assert metric.tokens == plain.tokens == 2 * (length - 1)
+
+
+def test_the_logits_of_a_batch_are_never_held():
+    llama = tiny_llama(max_position_embeddings=512, vocab_size=2000)
+    ids = torch.randint(0, 2000, (4, 512))
+    with LargestNew() as largest:
+        Perplexity().update_from(llama, {"input_ids": ids}, ids)
+    assert largest.numel == 128 * 2000  # plain they would be 16 times as many
+
+
+class Cut(torch.nn.Module):
+    """A model that hides its head, or calls it twice or by name."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.model, self.how = tiny_llama(), how
+
+    def get_output_embeddings(self):
+        return None if self.how == "hidden" else self.model.lm_head
+
+    def forward(self, **inputs):
+        hidden = self.model.model(**inputs).last_hidden_state
+        if self.how == "twice":
+            self.model.lm_head(hidden)
+        head = self.model.lm_head
+        return SimpleNamespace(logits=head(input=hidden) if self.how == "by name" else head(hidden))
+
+
+@pytest.mark.parametrize("how", ["hidden", "twice", "by name"])
+def test_heads_that_cannot_be_seen_are_run_whole(how):
+    model, metric, plain = Cut(how), Perplexity(), Perplexity()
+    ids = torch.randint(0, 300, (2, 60))
+    metric.update_from(model, {"input_ids": ids}, ids)
+    with torch.no_grad():
+        plain.update(model(input_ids=ids).logits, ids)
+    assert metric.nll == plain.nll
+    assert not metric.head_ends_model

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from wanda_lightning.evaluation import evaluate_zero_shot, load_tasks
 from wanda_lightning.evaluation.continuation import questions
+from wanda_lightning.evaluation.zero_shot import _metrics
 
 MULTIPLE_CHOICE = """\
 task: {name}
@@ -105,6 +106,17 @@ def test_equals_lm_eval_item_by_item(model, tokenizer, folder, num_fewshot):
         for metric in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
             assert result.metrics[f"local_choice/{metric}"] == expected["results"]["local_choice"][f"{metric},none"]
     assert result.metrics["mean/acc"] == result.metrics["local_choice/acc"]
+    assert result.metrics["mean/acc_stderr"] == result.metrics["local_choice/acc_stderr"]
+
+
+def test_the_error_of_a_mean_is_that_of_independent_samples():
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.03}, {"acc,none": 0.7, "acc_stderr,none": 0.04}
+    metrics = _metrics({"results": dict(zip("ab", values, strict=True))})
+    draws = np.random.default_rng(0).normal([0.5, 0.7], [0.03, 0.04], (200_000, 2)).mean(1)
+    assert metrics["mean/acc"] == pytest.approx(draws.mean(), rel=1e-3)
+    assert metrics["mean/acc_stderr"] == pytest.approx(draws.std(), rel=1e-2)
+    values[1]["acc_stderr,none"] = "N/A"
+    assert "mean/acc_stderr" not in _metrics({"results": dict(zip("ab", values, strict=True))})
 
 
 @pytest.mark.parametrize("added", [True, False])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mixtral, tiny_llama
+from helpers import mixtral, tiny_llama, token_batches
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +14,8 @@ from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.cli.compress import compress_command, decompress_command
 from wanda_lightning.export.compression import compress, decompress, load_compressed
+from wanda_lightning.export.size import CompressedSize, compressed_size
+from wanda_lightning.model.decoder import decoder_layers
 
 
 def pruned(folder: Path, dtype=torch.float32, pattern=Unstructured(0.5), **save) -> Path:  # noqa: B008 (frozen)
@@ -30,6 +32,19 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         and a[name].contiguous().flatten().view(torch.uint8).equal(b[name].contiguous().flatten().view(torch.uint8))
         for name in a
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.02, 0.5, 0.9])
+def test_the_size_is_known_before(tmp_path, dtype, sparsity):
+    """Calculated of the dense model, measured of the saved one, and written."""
+    model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    linears = [linear for layer in decoder_layers(model) for linear in layer.linears]
+    expected = CompressedSize(model).expected((linear, Unstructured(sparsity)) for linear in linears)
+    prune_model(model, token_batches(1), "wanda", sparsity)
+    model.save_pretrained(tmp_path / "model")
+    assert compressed_size(tmp_path / "model") == expected
+    assert compress(str(tmp_path / "model"), str(tmp_path / "small")).written == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,13 +1,15 @@
 import pytest
 
+from wanda_lightning import ATP, OWL, LeastLoss
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
 from wanda_lightning.methods.named import METHODS
 from wanda_lightning.report.titles import USUAL, title_of
 
 
 def test_the_usual_settings_are_those_of_the_methods():
-    assert {f"{name}({settings})" for name, settings in USUAL.items()} == {str(cls()) for cls in METHODS.values()}
-    assert {title_of(str(method())) for method in METHODS.values()} == {cls.__name__ for cls in METHODS.values()}
+    known = [*METHODS.values(), OWL, ATP, LeastLoss]
+    assert {f"{name}({settings})" for name, settings in USUAL.items()} == {str(cls()) for cls in known}
+    assert {title_of(str(cls())) for cls in known} == {cls.__name__ for cls in known}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.cli import ArgsType
 
 from wanda_lightning import (
+    ATP,
+    OWL,
     CausalLM,
     Magnitude,
     PruningTrainer,
@@ -17,7 +19,7 @@ from wanda_lightning import (
     ZeroShotEvaluation,
 )
 from wanda_lightning.cli.lightning_cli import PruningCLI, run
-from wanda_lightning.runs import sweep as sweep_module
+from wanda_lightning.runs import trials
 from wanda_lightning.runs.causal_lm import CausalLM as Module
 
 
@@ -57,13 +59,32 @@ def test_each_run_starts_from_the_dense_weights(tiny_model_folder, tmp_path):
     )
 
 
+def test_allocations_are_a_dimension(tiny_model_folder, tmp_path):
+    splits = [OWL(factor=2), ATP(0.1)]
+    comparison = trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude()], [0.5], ["2:4"], splits)
+    assert sorted(perplexities(tmp_path)) == [
+        "magnitude-0.5",
+        "magnitude-0.5-atp",
+        "magnitude-0.5-owl",
+        "magnitude-2of4",
+    ]
+    labels = [row["method"] for row in comparison.rows()]
+    assert labels == ["", "Magnitude", "Magnitude, OWL(factor=2)", "Magnitude, ATP(beta=0.1)", "Magnitude"]
+    assert len({*perplexities(tmp_path).values()}) == 4
+    report = json.loads((tmp_path / "magnitude-0.5-owl/pruning.json").read_text())
+    assert report["allocation"]["allocator"] == str(splits[0])
+    before = (tmp_path / "magnitude-0.5-owl/pruning.json").stat().st_mtime_ns
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude()], [0.5], ["2:4"], splits)
+    assert (tmp_path / "magnitude-0.5-owl/pruning.json").stat().st_mtime_ns == before  # done before
+
+
 def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     asked = [Magnitude(), Wanda()], [0.3, 0.6], []
     trainer(whole).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
     calls = []
-    original = sweep_module.prune
+    original = trials.prune
 
     def interrupted(*args, **kwargs):
         calls.append("prune")
@@ -71,7 +92,7 @@ def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sweep_module, "prune", interrupted)
+    monkeypatch.setattr(trials, "prune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trainer(parts).sweep(CausalLM(tiny_model_folder), data(), *asked)
     evaluations = []

@@ -234,7 +234,7 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_without_peft_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'wanda-lightning\[lora\]'"):
+    with pytest.raises(ValueError, match=r'pip install "wanda-lightning\[lora\]"'):
         add_adapters(tiny_llama(layers=1), LoraSettings())
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods import PruningMethod
@@ -79,7 +80,11 @@ class Gradual:
         return None if step < self.start else step - (step - self.start) % self.every
 
     def check(
-        self, method: PruningMethod, pattern: Pattern, allocation: Allocation | None, dense_target: bool = False
+        self,
+        method: PruningMethod,
+        pattern: Pattern,
+        allocation: Allocation | Allocator | None,
+        dense_target: bool = False,
     ) -> None:
         """Refuse what cannot be pruned in several steps.
 

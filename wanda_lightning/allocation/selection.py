@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation, allocate
 from wanda_lightning.model.decoder import DecoderLayer, count_matches, decoder_layers
 from wanda_lightning.sparsity import Pattern
@@ -18,13 +19,29 @@ class Selection:
         targets: Linears to prune; None for all but routers and thin ones.
         ignore: Linears to leave dense.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
-        allocation: Sparsities or ``"n:m"`` patterns that hold for some linears.
+        allocation: Sparsities or ``"n:m"`` patterns that hold for some linears, or what will decide by looking at the
+            model; until it has, the pattern holds for all.
     """
 
     targets: Sequence[str] | None = None
     ignore: Sequence[str] | None = None
     layers: str | None = None
-    allocation: Allocation | None = None
+    allocation: Allocation | Allocator | None = None
+
+    @property
+    def by_name(self) -> Allocation | None:
+        """What the user has decided for some linears."""
+        return None if isinstance(self.allocation, Allocator) else self.allocation
+
+    @property
+    def allocator(self) -> Allocator | None:
+        """What is to decide for all of them."""
+        return self.allocation if isinstance(self.allocation, Allocator) else None
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether what is to decide needs a calibration set for that."""
+        return self.allocator is not None and self.allocator.needs_batches
 
     def choose(self, model: nn.Module, pattern: Pattern) -> tuple[list[DecoderLayer], dict[str, Pattern]]:
         """Find the linears in a model.
@@ -41,8 +58,8 @@ class Selection:
         """
         decoder = decoder_layers(model, self.targets, self.ignore, self.layers)
         linears = [linear for layer in decoder for linear in layer.linears]
-        return decoder, allocate(linears, pattern, self.allocation)
+        return decoder, allocate(linears, pattern, self.by_name)
 
     def matches(self, decoder: Sequence[DecoderLayer]) -> dict[str, int]:
         """Count the linears that each of the name patterns fits."""
-        return count_matches(decoder, [*(self.targets or ()), *(self.ignore or ()), *(self.allocation or ())])
+        return count_matches(decoder, [*(self.targets or ()), *(self.ignore or ()), *(self.by_name or ())])

@@ -23,7 +23,7 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If there are no input_ids, or their type, shape, length or values are not the model's.
     """
-    inputs = _read(batch)
+    inputs = tensors_of(batch)
     ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
     if mask_BT is not None and mask_BT.shape != ids_BT.shape:
@@ -54,13 +54,13 @@ def count(batch: Batch) -> tuple[int, int]:
     Raises:
         ValueError: If there are no input_ids in it.
     """
-    inputs = _read(batch)
+    inputs = tensors_of(batch)
     ids_BT = inputs["input_ids"]
     mask_BT = inputs.get("attention_mask")
     return len(ids_BT), ids_BT.numel() if mask_BT is None else int((mask_BT != 0).sum())
 
 
-def _read(batch: Batch) -> dict[str, Tensor]:
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
     """Find the tensors of a batch that calibration needs; whatever else is in it, such as labels, is left alone."""
     inputs: dict[str, Any]
     if isinstance(batch, Mapping):

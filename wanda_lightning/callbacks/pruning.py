@@ -1,11 +1,13 @@
 """Pruning as a Lightning callback: prune once before training, keep the zeros while training, report."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
@@ -17,7 +19,8 @@ from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
-from wanda_lightning.sparsity import parse_pattern
+from wanda_lightning.sparsity import Unstructured, parse_pattern
+from wanda_lightning.training.masks import masks_of
 
 
 class PruningCallback(SparseFinetuning):
@@ -40,7 +43,8 @@ class PruningCallback(SparseFinetuning):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
-        allocation: Sparsities, or ``n:m``, of linears by name pattern, where not all are to be pruned alike.
+        allocation: Where not all are to be pruned alike: sparsities, or ``n:m``, of linears by name pattern; or what
+            splits the sparsity among them by looking at the model, such as ``OWL()``.
         layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
@@ -51,8 +55,7 @@ class PruningCallback(SparseFinetuning):
             until ``fit`` ends. Models that are streamed from disk have that folder in any case.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
-            passes. Default: in one, or in two where the memory does not suffice.
+        true_sequential: Prune each linear behind those before it, in one pass. Default: where the memory suffices.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
 
@@ -67,7 +70,7 @@ class PruningCallback(SparseFinetuning):
         pattern: str = "unstructured",
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
-        allocation: dict[str, float | str] | None = None,
+        allocation: Allocator | dict[str, str | float] | None = None,  # a float first would read 2:4 as 124
         layers: str | None = None,
         num_samples: int = 128,
         output_dir: str | None = None,
@@ -83,6 +86,8 @@ class PruningCallback(SparseFinetuning):
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
         self.method.check(self.pattern)
+        if isinstance(allocation, Allocator):
+            allocation.check_pattern(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
             schedule.check(method, self.pattern, allocation, dense_target)
@@ -185,8 +190,7 @@ class PruningCallback(SparseFinetuning):
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that were pruned, unless the schedule lets them grow back."""
         self._masks = None
-        linears, pruned_to = self.run.zeros_to_keep(find_language_model(pl_module))
-        self.mask(trainer, pl_module, linears, pruned_to)
+        self.mask(trainer, pl_module, masks_of(*self.run.zeros_to_keep(find_language_model(pl_module))))
 
     def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.run.prune_gradually(trainer, pl_module):
@@ -199,6 +203,23 @@ class PruningCallback(SparseFinetuning):
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1
         return folder if number == 1 else folder / f"pruning-{number}"
+
+
+def at_sparsity(callback: PruningCallback, sparsity: float, output_dir: str) -> PruningCallback:
+    """Make a callback that differs from another in its sparsity and its folder, and knows of no weights yet.
+
+    Args:
+        callback: The other; it prunes unstructured.
+        sparsity: Fraction of weights to prune, in [0, 1).
+        output_dir: Folder of its report.
+
+    Returns:
+        The new callback. It keeps no finished layers on disk.
+    """
+    other = copy(callback)
+    other.pattern, other.output_dir, other.resume = Unstructured(sparsity), output_dir, False
+    other.calibration, other.run = CalibrationBatches(callback.num_samples), PruningRun(other)
+    return other
 
 
 def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:

@@ -1,7 +1,7 @@
 """Fine-tuning that keeps the zeros of a pruned model."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,11 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
-from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.language_model import find_language_model
-from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.sparsity import Pattern
-from wanda_lightning.training.masks import WeightMasks, zeros_by_design
+from wanda_lightning.training.masks import WeightMasks, masks_of_decoder
 
 log = logging.getLogger(__name__)
 
@@ -63,30 +59,17 @@ class SparseFinetuning(Callback):
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
-        layers = decoder_layers(find_language_model(pl_module), targets=["*"], layers=self.layers)
-        self.mask(trainer, pl_module, [linear for layer in layers for linear in layer.linears])
-        if self._masks is None or not self._masks.masks:
-            log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
+        self.mask(trainer, pl_module, masks_of_decoder(pl_module, self.layers))
 
-    def mask(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        linears: Sequence[PrunableLinear],
-        pruned_to: Mapping[str, Pattern] | None = None,
-    ) -> None:
-        """Keep the zeros of some linears, also in the averages that other callbacks keep.
+    def mask(self, trainer: Trainer, pl_module: LightningModule, masks: WeightMasks) -> None:
+        """Keep what is masked at zero from here on, also in the averages that other callbacks keep.
 
         Args:
             trainer: The Trainer.
             pl_module: Its module.
-            linears: Linears of the module's model.
-            pruned_to: By name, what they were pruned to, if that is known; zeros beyond it are trained.
+            masks: Masks of some of its weights.
         """
-        spared, whose = zeros_by_design(linears, pruned_to)
-        if whose:
-            log.warning("zeros that are there by design, not by pruning, are trained: those of %s", ", ".join(whose))
-        masks = self._masks = WeightMasks({linear.parameter_name: linear.weight for linear in linears}, spared)
+        self._masks = masks
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):

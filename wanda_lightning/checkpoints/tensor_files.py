@@ -78,18 +78,15 @@ def opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file} is cut off, or no safetensors file ({error}): copy or download it again") from error
 
 
-def write_tensors(
-    file: Path, entries: Sequence[Entry], arrays: Iterable[NDArray[Any]], metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file from arrays that are made one at a time; safetensors itself wants them all at once.
-
-    The format: the header's length in 8 bytes, the header as JSON, the tensors one behind the other.
+def header_of(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
+    """Write what a safetensors file begins with: the header's length in 8 bytes, and the header as JSON.
 
     Args:
-        file: The file.
         entries: What the header says of each tensor.
-        arrays: Their contents, in the same order, in any type of the same number of bytes.
         metadata: The header's other entries.
+
+    Returns:
+        The header. The tensors follow, one behind the other.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -98,8 +95,22 @@ def write_tensors(
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(
+    file: Path, entries: Sequence[Entry], arrays: Iterable[NDArray[Any]], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file from arrays that are made one at a time; safetensors itself wants them all at once.
+
+    Args:
+        file: The file.
+        entries: What the header says of each tensor.
+        arrays: Their contents, in the same order, in any type of the same number of bytes.
+        metadata: The header's other entries.
+    """
     with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(header_of(entries, metadata))
         for entry, array in zip(entries, arrays, strict=True):
             assert array.nbytes == entry.nbytes, entry.name
             out.write(array.data)

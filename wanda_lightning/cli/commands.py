@@ -46,6 +46,10 @@ COMMANDS = {
         "Prune with several methods and sparsities, each from the dense weights; a table and a picture.",
         "wanda-lightning sweep MODEL --sparsities '[0.4, 0.6]'",
     ),
+    "search": Command(
+        "Find the largest sparsity within a budget, or the smallest that fits, and prune to it.",
+        "wanda-lightning search MODEL --method wanda --max_perplexity_increase 0.05",
+    ),
     "compare": Command(
         "Put the results of several runs into one table and one picture.",
         "wanda-lightning compare results/wanda results/sparsegpt --plot runs.png",
@@ -55,6 +59,11 @@ COMMANDS = {
         "List what pruning a model would touch and take, and how sparse it is, without loading it.",
         "wanda-lightning inspect MODEL --num_samples 128 --sequence_length 2048",
         "inspect:main",
+    ),
+    "speed": Command(
+        "Measure how fast models read a prompt and decode, and what they take, in turns; dense against pruned.",
+        "wanda-lightning speed MODEL results/wanda/model --output results/speed",
+        "speed:main",
     ),
     "compress": Command(
         "Store a pruned model without its zeros, to ship it.",

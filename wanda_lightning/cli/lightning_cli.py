@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``prune`` and ``sweep``."""
+"""The command line: LightningCLI with ``prune``, ``sweep`` and ``search``."""
 
 import sys
 from pathlib import Path
@@ -80,7 +80,8 @@ class PruningCLI(LightningCLI):
         """List the sub-commands with the arguments that are not options."""
         inherited = LightningCLI.subcommands()
         kept = {name: inherited[name] for name in ("fit", "validate", "test")}
-        return {"prune": inherited["fit"], "sweep": {"model", "datamodule"}, **kept}
+        several = {"model", "datamodule"}
+        return {"prune": inherited["fit"], "sweep": several, "search": several, **kept}
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -115,14 +116,20 @@ class PruningCLI(LightningCLI):
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
         for callback in pruning_callbacks(self.trainer):
             callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
-        if subcommand not in ("prune", "fit", "sweep"):  # which write results
+        if subcommand not in ("prune", "fit"):
             super()._run_subcommand(subcommand)
+        else:
+            with whole_run(self.trainer, self.model, will_save=True):
+                super()._run_subcommand(subcommand)
+        if subcommand in ("validate", "test"):  # which write no results
             return
-        with whole_run(self.trainer, self.model, will_save=subcommand != "sweep"):
-            super()._run_subcommand(subcommand)
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):
                 callback.replace(self.trainer, self.model)
+        if self.trainer.hub_url:
+            Console().print(f"The model is at {self.trainer.hub_url}", soft_wrap=True)
+        if self.trainer.push_failed:  # which was said; everything is on disk by now
+            sys.exit(1)
 
     def after_prune(self) -> None:
         """Show the report."""
@@ -134,6 +141,12 @@ class PruningCLI(LightningCLI):
         if self.trainer.comparison and self.trainer.is_global_zero:
             Console().print(self.trainer.comparison.to_table())
             Console().print(f"Results and comparison.png are in {folder}", soft_wrap=True)
+
+    def after_search(self) -> None:
+        """Show the trials and the report."""
+        if self.trainer.search_result and self.trainer.is_global_zero:
+            Console().print(self.trainer.search_result.to_table())
+        self._show_report()
 
     def before_fit(self) -> None:
         """Prune and evaluate first, so that the report tells pruning from training; not when resuming."""
@@ -157,7 +170,8 @@ class PruningCLI(LightningCLI):
             details = self.config_init[self.subcommand].details
             for report in reports:
                 Console().print(report.to_table(details))
-            there = [name for name in ("report.html", "model", "adapter") if (folder / name).exists()]
+            names = ("report.html", "search.png", "model", "adapter")
+            there = [name for name in names if (folder / name).exists()]
             Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
 
 

@@ -31,11 +31,16 @@ LONG = {
     "--sequence_length": "--data.sequence_length",
     "--dtype": "--model.dtype",
     "--max_steps": "--trainer.max_steps",
+    "--push_to_hub": "--trainer.push_to_hub",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern")
 # The options that no value follows.
 FLAGS = ("-h", "--help", "--print_config", "--overwrite", "--no_overwrite", "-v", "--details")
-RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep"}  # where no other is named
+RECIPES = {"prune": "wanda", "fit": "wanda_finetune", "sweep": "sweep", "search": "search"}  # where no other is named
+INSTEAD = {
+    "sweep": ": it takes --methods, --sparsities and --patterns, with a list each",
+    "search": ": it finds the sparsity, see --max_perplexity_increase",
+}
 
 HELP = f"""
 
@@ -50,6 +55,7 @@ The options that matter most:
   --num_samples N         calibration windows, by default 128
   --sequence_length N     tokens in a window, by default up to 2048
   --dtype NAME            float32, bfloat16 or float16; by default the checkpoint's
+  --push_to_hub ME/NAME   push the saved model to the hub, with its card
   --overwrite             replace other results that are there
   -c RECIPE               start from a recipe, see `wanda-lightning recipes`; options override it"""
 
@@ -73,7 +79,7 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     _check(command, short)
     if not recipes and command in RECIPES:
         recipes = [RECIPES[command]]
-        if command != "sweep":
+        if command in ("prune", "fit"):
             folder = recipes[0].replace("wanda", short.get("--method", "wanda").lower())
             short.setdefault("--output", f"results/{folder}")
     written = [f"{LONG[option]}={value}" for option, value in short.items() if option in LONG]
@@ -135,9 +141,9 @@ def _is_for_lightning(value: str) -> bool:
 
 def _check(command: str, short: dict[str, str]) -> None:
     """Refuse options that the command does not have, and values that are certainly wrong."""
-    if command not in ("prune", "fit") and (own := [option for option in OF_CALLBACK if option in short]):
-        several = "--methods, --sparsities and --patterns, with a list each"
-        raise ValueError(f"{command} has no {own[0]}" + (f": it takes {several}" if command == "sweep" else ""))
+    allowed = {"prune": OF_CALLBACK, "fit": OF_CALLBACK, "search": ("--method",)}.get(command, ())
+    if own := [option for option in OF_CALLBACK if option in short and option not in allowed]:
+        raise ValueError(f"{command} has no {own[0]}{INSTEAD.get(command, '')}")
     if short.get("--method", "wanda").lower() not in METHODS:
         meant = closest(short["--method"].lower(), METHODS)
         raise ValueError(

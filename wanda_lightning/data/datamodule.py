@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,7 @@ from wanda_lightning.data.model_fit import ModelFit
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
 from wanda_lightning.data.source import Split
 from wanda_lightning.data.sources import open_source
-from wanda_lightning.data.windowed_text import KnownWindows
+from wanda_lightning.data.windowed_text import KnownWindows, held_out_windows
 
 LEAST = {
     "num_samples": 1, "sequence_length": 2, "seed": 0, "calibration_batch_size": 1, "batch_size": 1,
@@ -129,8 +129,8 @@ class TextDataModule(LightningDataModule):
 
         Text is read, and a tokenizer loaded, when a dataloader first needs it.
         """
-        self._fit.wanted_tokenizer(self.tokenizer, self._module())
-        self._fit.check_length(self._module())
+        self._fit.wanted_tokenizer(self.tokenizer, _module(self.trainer))
+        self._fit.check_length(_module(self.trainer))
 
     def calibration_dataloader(self) -> DataLoader:
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
@@ -152,7 +152,7 @@ class TextDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
-        processes = 1 if self.trainer is None else self.trainer.world_size
+        processes = _processes(self.trainer)
         windows = [self._windows_of("evaluation", number) for number in range(len(self._sets))]
         if self.evaluation_names[-1] == "calibration" and len(self.evaluation_names) > len(self._sets):
             windows.append(self._windows_of("calibration"))
@@ -163,6 +163,12 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the same windows as ``val_dataloader``."""
         return self.val_dataloader()
+
+    def held_out_dataloader(self, max_windows: int) -> DataLoader:
+        """Return windows of ``source`` that neither calibration nor evaluation sees, to choose settings by."""
+        asked = {"num_samples": self.num_samples, "seed": self.seed, "max_windows": max_windows}
+        windows_NT = held_out_windows(self._source, *self._tokenizer_and_length(), **asked)
+        return self._in_order(evaluation_rows(windows_NT, processes=_processes(self.trainer)), self.batch_size)
 
     def describe(self) -> dict[str, str | int]:
         """Say what calibration saw, for a report: source, evaluation, number of samples, sequence length and seed."""
@@ -200,11 +206,8 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"{split} part of {name!r}: {error}") from error
 
     def _tokenizer_and_length(self) -> tuple[PreTrainedTokenizerBase, int]:
-        tokenizer = self._fit.tokenizer(self.tokenizer, self._module())
-        return tokenizer, self._fit.length(tokenizer, self._module())
-
-    def _module(self) -> LightningModule | None:
-        return None if self.trainer is None else self.trainer.lightning_module
+        tokenizer = self._fit.tokenizer(self.tokenizer, _module(self.trainer))
+        return tokenizer, self._fit.length(tokenizer, _module(self.trainer))
 
 
 def _check(settings: Mapping[str, Any]) -> None:
@@ -216,3 +219,11 @@ def _check(settings: Mapping[str, Any]) -> None:
 def _rows(windows_NT: Tensor) -> list[dict[str, Tensor]]:
     # A list of dicts is a map-style data set: the default collation makes {"input_ids": (B, T)} of it.
     return [{"input_ids": window_T} for window_T in windows_NT]
+
+
+def _module(trainer: Trainer | None) -> LightningModule | None:
+    return None if trainer is None else trainer.lightning_module
+
+
+def _processes(trainer: Trainer | None) -> int:
+    return 1 if trainer is None else trainer.world_size

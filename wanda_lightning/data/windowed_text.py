@@ -6,7 +6,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wanda_lightning.data.source import Source, Split
-from wanda_lightning.data.windows import consecutive_windows, document_windows, random_windows, tokenize
+from wanda_lightning.data.windows import (
+    consecutive_windows,
+    document_windows,
+    random_windows,
+    tokenize,
+    windows_between,
+)
 
 
 def windowed_text(
@@ -52,6 +58,42 @@ def windowed_text(
     # One token alone has nothing to predict; and more than a window is left where windows are limited.
     kept = keep_last_window and 2 <= len(rest) < sequence_length and len(windows_NT) != most
     return windows_NT, rest if kept else None
+
+
+def held_out_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    num_samples: int,
+    seed: int,
+    max_windows: int,
+) -> Tensor:
+    """Take windows of the source of calibration that neither calibration nor evaluation sees.
+
+    They are of the part for training, between the windows of calibration where both have the same text. Of a source of
+    documents they are of the documents behind those of calibration.
+
+    Args:
+        source: The text.
+        tokenizer: A Hugging Face tokenizer.
+        sequence_length: Tokens in a window, T.
+        num_samples: Number of calibration windows.
+        seed: Seed of the choice of calibration windows.
+        max_windows: Take at most so many.
+
+    Returns:
+        Token ids, shape (N, T).
+
+    Raises:
+        ValueError: If the text is too short.
+    """
+    calibration = source.text("calibration")
+    if not isinstance(calibration, str):
+        return document_windows(calibration, tokenizer, num_samples + max_windows, sequence_length, seed)[num_samples:]
+    text = source.text("train")
+    between = num_samples if text == calibration else 0
+    return windows_between(tokenize(tokenizer, str(text)), between, sequence_length, seed, max_windows)
 
 
 class KnownWindows:

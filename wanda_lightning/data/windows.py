@@ -52,15 +52,54 @@ def random_windows(token_ids_L: Tensor, num_samples: int, sequence_length: int, 
         tensor([[49, 50, 51],
                 [53, 54, 55]])
     """
-    found = len(token_ids_L)
+    starts = _random_starts(len(token_ids_L), num_samples, sequence_length, seed)
+    return torch.stack([token_ids_L[start : start + sequence_length] for start in starts])
+
+
+def windows_between(token_ids_L: Tensor, num_samples: int, sequence_length: int, seed: int, max_windows: int) -> Tensor:
+    """Take windows from between those of :func:`random_windows`: they overlap neither these nor each other.
+
+    Args:
+        token_ids_L: The text, shape (L,).
+        num_samples: Number of random windows. They may be 0: then the whole text is free.
+        sequence_length: Tokens in a window, T.
+        seed: Seed of the draw of the random windows.
+        max_windows: Take at most so many, evenly spread over those that there is room for.
+
+    Returns:
+        Token ids, shape (N, T), in the order of the text.
+
+    Raises:
+        ValueError: If there is no room for a window, or the text is too short.
+
+    Examples:
+        >>> windows_between(torch.arange(20), num_samples=1, sequence_length=4, seed=0, max_windows=2)  # 12 to 15
+        tensor([[ 0,  1,  2,  3],
+                [ 8,  9, 10, 11]])
+    """
+    found, at = len(token_ids_L), 0
+    free: list[int] = []
+    for start in [*sorted(_random_starts(found, num_samples, sequence_length, seed)), found]:
+        free += range(at, start - sequence_length + 1, sequence_length)
+        at = start + sequence_length
+    if not free:
+        raise ValueError(
+            f"{num_samples} random windows of sequence_length={sequence_length} leave no room for another one in a "
+            f"text of {found} tokens: use fewer or shorter ones, or a longer text"
+        )
+    count = min(max_windows, len(free))
+    starts = [free[number * len(free) // count] for number in range(count)]
+    return torch.stack([token_ids_L[start : start + sequence_length] for start in starts])
+
+
+def _random_starts(found: int, num_samples: int, sequence_length: int, seed: int) -> list[int]:
     if found <= sequence_length:
         raise ValueError(
             f"the text has {found} tokens, random windows of sequence_length={sequence_length} "
             f"need at least {sequence_length + 1}"
         )
     draw = random.Random(seed)
-    starts = [draw.randint(0, found - sequence_length - 1) for _ in range(num_samples)]
-    return torch.stack([token_ids_L[start : start + sequence_length] for start in starts])
+    return [draw.randint(0, found - sequence_length - 1) for _ in range(num_samples)]
 
 
 def consecutive_windows(token_ids_L: Tensor, sequence_length: int, max_windows: int | None = None) -> Tensor:

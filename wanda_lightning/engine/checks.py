@@ -7,6 +7,7 @@ from torch import nn
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.input_drift import held_out_for_target
+from wanda_lightning.engine.allocating import task_of
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.model.linears import PrunableLinear
@@ -30,9 +31,8 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
     for pattern in {plan.pattern, *plan.patterns.values()}:
         plan.method.check(pattern)
     if plan.needs_batches and not has_batches:
-        raise ValueError(
-            f"{plan.method if plan.statistic else plan.reconstruction} needs calibration batches, got None"
-        )
+        asks = plan.method if plan.statistic else plan.reconstruction or plan.selection.allocator
+        raise ValueError(f"{asks} needs calibration batches, got None")
     if plan.dense_target and plan.true_sequential is False:
         raise ValueError("dense_target needs one pass through each layer: leave true_sequential=False out")
     if (plan.reconstruction is not None or plan.dense_target) and plan.repeats:
@@ -56,6 +56,8 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
         _check_stored(linear)
         plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in linears if not linear.weight.is_meta)
+    if plan.selection.allocator is not None:
+        plan.selection.allocator.check(task_of(plan, model))
 
 
 def check_inputs(plan: Plan, inputs: CalibratedLayer | None) -> None:

@@ -9,10 +9,10 @@ Step = TypeVar("Step")
 
 
 class PhaseClock:
-    """Seconds by phase: forwards between layers, forwards with statistics, solving, and training of what is kept."""
+    """Seconds by phase: allocation, forwards between layers and with statistics, solving, training of what is kept."""
 
     def __init__(self) -> None:
-        self._seconds = dict.fromkeys(("forward", "statistics", "solve", "reconstruction"), 0.0)
+        self._seconds = dict.fromkeys(("allocation", "forward", "statistics", "solve", "reconstruction"), 0.0)
         self._started = time.perf_counter()
 
     @property
@@ -35,6 +35,10 @@ class PhaseClock:
                 except StopIteration:
                     return
             yield step
+
+    def allocation(self) -> AbstractContextManager[None]:
+        """Count the time of a block that decides how much of each linear is pruned."""
+        return self._counted("allocation")
 
     def statistics(self) -> AbstractContextManager[None]:
         """Count the time of a block."""

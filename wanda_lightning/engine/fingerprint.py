@@ -49,15 +49,21 @@ class HashedBatches:
     Args:
         batches: The batches; None where none are needed.
         model: The model that they are for.
+        keep: Whether they are wanted again.
+
+    Attributes:
+        kept: Those that have passed, if so.
     """
 
-    def __init__(self, batches: Iterable[Batch] | None, model: nn.Module) -> None:
-        self._batches, self._model = batches, model
+    def __init__(self, batches: Iterable[Batch] | None, model: nn.Module, keep: bool = False) -> None:
+        self._batches, self._model, self._keep = batches, model, keep
+        self.kept: list[Batch] = []
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._batches or ():
             self._digest.update(hashed(model_inputs(batch, self._model)).encode())
+            self.kept += [batch] if self._keep else []
             yield batch
 
     @property

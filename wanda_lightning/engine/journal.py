@@ -50,7 +50,7 @@ class Journal:
         """
         if self._lock.is_locked:
             return
-        ours = ("layer-", "run.json", "lock", ".")
+        ours = ("layer-", "run.json", "allocation.json", "lock", ".")
         if self.folder.exists() and (others := [f.name for f in self.folder.iterdir() if not f.name.startswith(ours)]):
             raise ValueError(f"{self.folder} holds files of another kind, such as {others[0]}: choose another folder")
         self._made = self._made or not self.folder.parent.exists()
@@ -101,9 +101,15 @@ class Journal:
             self._refuse_other(file, fingerprint)
         else:
             self._drop(0)  # a folder whose deletion was cut short, and nobody knows whose layers those are
+            (self.folder / "allocation.json").unlink(missing_ok=True)
             write_text(file, json.dumps(fingerprint, indent=2) + "\n")
         if finished := len(self._files()):
             log.warning("layers finished before: %d, in %s; the run goes on behind them", finished, self.folder)
+
+    @property
+    def allocation(self) -> Path | None:
+        """The file in which an allocator's decision is kept; None where nothing is kept."""
+        return self.folder / "allocation.json"
 
     def file(self, layer: int) -> Path | None:
         """Name the file of a layer; None where nothing is kept."""
@@ -211,6 +217,10 @@ class _NoJournal(Journal):
 
     def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
         pass
+
+    @property
+    def allocation(self) -> None:
+        return None
 
     def file(self, layer: int) -> None:
         return None

@@ -12,6 +12,7 @@ from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
@@ -33,6 +34,7 @@ class Plan:
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
         dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
+        allotment: What an allocator has decided; None before that, and where there is none.
     """
 
     method: PruningMethod
@@ -45,6 +47,7 @@ class Plan:
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
     dense_target: bool = False
+    allotment: Allotment | None = None
 
     @classmethod
     def of(
@@ -113,7 +116,7 @@ class Plan:
     @property
     def needs_batches(self) -> bool:
         """Whether there has to be a calibration set."""
-        return self.statistic is not None or self.reconstruction is not None
+        return self.statistic is not None or self.reconstruction is not None or self.selection.needs_batches
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -123,6 +126,7 @@ class Plan:
             "pattern": str(self.pattern),
             "sparsity": self.pattern.sparsity,
             **vars(self.selection),
+            **({"allocation": str(allocator)} if (allocator := self.selection.allocator) else {}),
             "exact_error": self.exact_error,
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
             **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
@@ -133,6 +137,7 @@ class Plan:
         """Begin the report."""
         report = PruningReport(str(self.method), str(self.pattern), self.pattern.sparsity)
         report.matches = self.selection.matches(self.layers)
+        report.allocation = self.allotment
         for layer in self.layers:
             report.not_pruned |= layer.left_dense
         return report

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_inputs, check_pruning
 from wanda_lightning.engine.clock import PhaseClock
 from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
@@ -46,7 +48,7 @@ def prune_model(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     layers: str | None = None,
-    allocation: Allocation | None = None,
+    allocation: Allocation | Allocator | None = None,
     exact_error: bool = False,
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
@@ -75,8 +77,9 @@ def prune_model(
         targets: Patterns of linear names to prune, see :func:`wanda_lightning.model.decoder.decoder_layers`.
         ignore: Patterns of linear names to leave dense.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
-        allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``; see
-            :func:`wanda_lightning.allocation.by_name.allocate`.
+        allocation: Sparsities or ``"n:m"`` patterns by name pattern, which hold instead of ``pattern``, see
+            :func:`wanda_lightning.allocation.by_name.allocate`; or what splits the sparsity among the linears by
+            looking at the dense model, such as ``OWL()``.
         exact_error: Gather X^T X for every method, to report exact reconstruction errors; takes the time of SparseGPT.
         true_sequential: Prune each linear with what the pruned linears before it give, also those of its own layer, as
             GPTQ's setting of this name does (arXiv:2210.17323). All batches advance through a layer together, so one
@@ -115,9 +118,9 @@ def prune_model(
     selection = Selection(targets, ignore, layers, allocation)
     plan = Plan.of(model, method, pattern, selection, exact_error, true_sequential, reconstruction, dense_target)
     check_pruning(model, plan, calibration is not None, journal)
-    report, zeros = plan.new_report(), ZeroCount(model)
+    zeros = ZeroCount(model)
     with _left_as_found(model):
-        batches = HashedBatches(calibration if plan.needs_batches else None, model)
+        batches = HashedBatches(calibration if plan.needs_batches else None, model, keep=bool(selection.allocator))
         visits = clock.forwards(_visit(model, plan, batches, activations))
         with processes.together():
             first = next(visits)  # the dry run reads the batches
@@ -126,6 +129,10 @@ def prune_model(
         visits = chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest)), processes)
+        if selection.allocator:
+            with clock.allocation():
+                plan = allocated(plan, model, batches.kept, activations, journal, processes)
+        report = plan.new_report()
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:

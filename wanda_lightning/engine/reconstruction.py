@@ -8,8 +8,7 @@ Shapes: B batch, T tokens, D hidden size, O out features, I in features.
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import held_out_batches
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 
@@ -96,7 +96,7 @@ def reconstruct(
         raise ValueError(f"the hidden states behind {inputs.layer.name} are NaN or infinite: {OVERFLOW}")
     best, epochs = fit.copy(), 0
     try:
-        with _only_requiring_grad(inputs.layer.module, fit.weights):
+        with only_requiring_grad(inputs.layer.module, fit.weights):
             for epoch in range(settings.epochs if before else 0):
                 for step in range(steps):
                     fit.set_gradients(train[step] if step < len(train) else None, before)
@@ -191,18 +191,3 @@ def _by_parameter(linears: Sequence[PrunableLinear], masks: Mapping[str, Tensor]
         whole = kept.setdefault(linear.weight, torch.zeros_like(linear.weight, dtype=torch.bool))
         linear.view(whole).copy_(masks[linear.name])
     return kept
-
-
-@contextmanager
-def _only_requiring_grad(module: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients be taken of some parameters alone; leave all as they were found."""
-    found = {parameter: parameter.requires_grad for parameter in module.parameters()}
-    for parameter in found:
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in found.items():
-            parameter.requires_grad_(required)

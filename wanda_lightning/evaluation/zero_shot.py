@@ -168,7 +168,8 @@ def _subdued() -> Iterator[None]:
 def _metrics(results: dict[str, Any]) -> dict[str, float]:
     covered = {child for group in results.get("groups", {}) for child in results["group_subtasks"].get(group, [])}
     metrics: dict[str, float] = {}
-    accuracies = []
+    accuracies: list[float] = []
+    errors: list[float] = []
     for task, values in results["results"].items():
         if task in covered:
             continue
@@ -179,8 +180,11 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
             metrics[f"{task}/{name}" + (f"-{filtered}" if filtered != "none" else "")] = float(value)
         if "acc,none" in values:
             accuracies.append(float(values["acc,none"]))
+            errors += [metrics[f"{task}/acc_stderr"]] if f"{task}/acc_stderr" in metrics else []
     if accuracies:
         metrics["mean/acc"] = sum(accuracies) / len(accuracies)
+        if len(errors) == len(accuracies):  # of questions that were drawn apart
+            metrics["mean/acc_stderr"] = math.hypot(*errors) / len(errors)
     return metrics
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanda_lightning.checkpoints.tensor_files import Entry, opened, write_tensors
+from wanda_lightning.checkpoints.tensor_files import Entry, header_of, opened, write_tensors
 
 SHAPES = "wanda_lightning.compressed"
 """Key of a file's metadata: the shapes of the tensors that are stored without zeros, by name, as JSON."""
@@ -35,24 +35,31 @@ def compress_file(source: Path, target: Path) -> None:
         ValueError: If the file is damaged, or holds names that compression gives to parts of tensors.
     """
     with opened(source) as tensors:
-        names = set(tensors.keys())
-        if clash := {name for name in names if {name + part for part in PARTS} & names}:
-            raise ValueError(f"{source} has tensors of the names that compression would give to parts of {clash}")
-        names_by_width = _ordered(tensors, names)
-        entries: list[Entry] = []
-        shapes: dict[str, list[int]] = {}
-        for name in names_by_width:
-            tensor, dtype = tensors.get_tensor(name), tensors.get_slice(name).get_dtype()
-            parts = _take_apart(name, tensor)
-            if name in parts:
-                entries.append(Entry(name, dtype, tensor.shape, tensor.nbytes))
-            else:
-                shapes[name] = list(tensor.shape)
-                types = {name + VALUES: dtype}
-                entries += [Entry(n, types.get(n, "U8"), part.shape, part.nbytes) for n, part in parts.items()]
+        names_by_width, entries, metadata = _compressed(source, tensors)
         # Once more, to write: all parts together may not fit into memory, and the header comes first.
         every = (part for name in names_by_width for part in _take_apart(name, tensors.get_tensor(name)).values())
-        write_tensors(target, entries, every, {**(tensors.metadata() or {}), SHAPES: json.dumps(shapes)})
+        write_tensors(target, entries, every, metadata)
+
+
+def compressed_file_size(source: Path) -> int:
+    """Return how many bytes :func:`compress_file` would write for a safetensors file."""
+    with opened(source) as tensors:
+        _, entries, metadata = _compressed(source, tensors)
+        return size_of(entries, metadata)
+
+
+def size_of(entries: Sequence[Entry], metadata: dict[str, str]) -> int:
+    """Return the bytes of a safetensors file, from what its header says."""
+    return len(header_of(entries, metadata)) + sum(entry.nbytes for entry in entries)
+
+
+def parts_of(stored: Entry, kept: int) -> list[Entry]:
+    """Say how a tensor with so many values that are not zero, and no -0.0, is stored; alone if that is not smaller."""
+    flags, width = _packed_size(prod(stored.shape)), stored.nbytes // max(1, prod(stored.shape))
+    if kept * width + flags >= stored.nbytes:
+        return [stored]
+    values = Entry(stored.name + VALUES, stored.dtype, [kept], kept * width)
+    return [values, Entry(stored.name + BITMASK, "U8", [flags], flags)]
 
 
 def decompress_file(source: Path, target: Path) -> None:
@@ -94,6 +101,26 @@ def read_compressed(source: Path) -> dict[str, Tensor]:
     with opened(source) as tensors:
         shapes = _shapes(tensors)
         return {name: _read(tensors, name, shapes.get(name)) for name in _names(tensors)}
+
+
+def _compressed(source: Path, tensors: Any) -> tuple[list[str], list[Entry], dict[str, str]]:
+    """Return the tensors in the order of the compressed file, and what its header says."""
+    names = set(tensors.keys())
+    if clash := {name for name in names if {name + part for part in PARTS} & names}:
+        raise ValueError(f"{source} has tensors of the names that compression would give to parts of {clash}")
+    names_by_width = _ordered(tensors, names)
+    entries: list[Entry] = []
+    shapes: dict[str, list[int]] = {}
+    for name in names_by_width:
+        tensor, dtype = tensors.get_tensor(name), tensors.get_slice(name).get_dtype()
+        parts = _take_apart(name, tensor)
+        if name in parts:
+            entries.append(Entry(name, dtype, tensor.shape, tensor.nbytes))
+        else:
+            shapes[name] = list(tensor.shape)
+            types = {name + VALUES: dtype}
+            entries += [Entry(n, types.get(n, "U8"), part.shape, part.nbytes) for n, part in parts.items()]
+    return names_by_width, entries, {**(tensors.metadata() or {}), SHAPES: json.dumps(shapes)}
 
 
 def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:

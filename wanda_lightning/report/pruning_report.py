@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction, reconstruction_table
@@ -36,6 +37,7 @@ class PruningReport:
         model: Which model: its ``name`` or path as given, ``revision`` if one was, and number of ``parameters``.
         settings: What was asked for, to know the same run again.
         linears: A row for each pruned linear.
+        allocation: How the sparsity was split by an allocator; None where it was not.
         matches: How many linears each name pattern of targets, ignore and allocation fits.
         not_pruned: Linears of the decoder left dense, by name with the reason.
         whole_model_sparsity: Zeros over all parameters, embeddings and norms included.
@@ -56,6 +58,7 @@ class PruningReport:
     model: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     linears: list[LinearReport] = field(default_factory=list)
+    allocation: Allotment | None = None
     matches: dict[str, int] = field(default_factory=dict)
     not_pruned: dict[str, str] = field(default_factory=dict)
     whole_model_sparsity: float = 0.0
@@ -87,11 +90,14 @@ class PruningReport:
         magnitudes = {kind: Magnitudes.from_dict(counts) for kind, counts in plain.get("magnitudes", {}).items()}
         trained = {name: LayerReconstruction(**values) for name, values in plain.get("reconstruction", {}).items()}
         rest = {key: value for key, value in plain.items() if key != "sparsity"}
+        split = plain.get("allocation")
+        rest |= {"allocation": Allotment(**split) if split else None}
         return cls(**rest | {"linears": rows, "magnitudes": magnitudes, "reconstruction": trained})
 
     def to_markdown(self) -> str:
         """Return the tables as Markdown."""
         lines = [f"# {self.title}", "", *([f"Model: {self.model_name}.", ""] if self.model else []), self.summary, ""]
+        lines += [f"Allocation: {self.allocation}.", ""] if self.allocation else []
         for header, rows in self._tables():
             lines += [*markdown_table(header, rows), ""]
         lines += [ERROR, ""] if mean_error(self.linears) is not None else []
@@ -197,7 +203,7 @@ class PruningReport:
             yield ["time and memory", ""], costs
         if self.reconstruction:
             yield reconstruction_table(self.reconstruction)
-        yield _layer_table(self.linears)
+        yield _layer_table(self.linears, self.allocation)
 
 
 def name_of_model(model: Mapping[str, Any]) -> str:
@@ -208,18 +214,20 @@ def name_of_model(model: Mapping[str, Any]) -> str:
     return f"{name}{revision}{parameters}"
 
 
-def _layer_table(linears: Iterable[LinearReport]) -> tuple[list[str], list[list[str]]]:
+def _layer_table(linears: Iterable[LinearReport], allocation: Allotment | None) -> tuple[list[str], list[list[str]]]:
     layers: dict[str, list[LinearReport]] = {}
     for row in linears:
         layers.setdefault(row.layer, []).append(row)
+    why = allocation if allocation and allocation.figure else None
     return (
-        ["decoder layer", "linears", "weights", "sparsity", "error", "seconds"],
+        ["decoder layer", "linears", "weights", "sparsity", *([why.figure] if why else []), "error", "seconds"],
         [
             [
                 name,
                 str(len(rows)),
                 f"{sum(row.shape[0] * row.shape[1] for row in rows):,}",
                 f"{mean_sparsity(rows):.2%}",
+                *([f"{why.reason(rows) or 0:.3g}"] if why else []),
                 _show_error(rows),
                 f"{sum(row.seconds for row in rows):.2f}",
             ]

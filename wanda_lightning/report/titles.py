@@ -4,13 +4,16 @@ import re
 
 USUAL = {
     "ADMM": "steps=40, rho=1.0, damping=0.01, refine=10",
+    "ATP": "beta=None",
     "Ablate": "selection='wanda', schedule='sequential', block_size=128, damping=0.01",
+    "LeastLoss": "choices=None, step=0.05, rounds=4, sequences=8",
     "Magnitude": "",
+    "OWL": "factor=5.0, spread=0.08",
     "RIA": "power=0.5",
     "SparseGPT": "block_size=128, damping=0.01",
     "Wanda": "variant=False",
 }
-"""The settings that our methods have by default, as they are written."""
+"""The settings that our methods and allocations have by default, as they are written."""
 
 
 def title_of(method: str) -> str:

@@ -187,7 +187,7 @@ class CausalLM(LightningModule):
         while len(self.perplexities) <= index:
             self.perplexities.append(Perplexity().to(self.device))
         metric = cast(Perplexity, self.perplexities[index])
-        metric.update(self(**batch).logits, _labels(batch))
+        metric.update_from(self.model, batch, _labels(batch))
         own = _name_of_set(self.trainer, index)
         self.log(
             f"{name}/{own}" if own else name,

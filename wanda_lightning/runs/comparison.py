@@ -27,6 +27,7 @@ class Run:
         evaluations: Metrics by stage, such as dense, pruned and fine-tuned.
         data: What it was calibrated and evaluated on.
         model: Which model was pruned, and its size; empty in reports of older versions.
+        allocation: What split the sparsity among linears; empty where nothing did.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Run:
     evaluations: dict[str, dict[str, float]]
     data: dict[str, Any]
     model: str = ""
+    allocation: str = ""
 
 
 class Comparison:
@@ -55,8 +57,12 @@ class Comparison:
 
     def label(self, run: Run) -> str:
         """Name a run's method: with its folder where another run has the same."""
-        alike = [r for r in self.runs if (r.method, r.pattern, r.sparsity) == (run.method, run.pattern, run.sparsity)]
-        name = title_of(run.method)
+
+        def what(run: Run) -> tuple[object, ...]:
+            return run.method, run.allocation, run.pattern, run.sparsity
+
+        alike = [other for other in self.runs if what(other) == what(run)]
+        name = ", ".join(filter(None, map(title_of, (run.method, run.allocation))))
         return name if len(alike) == 1 else f"{name} in {run.folder.name}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -143,6 +149,7 @@ def _read(folder: Path) -> Run:
             plain["evaluations"],
             plain["calibration"],
             name_of_model(plain.get("model") or {}),
+            (plain.get("allocation") or {}).get("allocator", ""),
         )
     except OSError as error:
         raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error

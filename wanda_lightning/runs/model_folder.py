@@ -9,7 +9,7 @@ from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import SparseFinetuning
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
-from wanda_lightning.checkpoints import saving
+from wanda_lightning.checkpoints import hub, saving
 from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.offload import is_on_disk
@@ -39,6 +39,21 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
     if reopen or not is_on_disk(language_model):
         for pruning in pruning_callbacks(trainer):
             pruning.run.files.forget_layers(trainer)
+    if getattr(trainer, "push_to_hub", None):
+        _push(cast(Any, trainer), folder / "model")
+
+
+def _push(trainer: Any, folder: Path) -> None:
+    """Push a saved model to the hub; not before the results of the run are on disk."""
+
+    def push() -> None:
+        trainer.hub_url = hub.push(folder, trainer.push_to_hub)
+        trainer.push_failed = trainer.hub_url is None
+
+    if callbacks := pruning_callbacks(trainer):
+        callbacks[0].run.results.write(folder, push, trainer)
+    elif trainer.is_global_zero:
+        push()
 
 
 def check_reports(trainer: Trainer, model: Any) -> None:

@@ -47,7 +47,7 @@ def prune(
         if gradual:
             first = callbacks[0]
             return PruningReport(str(first.method), str(first.pattern), first.pattern.sparsity)
-        with _no_training(trainer):
+        with no_training(trainer):
             trainer.fit(module, train_dataloaders, val_dataloaders, datamodule)
         if evaluate:
             _evaluate(trainer, module, datamodule, val_dataloaders)
@@ -98,7 +98,7 @@ def _evaluate(
 
 
 @contextmanager
-def _no_training(trainer: Trainer) -> Iterator[None]:
+def no_training(trainer: Trainer) -> Iterator[None]:
     """Make ``fit`` stop before the first training step, after ``on_fit_start``."""
     before = trainer.limit_train_batches, trainer.num_sanity_val_steps
     trainer.limit_train_batches, trainer.num_sanity_val_steps = 0, 0

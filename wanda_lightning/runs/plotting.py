@@ -1,5 +1,6 @@
 """A picture of a comparison: a metric against sparsity, one line for each method (matplotlib, the extra ``[plot]``)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +60,13 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     rows = [row for row in rows if metric in row["metrics"]]
 
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import MultipleLocator
     from matplotlib.transforms import offset_copy
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes: Any = figure.add_subplot()
     levels = [row["metrics"][metric] for row in rows]
-    if min(levels) > 0 and max(levels) > 8 * min(levels):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    log_scale_if_wide(axes, levels)
     labels = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
     for row in rows:
         if row["stage"] in ("dense", "as loaded"):
@@ -112,6 +109,17 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
         figure.text(0.01, 0.01, "; ".join(models), fontsize="x-small")
     with whole_file(path) as unfinished:
         figure.savefig(unfinished)
+
+
+def log_scale_if_wide(axes: Any, levels: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic if the values are positive and far apart."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if min(levels) > 0 and max(levels) > 8 * min(levels):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _point(row: dict[str, Any], metric: str) -> Point:

@@ -5,18 +5,48 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
+from wanda_lightning.checkpoints.hub import check_can_push
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.runs.budget import budget_of
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.model_folder import save_pretrained
 from wanda_lightning.runs.one_shot import prune
+from wanda_lightning.runs.search_result import SearchResult
 
 
 class PruningTrainer(Trainer):
-    """Lightning's Trainer, which can also prune and sweep."""
+    """Lightning's Trainer, which can also prune, sweep and search.
+
+    Args:
+        *args: Of Lightning's Trainer.
+        push_to_hub: Name of a repository on the model hub, such as ``me/model``: a model that is saved goes there too,
+            with its card. It is made if needed, public unless the hub's settings say otherwise.
+        **kwargs: Of Lightning's Trainer.
+
+    Attributes:
+        comparison: Of the last sweep.
+        search_result: Of the last search.
+        hub_url: Where the model is that was pushed last.
+        push_failed: Whether the last push failed.
+
+    Raises:
+        ValueError: If there is a name but no token that the hub takes, or it is no name.
+        ConnectionError: If the hub cannot be reached.
+    """
 
     comparison: Comparison | None = None
+    search_result: SearchResult | None = None
+    hub_url: str | None = None
+    push_failed = False
+
+    def __init__(self, *args: Any, push_to_hub: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.push_to_hub = push_to_hub
+        if push_to_hub is not None and self.is_global_zero:
+            check_can_push(push_to_hub)
 
     @property
     def pruning_callback(self) -> PruningCallback | None:
@@ -63,6 +93,7 @@ class PruningTrainer(Trainer):
         methods: Sequence[PruningMethod],
         sparsities: Sequence[float] = (0.5,),
         patterns: Sequence[str] = (),
+        allocations: Sequence[Allocator] = (),
     ) -> Comparison:
         """Prunes with every method to every sparsity and pattern, each from the dense weights, and compares.
 
@@ -76,6 +107,7 @@ class PruningTrainer(Trainer):
             methods: Pruning methods, such as Wanda.
             sparsities: Fractions of weights to prune, unstructured, each in [0, 1).
             patterns: N:M patterns besides, in quotes: ``"2:4"``.
+            allocations: How sparsities are split among linears, such as ``OWL()``, besides pruning all alike.
 
         Returns:
             The comparison of all runs.
@@ -86,15 +118,58 @@ class PruningTrainer(Trainer):
         """
         from wanda_lightning.runs.sweep import sweep
 
-        self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns)
+        self.comparison = sweep(self, model, datamodule, methods, sparsities, patterns, allocations)
         return self.comparison
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        max_perplexity_increase: float | None = None,
+        max_bytes: float | None = None,
+        metric: str | None = None,
+        max_drop: float | None = None,
+        max_rise: float | None = None,
+        step: float = 0.01,
+        held_out_windows: int = 32,
+    ) -> SearchResult:
+        """Finds the largest sparsity within a budget, prunes to it, evaluates and saves.
+
+        The pruning callback's own sparsity is not used; all its other settings are. Each trial prunes from the dense
+        weights, of which a copy is kept in memory, and is evaluated on held-out windows of the calibration source. The
+        evaluation set is read in the end. After a crash the same call goes on behind the finished trials.
+
+        Args:
+            model: A LightningModule that holds a Hugging Face causal language model.
+            datamodule: Has ``calibration_dataloader()``, ``held_out_dataloader(max_windows)`` and ``val_dataloader()``.
+            max_perplexity_increase: By which fraction of the dense model's the perplexity may be higher, such as 0.05.
+            max_bytes: How large the weights may be when they are compressed: the smallest sparsity is chosen then.
+            metric: Another metric that validation logs, or the end of its name, such as ``mean/acc``.
+            max_drop: How much lower than the dense model's that metric may be.
+            max_rise: How much higher it may be, if lower is better.
+            step: Sparsities are multiples of it, in (0, 0.5].
+            held_out_windows: Evaluate trials on at most so many windows.
+
+        Returns:
+            The trials, what was found, and what it gives on the evaluation set.
+
+        Raises:
+            ValueError: If the budget cannot be met or is not one, there is not one pruning callback with an
+                unstructured pattern, the metric is not logged, or the folder holds another search.
+        """
+        from wanda_lightning.runs.search import search
+
+        budget = budget_of(max_perplexity_increase, max_bytes, metric, max_drop, max_rise)
+        self.search_result = search(self, model, datamodule, budget, step, held_out_windows)
+        return self.search_result
 
     def save_pretrained(self, model: LightningModule) -> None:
         """Save the module's language model, tokenizer and a model card to ``model/`` beside the report.
 
         That is in the ``output_dir`` of the pruning callback, else in the Trainer's ``log_dir``.
         Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``
-        says so, merged under the masks. A merged model is evaluated too if the trained one was.
+        says so, merged under the masks. A merged model is evaluated too if the trained one was. With ``push_to_hub``
+        the model goes to the hub, too; a push that fails is said, and loses nothing.
 
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.

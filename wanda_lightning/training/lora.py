@@ -63,7 +63,7 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("adapters need peft: pip install 'wanda-lightning[lora]'") from error
+        raise ValueError('adapters need peft: pip install "wanda-lightning[lora]"') from error
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

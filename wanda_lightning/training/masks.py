@@ -4,14 +4,19 @@ They are derived from the weights (zero = pruned) and live outside the model: no
 Zeros that are there by design, such as a new block's last matrix, are not taken for pruned.
 """
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.sparsity import Pattern, sparsity_of
+
+log = logging.getLogger(__name__)
 
 BY_CHANCE = 0.02
 """Half precision makes zeros while a model is trained, and some methods prune a little more than they were asked to."""
@@ -86,6 +91,39 @@ class WeightMasks:
                 "If it was an adapter's merge: merge under the masks, as LoraSettings(merge='masked') does, or save "
                 "the adapter alone"
             )
+
+
+def masks_of(linears: Sequence[PrunableLinear], pruned_to: Mapping[str, Pattern] | None = None) -> WeightMasks:
+    """Mask what was pruned of some matrices, as they are now.
+
+    Args:
+        linears: Matrices of a model.
+        pruned_to: By name, what they were pruned to, if that is known; zeros beyond it are trained.
+
+    Returns:
+        The masks.
+    """
+    spared, whose = zeros_by_design(linears, pruned_to)
+    if whose:
+        log.warning("zeros that are there by design, not by pruning, are trained: those of %s", ", ".join(whose))
+    return WeightMasks({linear.parameter_name: linear.weight for linear in linears}, spared)
+
+
+def masks_of_decoder(model: nn.Module, layers: str | None = None) -> WeightMasks:
+    """Mask the zeros that the linears of a decoder have now.
+
+    Args:
+        model: A module that holds a causal language model of transformers.
+        layers: Name of the list of decoder layers, where the rule for finding it fails.
+
+    Returns:
+        The masks; a warning says if there are none.
+    """
+    decoder = decoder_layers(find_language_model(model), targets=["*"], layers=layers)
+    masks = masks_of([linear for layer in decoder for linear in layer.linears])
+    if not masks.masks:
+        log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
+    return masks
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
@@ -184,13 +185,18 @@ class PruningRun:
         if report is None or self.results.came_with_zeros:
             return linears_with_zeros(model, layers), None
         linears = linears_of(model, report, layers)
+        if report.allocation is not None:
+            return linears, patterns_of(report.allocation, linears)
         pattern = self.asked.pattern if self.asked.schedule is None else Unstructured(report.target_sparsity)
-        return linears, allocate(linears, pattern, self.asked.allocation)
+        return linears, allocate(linears, pattern, self._selection.by_name)
 
     def _look_at(self, model: nn.Module) -> tuple[PruningReport, bool]:
+        return report_as_found(model, self.asked.method, self.asked.pattern, self._selection)
+
+    @property
+    def _selection(self) -> Selection:
         asked = self.asked
-        selection = Selection(asked.targets, asked.ignore, asked.layers, asked.allocation)
-        return report_as_found(model, asked.method, asked.pattern, selection)
+        return Selection(asked.targets, asked.ignore, asked.layers, asked.allocation)
 
     @staticmethod
     def _was_pruned(found: PruningReport, met: bool) -> bool:
@@ -206,6 +212,7 @@ class PruningRun:
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
+        needs_batches = needs_batches or self._selection.needs_batches or None
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.model.linears import own_modules
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "sparsity": asked.pattern.sparsity,
         "targets": asked.targets,
         "ignore": asked.ignore,
-        "allocation": asked.allocation,
+        "allocation": str(asked.allocation) if isinstance(asked.allocation, Allocator) else asked.allocation,
         "schedule": str(asked.schedule) if asked.schedule else None,
         **({} if asked.true_sequential is None else {"true_sequential": asked.true_sequential}),  # older ones know none
         **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none

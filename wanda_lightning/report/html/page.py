@@ -43,6 +43,7 @@ def to_html(report: "PruningReport") -> str:
         errors=_errors(report),
         reconstruction=_reconstruction(report),
         sparsities=_sparsities(report),
+        allocation=_allocation(report),
         magnitudes=_magnitudes(report),
         costs=_costs(report),
         not_pruned=_not_pruned(report),
@@ -89,6 +90,18 @@ def _sparsities(report: "PruningReport") -> dict[str, Any] | None:
     alike = most - least < 0.005
     figures = _by_layer(report, by_kind(report, mean_sparsity), 1.0, _percent, "{:.0%}".format, "sparsity", not alike)
     return {"alike": alike, "range": [_percent(least), _percent(most)], "figures": figures}
+
+
+def _allocation(report: "PruningReport") -> dict[str, Any] | None:
+    """Draw the figures that decided how the sparsity was split."""
+    if report.allocation is None:
+        return None
+    series = by_kind(report, report.allocation.reason)
+    values = [value for each in series.values() for value in each if value is not None]
+    if not values:
+        return {"figures": None}
+    show = "{:.3g}".format
+    return {"figures": _by_layer(report, series, max(0.0, *values), show, show, "error", min(values) >= 0)}
 
 
 def _magnitudes(report: "PruningReport") -> dict[str, Any] | None:

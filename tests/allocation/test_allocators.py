@@ -1,0 +1,316 @@
+"""OWL, ATP and the least loss: shares against plain computations, totals to one weight a row, what is refused."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from helpers import tiny_llama, tiny_mixtral, token_batches
+
+from wanda_lightning.allocation.allocator import Task, exact
+from wanda_lightning.allocation.atp import ATP
+from wanda_lightning.allocation.least_loss import LeastLoss
+from wanda_lightning.allocation.owl import OWL
+from wanda_lightning.allocation.trial import Trials, fitted, held_out
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import RIA, Magnitude, SparseGPT, Wanda
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.report.html.page import to_html
+from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.sparsity import SemiStructured, Unstructured
+
+ALLOCATORS = [OWL(spread=0.1), ATP(0.05), ATP(), LeastLoss(rounds=2)]
+
+
+def task_of(model, batches=(), sparsity=0.5, method=None):
+    pattern = Unstructured(sparsity)
+    return Task(model, decoder_layers(model), method or Wanda(), pattern, batches, Processes.alone())
+
+
+def inputs_of(model, batches):
+    """What enters every linear in the dense model, by name, in float64."""
+    seen = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for batch in batches:
+            model(batch)
+    return {name: torch.cat([x.flatten(0, 1) for x in inputs]).double() for name, inputs in seen.items()}
+
+
+def test_the_shares_of_owl_are_those_of_a_plain_computation():
+    model, batches = tiny_llama(layers=4), token_batches()
+    report = prune_model(model, batches, "wanda", 0.6, allocation=OWL(factor=3, spread=0.1))
+    dense = tiny_llama(layers=4)
+    inputs = inputs_of(dense, batches)
+    outliers = []
+    for number in range(4):
+        scores = torch.cat([
+            (dense.get_parameter(f"{name}.weight").double().abs() * x.square().sum(0).sqrt()).flatten()
+            for name, x in inputs.items() if f".{number}." in name
+        ])  # fmt: skip
+        outliers.append(100 * float((scores > 3 * scores.mean()).double().mean()))
+    kept = [0.2 * (share - min(outliers)) / (max(outliers) - min(outliers)) for share in outliers]
+    for row in report.linears:
+        number = int(row.layer.rpartition(".")[2])
+        assert report.allocation.reasons[row.name] == pytest.approx(outliers[number])
+        share = 1 - (kept[number] - sum(kept) / 4 + 0.4)
+        assert abs(row.sparsity - share) < 1 / row.shape[1]
+    assert len({row.sparsity for row in report.linears}) > 1
+
+
+def test_the_progression_of_atp():
+    model = tiny_llama(layers=4)
+    report = prune_model(model, token_batches(), "wanda", 0.5, allocation=ATP(0.08))
+    for row in report.linears:
+        place = int(row.layer.rpartition(".")[2])
+        assert abs(row.sparsity - (0.5 - 0.08 * 1.5 + 0.08 * place)) < 1 / row.shape[1]
+
+
+def test_atp_takes_the_beta_with_the_least_held_out_loss():
+    model, batches = tiny_llama(), token_batches()
+    task = task_of(model, batches)
+    allotment = ATP().allocate(task)
+    betas = [0.5 * share for share in (0, 0.125, 0.25, 0.375, 0.5, 0.625)]
+    losses = []
+    norms = {name: x.square().sum(0).sqrt() for name, x in inputs_of(tiny_llama(), batches[:3]).items()}
+    for beta in betas:
+        pruned, patterns = tiny_llama(), ATP(beta).allocate(task).patterns
+        for name, sparsity in patterns.items():
+            weight = pruned.get_parameter(f"{name}.weight").data
+            count = math.floor(sparsity * weight.shape[1])
+            order = (weight.double().abs() * norms[name]).argsort(dim=1, stable=True)
+            weight.scatter_(1, order[:, :count], 0)
+        with torch.no_grad():
+            losses.append(float(pruned(batches[3], labels=batches[3]).loss))
+    best = betas[losses.index(min(losses))]
+    assert allotment.patterns == ATP(best).allocate(task).patterns
+    assert all(f"{loss:.3f} with {beta:.4f}" in allotment.story for loss, beta in zip(losses, betas, strict=True))
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=str)
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), Magnitude(), RIA()], ids=lambda method: type(method).__name__)
+def test_totals_are_exact(allocator, method):
+    """Pruned weights differ from what was asked for by less than one in each row of one linear."""
+    model = tiny_llama(layers=4, hidden_size=40, intermediate_size=72)
+    report = prune_model(model, token_batches(), method, 0.55, allocation=allocator)
+    sizes = [row.shape[0] * row.shape[1] for row in report.linears]
+    pruned = sum(int((model.get_parameter(f"{row.name}.weight") == 0).sum()) for row in report.linears)
+    tolerance = sum(method.tolerance(row.shape) * size for row, size in zip(report.linears, sizes, strict=True))
+    rows = max(row.shape[0] for row in report.linears)
+    assert abs(pruned - 0.55 * sum(sizes)) <= (rows / 2 if isinstance(method, Wanda) else tolerance)
+    assert len({round(row.sparsity, 2) for row in report.linears}) > 1 or "LeastLoss" in str(allocator)
+
+
+def test_rounding_is_exact_over_shapes_of_all_kinds():
+    class Linear:
+        def __init__(self, name, rows, columns):
+            self.name, self.weight_OI = name, torch.empty(rows, columns, device="meta")
+
+    generator = torch.Generator().manual_seed(0)
+    linears = [Linear(str(n), 7 + 13 * n, 577 - 9 * n) for n in range(40)]
+    shares = {linear.name: float(torch.rand((), generator=generator)) * 0.98 for linear in linears}
+    patterns = exact(linears, shares)
+    total = 0
+    for linear in linears:
+        rows, columns = linear.weight_OI.shape
+        count = math.floor(patterns[linear.name].sparsity * columns)
+        assert count / columns == pytest.approx(patterns[linear.name].sparsity, abs=1e-12)  # nothing for floor to take
+        assert abs(count - shares[linear.name] * columns) < 1
+        total += count * rows
+    wanted = sum(shares[linear.name] * linear.weight_OI.numel() for linear in linears)
+    assert abs(total - wanted) <= min(len(linear.weight_OI) for linear in linears) / 2
+
+
+def test_slopes_share_out_what_the_loss_grows_by():
+    """Each part against a finite difference in the middle of the line; their sum against the losses at its ends."""
+    model, batches = tiny_llama(hidden_size=64, intermediate_size=128, initializer_range=0.08).double(), token_batches()
+    batches[0] = {"input_ids": batches[0], "attention_mask": torch.ones_like(batches[0])}
+    batches[0]["attention_mask"][0, -5:] = 0
+    task = task_of(model, batches)
+    less, more = ({linear.name: Unstructured(s) for linear in task.linears} for s in (0.45, 0.5))
+    before = [parameter.clone() for parameter in model.parameters()]
+    model.lm_head.weight.requires_grad = False
+    required = [parameter.requires_grad for parameter in model.parameters()]
+
+    def loss():
+        total = tokens = 0
+        for batch in map(lambda batch: batch if isinstance(batch, dict) else {"input_ids": batch}, batches):
+            labels = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, -100)
+            here = int((labels[:, 1:] != -100).sum())
+            logits = model(**batch).logits[:, :-1].double()  # the model itself would round them to single precision
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            )
+            tokens += here
+        return total / tokens
+
+    with torch.no_grad(), Trials(task, task.input_norms()) as trials:
+        parts, middle = trials.slopes(less, more, batches)
+        assert middle == pytest.approx(loss(), rel=1e-5)
+        for linear in task.linears:
+            step = 0.02 * (
+                trials.pruned(linear.name, more[linear.name]) - trials.pruned(linear.name, less[linear.name])
+            )
+            ends = []
+            for sign in (1, -1):
+                linear.weight_OI.add_(step, alpha=sign)
+                ends.append(loss())
+                linear.weight_OI.add_(step, alpha=-sign)
+            assert parts[linear.name] == pytest.approx((ends[0] - ends[1]) / 0.04, rel=0.01, abs=3e-6)
+        ends = [trials.loss(patterns, batches) for patterns in (less, more)]
+        assert ends[1] == pytest.approx(loss(), rel=1e-5)
+    assert sum(parts.values()) == pytest.approx(ends[1] - ends[0], rel=0.05)
+    assert all(map(torch.equal, model.parameters(), before))
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("choices", [None, ["dense", "4:8", "2:4", "1:4"]])
+def test_the_least_sum_of_errors_is_found(choices, monkeypatch):
+    """A split of six linears, against all that there are: the measured errors, and the shares that come of them."""
+    seen = {}
+    from wanda_lightning.allocation import least_loss
+
+    def noted(costs, gains, total, over=False):
+        picked = seen["inner"](costs, gains, total, over)
+        seen["call"] = costs, gains, total, over, picked
+        return picked
+
+    seen["inner"] = least_loss.cheapest_split
+    monkeypatch.setattr(least_loss, "cheapest_split", noted)
+    model, batches = tiny_llama(layers=2), token_batches()
+    allocator = LeastLoss(choices=choices, step=0.15, rounds=1)
+    layers = decoder_layers(model, targets=["q_proj", "up_proj", "down_proj"])
+    with torch.no_grad():
+        allocator.allocate(Task(model, layers, Wanda(), Unstructured(0.5), batches, Processes.alone()))
+    costs, gains, total, over, picked = seen["call"]
+    assert len(costs) == 6
+    assert total >= 0.5 * sum(max(gain) for gain in gains) * (0.5 if choices is None else 1)
+
+    def cost(choice):
+        return sum(cost[option] for cost, option in zip(costs, choice, strict=True))
+
+    def reaches(choice):
+        gained = sum(gain[option] for gain, option in zip(gains, choice, strict=True))
+        return gained >= total if over else gained == total
+
+    least = min(cost(choice) for choice in itertools.product(*(range(len(each)) for each in costs)) if reaches(choice))
+    assert cost(picked) == pytest.approx(least)
+    assert math.isfinite(least)
+
+
+def test_choices_become_the_patterns_of_linears():
+    model = tiny_llama()
+    allocation = LeastLoss(choices=["dense", "4:8", "1:4"])
+    report = prune_model(model, token_batches(), "sparsegpt", 0.5, allocation=allocation)
+    kinds = {"dense": 0.0, "4:8": 0.5, "1:4": 0.75}
+    assert {row.sparsity for row in report.linears} <= {*kinds.values()}
+    assert report.sparsity >= 0.5
+    for name, value in report.allocation.patterns.items():
+        weight = model.get_parameter(f"{name}.weight")
+        if value == "4:8":
+            assert ((weight.view(-1, 8) != 0).sum(1) == 4).all()
+        assert float((weight == 0).float().mean()) == kinds.get(value, value)
+
+
+def test_a_linear_that_the_loss_depends_on_keeps_more():
+    """Layer 1 adds next to nothing to the hidden states, so it is layer 0 that is kept."""
+    model = tiny_llama(layers=2)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.get_parameter(f"model.layers.1.{name}.weight").data *= 1e-3
+    batches = [model.generate(torch.arange(4)[:, None] + n, max_length=32, do_sample=False) for n in range(4)]
+    report = prune_model(model, batches, "wanda", 0.6, allocation=LeastLoss(rounds=3))
+    means = [
+        sum(row.sparsity * row.shape[0] * row.shape[1] for row in report.linears if f".{n}." in row.name)
+        for n in range(2)
+    ]
+    assert means[0] < means[1]
+    losses = [float(loss) for loss in report.allocation.story.removeprefix("held-out loss ").split(", then ")]
+    assert min(losses) < losses[0]
+
+
+def test_experts_of_a_kind_are_pruned_alike():
+    report = prune_model(tiny_mixtral(), token_batches(), "wanda", 0.5, allocation=LeastLoss(rounds=1))
+    for kind in ("gate_up_proj", "down_proj"):
+        for layer in range(2):
+            found = [row.sparsity for row in report.linears if f".{layer}." in row.name and kind in row.name]
+            assert len(found) == 4
+            assert max(found) - min(found) <= 1 / 32
+
+
+def test_the_report_says_why(tmp_path):
+    report = prune_model(tiny_llama(), token_batches(), "wanda", 0.5, allocation=OWL())
+    report.save(tmp_path)
+    plain = json.loads((tmp_path / "pruning.json").read_text())
+    assert plain["allocation"]["allocator"] == "OWL(factor=5.0, spread=0.08)"
+    assert PruningReport.from_dict(plain).allocation == report.allocation
+    page, text = to_html(report), report.to_markdown()
+    assert "Why: outliers (%)" in page
+    assert "| outliers (%) |" in text
+    assert "OWL(factor=5.0" in text
+    without = prune_model(tiny_llama(), token_batches(), "wanda", 0.5)
+    assert "Allocation" not in without.to_markdown()
+    assert "Why" not in to_html(without)
+    assert "allocation" not in without.seconds_by_phase
+
+
+@pytest.mark.parametrize(
+    ("allocation", "asked", "method", "message"),
+    [
+        (OWL(), "2:4", Wanda(), r"OWL\(.*splits an unstructured sparsity among linears, and 2:4"),
+        (ATP(0.01), SemiStructured(1, 4), Wanda(), r"ATP\(beta=0\.01\) splits an unstructured"),
+        (LeastLoss(), "2:4", Wanda(), "LeastLoss.*splits an unstructured"),
+        (OWL(spread=0.6), 0.9, Wanda(), r"gives model\.layers\.\d a sparsity of .*outside of \[0, 1\)"),
+        (ATP(0.6), 0.5, Wanda(), r"ATP\(beta=0\.6\) gives model\.layers\.0 a sparsity of -0\.1000"),
+        (ATP(-0.6), 0.5, Wanda(), r"gives model\.layers\.0 a sparsity of 1\.1000"),
+        (LeastLoss(), 0.96, Wanda(), "prunes no linear more than 0.95, got a sparsity of 0.96"),
+        (LeastLoss(choices=["dense", "2:4"]), 0.6, Wanda(), "prunes no linear more than 0.5, got a sparsity of 0.6"),
+        (LeastLoss(choices=["dense", "3:7"]), 0.2, Wanda(), "32 input features.*groups of 7"),
+        (LeastLoss(choices=["dense", "3:6"]), 0.2, SparseGPT(), "block_size must be a multiple of 6"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_before_any_weight_changes(llama, batches, allocation, asked, method, message):
+    before = [parameter.clone() for parameter in llama.parameters()]
+    with pytest.raises(ValueError, match=message):
+        prune_model(llama, batches, method, asked, allocation=allocation)
+    assert all(map(torch.equal, llama.parameters(), before))
+
+
+def test_calibration_is_asked_for(llama):
+    with pytest.raises(ValueError, match=r"OWL\(.*needs calibration batches"):
+        prune_model(llama, None, "magnitude", 0.5, allocation=OWL())
+    assert prune_model(llama, None, "magnitude", 0.5, allocation=ATP(0.05)).sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OWL(factor=0), "factor must be a finite number above 0, got 0"),
+        (lambda: OWL(spread=-1), "spread must be"),
+        (lambda: ATP(math.nan), "beta must be a finite number, or left out to be chosen, got nan"),
+        (lambda: ATP(True), "beta must be"),
+        (lambda: LeastLoss(step=0.3), r"step must be in \(0, 0\.25\], got 0\.3"),
+        (lambda: LeastLoss(rounds=0), "rounds must be"),
+        (lambda: LeastLoss(sequences=0), "sequences must be"),
+        (lambda: LeastLoss(choices=["2:4"]), "choices must be two or more different patterns"),
+        (lambda: LeastLoss(choices=["2:4", "2:4"]), "choices must be two or more different patterns"),
+        (lambda: LeastLoss(choices=["2:4", "half"]), "half"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_what_judges_was_not_measured_on(count):
+    batches = [torch.full((1, 2), n) for n in range(count)]
+    held, used = ({int(b[0, 0]) for b in part} for part in (held_out(batches), fitted(batches)))
+    assert held
+    assert used
+    assert count == 1 or not held & used
+    assert held | used == {*range(count)}

@@ -1,0 +1,211 @@
+"""Pruning a model for a trial: in a cheap way, looked at on calibration text that was held out, and taken back.
+
+Shapes: B batch, T tokens, V vocabulary, O out features, I in features.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wanda_lightning.allocation.allocator import Task
+from wanda_lightning.calibration.batches import Batch, model_inputs, tensors_of
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW
+from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.methods.wanda import Wanda
+from wanda_lightning.model.gradients import only_requiring_grad
+from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.offload import device_of, is_offloaded
+from wanda_lightning.sparsity import Pattern
+from wanda_lightning.statistics import InputNorm, InputStatistic
+
+ROWS = 256
+"""Rows of a matrix whose energies are measured."""
+
+
+def held_out(batches: Sequence[Batch]) -> list[Batch]:
+    """Return every fourth batch, at least one: those on which allocations are judged."""
+    return [*batches[3::4]] or [batches[-1]]
+
+
+def fitted(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the batches that are not :func:`held_out`; where there is one alone, that one."""
+    return [batch for number, batch in enumerate(batches) if number % 4 != 3][: max(1, len(batches) - 1)]
+
+
+def first_sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """Return the first so many sequences, or all if there are fewer."""
+    taken: list[Batch] = []
+    for batch in batches:
+        inputs = {name: tensor[:count] for name, tensor in tensors_of(batch).items()}
+        taken += [inputs] if count > 0 else []
+        count -= len(inputs["input_ids"])
+    return taken
+
+
+def refuse_what_cannot_be_tried(task: Task, by: str) -> None:
+    """Refuse models and calibration sets that no trial can be made with.
+
+    Args:
+        task: What is asked for.
+        by: Who wants to try, for the error.
+
+    Raises:
+        ValueError: If the model is not in memory as a whole.
+    """
+    if is_offloaded(task.model):
+        raise ValueError(
+            f"{by} runs the whole model pruned in several ways, and some of its layers are not in memory: use OWL, or "
+            "ATP with a beta"
+        )
+
+
+class Trials:
+    """A model that is pruned in one way after the other, each time from its dense weights.
+
+    The mask of each linear comes from the norms of its inputs in the dense model, so that a trial takes no more than
+    choosing masks and running the model over the text it is judged on.
+
+    Args:
+        task: The model and its linears.
+        norms: Of the inputs of each linear, by name.
+    """
+
+    def __init__(self, task: Task, norms: Mapping[str, InputStatistic]) -> None:
+        self._task, self._norms, self._method = task, norms, cheap(task.method)
+        self._dense: dict[str, Tensor] = {}
+        self._now: dict[str, Pattern] = {}  # what is in place
+
+    def __enter__(self) -> "Trials":
+        self._dense = {linear.name: linear.weight_OI.clone() for linear in self._task.linears}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for linear in self._task.linears:
+            linear.weight_OI.copy_(self._dense[linear.name])
+        torch.clear_autocast_cache()
+
+    def pruned(self, name: str, pattern: Pattern) -> Tensor:
+        """Return the pruned weight (O, I) of a linear."""
+        return self._prune(self._dense[name], self._norms[name], pattern)
+
+    def _prune(self, dense_OI: Tensor, norms: InputStatistic, pattern: Pattern) -> Tensor:
+        weight_OI = dense_OI.clone()
+        if norms.tokens:
+            self._method.prune(weight_OI, norms, pattern)
+        else:  # an expert that no token reached, see prune_linear
+            weight_OI.masked_fill_(~pattern.mask(weight_OI.float().abs()), 0)
+        return weight_OI
+
+    def lost(self, linears: Sequence[PrunableLinear], pattern: Pattern) -> float:
+        """Estimate the energy that the outputs of linears lose, ||(W - W') X||^2, from the norms of their inputs.
+
+        Args:
+            linears: The linears.
+            pattern: What they are pruned to.
+
+        Returns:
+            The energy, of evenly spaced rows of large matrices.
+        """
+        energy = 0.0
+        for linear in linears:
+            norms, dense_OI = self._norms[linear.name], self._dense[linear.name]
+            some_OI = dense_OI[:: max(1, len(dense_OI) // ROWS)]
+            energy += float(norms.output_energy(some_OI - self._prune(some_OI, norms, pattern)).sum())
+        return energy
+
+    def loss(self, patterns: Mapping[str, Pattern], batches: Sequence[Batch]) -> float:
+        """Prune, and return the mean cross-entropy of next tokens over the batches of all processes.
+
+        Args:
+            patterns: By the name of the linear.
+            batches: Of this process.
+
+        Returns:
+            Nats per token; infinite where the model overflows.
+        """
+        for linear in self._task.linears:
+            if self._now.get(linear.name) != patterns[linear.name]:
+                linear.weight_OI.copy_(self.pruned(linear.name, patterns[linear.name]))
+        self._now = dict(patterns)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self._task.team.together(), torch.no_grad():
+            for loss, tokens in _losses(self._task.model, batches):
+                sums += torch.tensor([float(loss), tokens])
+        mean = self._mean(sums)[0]
+        return mean if math.isfinite(mean) else math.inf
+
+    def slopes(
+        self, less: Mapping[str, Pattern], more: Mapping[str, Pattern], batches: Sequence[Batch]
+    ) -> tuple[dict[str, float], float]:
+        """Attribute to every linear its part in what the loss grows by, if all of them are pruned more.
+
+        Along the straight line between two sets of weights a quadratic loss grows by its gradient in the middle, times
+        their difference. One backward pass there gives the part of every linear: Aumann and Shapley's shares of a
+        joint cost, by the midpoint rule.
+
+        Args:
+            less: What the linears are pruned to at the beginning of the line, by name.
+            more: What they are pruned to at its end.
+            batches: Of this process.
+
+        Returns:
+            The parts, in nats per token, by name; and the loss in the middle.
+
+        Raises:
+            ValueError: If the gradients are not finite.
+        """
+        steps: dict[str, Tensor] = {}
+        linears, self._now = self._task.linears, {}
+        for linear in linears:
+            before_OI = self.pruned(linear.name, less[linear.name])
+            after_OI = self.pruned(linear.name, more[linear.name])
+            linear.weight_OI.copy_((before_OI + after_OI) / 2)
+            steps[linear.name] = after_OI - before_OI
+        weights = list(dict.fromkeys(linear.weight for linear in linears))
+        sums = torch.zeros(len(linears) + 2, dtype=torch.float64)
+        with self._task.team.together(), torch.enable_grad(), only_requiring_grad(self._task.model, weights):
+            for loss, tokens in _losses(self._task.model, batches):
+                found = torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks of those who train it
+                gradients = dict(zip(weights, found, strict=True))
+                parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
+                sums += torch.tensor([*parts, float(loss.detach()), tokens], dtype=torch.float64)
+        *parts, middle = self._mean(sums)
+        if not all(map(math.isfinite, parts)):
+            raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")
+        return dict(zip(steps, parts, strict=True)), middle
+
+    def _mean(self, sums: Tensor) -> list[float]:
+        """Divide sums over the tokens of all processes by the number of these tokens, which is the last of the sums."""
+        sums = sums.to(self._task.linears[0].weight.device, torch.float32)
+        self._task.team.sum([sums])
+        *totals, tokens = sums.tolist()
+        return [total / max(1.0, tokens) for total in totals]
+
+
+def cheap(method: PruningMethod) -> PruningMethod:
+    """Return the method itself if it needs no more than norms, else Wanda."""
+    return method if method.statistic in (None, InputNorm) else Wanda()
+
+
+def _losses(model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, int]]:
+    """Run the model over sequences, one by one; yield the sum of the cross-entropies of their tokens, and how many."""
+    device = device_of(cast(Any, model).get_input_embeddings())
+    torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
+    for batch in batches:
+        inputs = model_inputs(batch, model)
+        for row in range(len(inputs["input_ids"])):
+            one = {name: tensor[row : row + 1].to(device) for name, tensor in inputs.items()}
+            next_T = one["input_ids"][0, 1:]
+            if "attention_mask" in one:
+                next_T = next_T.masked_fill(one["attention_mask"][0, 1:] == 0, -100)
+            logits_TV = model(**one, use_cache=False).logits[0, :-1].float()
+            labels_T = next_T.to(logits_TV.device)
+            yield functional.cross_entropy(logits_TV, labels_T, reduction="sum"), int((labels_T != -100).sum())
+
+
+def _inner(linear: PrunableLinear, gradient: Tensor | None, step_OI: Tensor) -> float:
+    return 0.0 if gradient is None else float((linear.view(gradient).float() * step_OI.float()).sum())

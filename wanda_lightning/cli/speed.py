@@ -1,0 +1,47 @@
+"""``wanda-lightning speed``."""
+
+from pathlib import Path
+
+from wanda_lightning.cli.commands import run_function
+from wanda_lightning.cli.inspect import Dtype
+
+
+def speed(
+    models: list[str],
+    prompt: int = 512,
+    new_tokens: int = 32,
+    batch_sizes: list[int] = [1, 8],  # noqa: B006 (jsonargparse shows it)
+    rounds: int = 10,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    output: Path | None = None,
+) -> None:
+    """Measure how fast models read a prompt and decode, and what they take, against the first of them.
+
+    Args:
+        models: Models, the dense one first.
+        prompt: Tokens of the prompt.
+        new_tokens: Tokens that are decoded.
+        batch_sizes: Sequences that are decoded at once.
+        rounds: How often each model has its turn; at least 6 to call a difference one.
+        dtype: Data type of the weights. Default: the checkpoint's; many processors are slow in half precision.
+        device: Where it computes, such as cpu or cuda:0. Default: the GPU, if there is one.
+        output: Write speed.json, speed.md and speed.png into this folder.
+    """
+    from rich.console import Console
+
+    from wanda_lightning.runs.generation_speed import measure_speed
+    from wanda_lightning.runs.plotting import check
+
+    if output:
+        check(output / "speed.png")
+    report = measure_speed(models, prompt, new_tokens, batch_sizes, rounds, dtype, device, progress=True)
+    Console().print(report.to_table())
+    if output:
+        report.save(output)
+
+
+def main(arguments: list[str]) -> None:
+    """Run ``wanda-lightning speed``."""
+    models = {"nargs": "+", "type": str, "metavar": "MODEL", "help": "Hub name, folder or .gguf; the dense one first."}
+    run_function("speed", speed, arguments, models=models)

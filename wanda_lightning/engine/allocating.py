@@ -1,0 +1,70 @@
+"""Having an allocator decide what each linear is pruned to: once for a run, also if it is cut off and goes on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from torch import nn
+
+from wanda_lightning.allocation.allocator import Task, patterns_of
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.names import name_without_adapters
+from wanda_lightning.report.allotment import Allotment
+
+
+def allocated(
+    plan: Plan, model: nn.Module, batches: Sequence[Batch], activations: Place, journal: Journal, processes: Processes
+) -> Plan:
+    """Decide what each linear is pruned to, or find what was decided before the run was cut off.
+
+    Args:
+        plan: What is to be done to the model.
+        model: The model; it is left as it was.
+        batches: The calibration set of this process.
+        activations: Where its activations wait between two layers.
+        journal: Of the run, which has begun; what is decided is kept in it.
+        processes: Those that have the other parts of the calibration set.
+
+    Returns:
+        The plan with the patterns of all linears; the same plan where the user has decided.
+    """
+    allocator, file = plan.selection.allocator, journal.allocation
+    if allocator is None:
+        return plan
+    found = file.read_text(encoding="utf-8") if processes.rank == 0 and file is not None and file.exists() else None
+    found = processes.gather(found)[0]
+    if found is not None:
+        return _with(plan, Allotment(**json.loads(found)))
+    task = task_of(plan, model, batches, activations, processes)
+    allotment = processes.gather(allocator.allocate(task))[0]
+    repeats = {
+        name_without_adapters(repeat.name): allotment.patterns[name_without_adapters(repeat.first)]
+        for repeat in plan.repeats
+    }
+    allotment = replace(allotment, patterns={**allotment.patterns, **repeats})
+    with processes.together():
+        if processes.rank == 0 and file is not None:
+            write_text(file, json.dumps(asdict(allotment), indent=2) + "\n")
+    return _with(plan, allotment)
+
+
+def _with(plan: Plan, allotment: Allotment) -> Plan:
+    linears = [linear for layer in plan.layers for linear in layer.linears]
+    return replace(plan, patterns=patterns_of(allotment, linears), allotment=allotment)
+
+
+def task_of(
+    plan: Plan,
+    model: nn.Module,
+    batches: Sequence[Batch] = (),
+    activations: Place = "device",
+    processes: Processes | None = None,
+) -> Task:
+    """Say what an allocator is to decide."""
+    processes = processes or Processes.alone()
+    return Task(model, plan.layers, plan.method, plan.pattern, batches, processes, activations)

@@ -1,0 +1,178 @@
+"""``wanda-lightning speed A B ...``: how fast models generate on the machine at hand, measured in turns.
+
+Turns (A B A B ...) make the machine's other work fall on all models alike: what compares is the ratio within a round.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.arguments import whole_number
+from wanda_lightning.checkpoints.loading import load_config, load_model
+from wanda_lightning.checkpoints.quiet import quiet_if_small
+from wanda_lightning.checkpoints.tensor_files import weight_files
+from wanda_lightning.report.environment import environment
+from wanda_lightning.runs.speed_report import ModelSpeed, SpeedReport
+from wanda_lightning.runs.tensor_memory import peak_on_top, weight_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONTEXT = 16  # tokens that stand before those that are decoded
+
+
+def measure_speed(
+    models: Sequence[str | Path],
+    prompt: int = 512,
+    new_tokens: int = 32,
+    batch_sizes: Sequence[int] = (1, 8),
+    rounds: int = 10,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> SpeedReport:
+    """Measure how fast models read a prompt and decode, and what they take, against the first of them.
+
+    Every model generates greedily, by transformers' ``generate``, from the same random tokens: one prompt, and
+    ``new_tokens`` tokens behind 16 at each batch size. A first round is not counted; in it, memory is measured.
+
+    Args:
+        models: Hub names, folders or ``.gguf`` files, as :func:`wanda_lightning.load_model` takes them; each is loaded
+            once, and all stay in memory.
+        prompt: Tokens of the prompt.
+        new_tokens: Tokens that are decoded.
+        batch_sizes: Sequences that are decoded at once.
+        rounds: How often each model has its turn; fewer than 6 are too few to call a difference one.
+        dtype: ``"auto"`` (the checkpoint's own), or the name of a torch dtype.
+        device: Where it computes. Default: the GPU, if there is one that torch can use.
+        progress: Show a bar, on the standard error.
+
+    Returns:
+        Every measurement, with what follows from it.
+
+    Raises:
+        ValueError: If no model is named or one cannot be loaded, a number is too small, the models have no room for as
+            many tokens, or there is no such device. All but broken weights is seen before a model is loaded.
+    """
+    if not models:
+        raise ValueError("nothing to measure: name one or more models, the dense one first")
+    for name, value in {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}.items():
+        whole_number(name, value, 1)
+    for batch_size in batch_sizes or [0]:
+        whole_number("batch_sizes", batch_size, 1)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be auto, or the name of a torch data type such as float32, got {dtype!r}")
+    vocabulary = min(_vocabulary(str(model), max(prompt, CONTEXT + new_tokens)) for model in models)
+    place = _checked_device(device)
+    loaded = [_load(str(model), dtype, place) for model in models]
+    ids_1P = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
+    ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
+    inputs = {f"decoding (batch {size})": (ids_1C.repeat(size, 1), new_tokens) for size in dict.fromkeys(batch_sizes)}
+    inputs[f"prompt ({prompt} tokens)"] = (ids_1P, 0)
+
+    from rich.console import Console
+    from rich.progress import track
+
+    memory = [
+        weight_bytes(model) + max(peak_on_top(partial(_rate, model, *given), place) for given in inputs.values())
+        for model in loaded
+    ]
+    rates: list[dict[str, list[float]]] = [{what: [] for what in inputs} for _ in loaded]
+    turns = [(what, number) for _ in range(rounds) for what in inputs for number in range(len(loaded))]
+    for what, number in track(
+        turns, "measuring in turns", console=Console(stderr=True), transient=True, disable=not progress
+    ):
+        rates[number][what].append(_rate(loaded[number], *inputs[what]))
+    measured = [
+        replace(_described(str(name), model), memory=peak, tokens_per_second=speeds)
+        for name, model, peak, speeds in zip(models, loaded, memory, rates, strict=True)
+    ]
+    settings = {"prompt": prompt, "new_tokens": new_tokens, "context": ids_1C.shape[1], "rounds": rounds}
+    where = {"device": str(place), "threads": torch.get_num_threads()}
+    return SpeedReport(measured, settings, where | {"environment": environment()})
+
+
+def _vocabulary(pretrained: str, length: int) -> int:
+    """Return how many tokens a model knows; refuse one that has no room for so many."""
+    config = load_config(pretrained).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"{pretrained} has positions for {limit} tokens, and prompt or new_tokens ask for {length}")
+    return config.vocab_size
+
+
+def _checked_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def _load(pretrained: str, dtype: str, device: torch.device) -> "PreTrainedModel":
+    from transformers import GenerationConfig
+
+    with quiet_if_small(pretrained):
+        model: Any = load_model(pretrained, dtype).eval().to(device)
+    # Its own might draw at random, or stop before the end.
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model
+
+
+class _Stopwatch:
+    """Takes the time of every token; ``generate`` calls it with the prompt, then with each token on the CPU."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _rate(model: "PreTrainedModel", ids_BT: Tensor, new_tokens: int) -> float:
+    """Return tokens a second: those decoded behind the first new one, or if there are none those of the prompt."""
+    stopwatch: Any = _Stopwatch()
+    model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new_tokens + 1, streamer=stopwatch)
+    start, first, *_ = times = stopwatch.times
+    if not new_tokens:
+        return ids_BT.numel() / (first - start)
+    return len(ids_BT) * new_tokens / (times[-1] - first)
+
+
+def _described(name: str, model: "PreTrainedModel") -> ModelSpeed:
+    """Count a model's weights."""
+    parameters = [*model.parameters()]
+    count = sum(weight.numel() for weight in parameters)
+    looked_up: Any = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and getattr(head, "weight", None) is looked_up
+    return ModelSpeed(
+        name=name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=count,
+        multiplied=count if tied else count - looked_up.numel(),
+        zeros=sum(int((weight == 0).sum()) for weight in parameters) / count,
+        file=_file_bytes(name),
+    )
+
+
+def _file_bytes(pretrained: str) -> int:
+    """Return the bytes of a model's weight files."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    folder = path if path.is_dir() else Path(snapshot_download(pretrained, local_files_only=True))
+    return sum(file.stat().st_size for file in weight_files(folder) or folder.glob("*.bin"))

@@ -1,0 +1,94 @@
+"""The smallest sparsity with which a model fits into a number of bytes: calculated, then measured on the result."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.callbacks.pruning import run_folder
+from wanda_lightning.export.size import CompressedSize, compressed_size
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.runs.one_shot import no_training, prune
+from wanda_lightning.runs.search_result import SearchResult, Trial, percent
+from wanda_lightning.runs.trials import DenseWeights, with_callbacks
+from wanda_lightning.sparsity import Unstructured
+
+CURVE = 10
+"""How many sizes of the curve are written down, besides those around the one that was chosen."""
+
+
+def prune_to_size(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    callback: PruningCallback,
+    weights: DenseWeights,
+    result: SearchResult,
+    grid: Sequence[float],
+) -> None:
+    """Prune as little as makes the compressed weights fit, evaluate and save.
+
+    How many weights stay says how large the file will be, so that no sparsity needs to be tried out. Where more stay
+    than was calculated, and the file that would be written is too large, the next sparsity follows.
+
+    Args:
+        trainer: The Trainer.
+        model: The LightningModule.
+        datamodule: Its data, for calibration and evaluation.
+        callback: What is pruned with.
+        weights: Keeps the dense weights.
+        result: Says how many bytes; what is found goes into it.
+        grid: The sparsities to choose from, from 0 on.
+
+    Raises:
+        ValueError: If the model fits as it is, or at no sparsity.
+    """
+    with with_callbacks(trainer, weights, without=[callback]), no_training(trainer):
+        trainer.fit(model, datamodule=datamodule)  # which loads the model
+    sizes = _calculated(model, callback, grid)
+    most = result.budget.most
+    number = next((number for number, size in enumerate(sizes) if size <= most), len(grid))
+    if number == 0:
+        raise ValueError(f"the model fits as it is: its weights take {sizes[0]:,} bytes, {most:,.0f} are allowed")
+    result.dense = {"bytes": sizes[0]}
+    while number < len(grid):
+        result.trials = [
+            Trial(grid[at], grid[at], {"bytes": sizes[at]})
+            for at in sorted({*range(0, len(grid), max(1, len(grid) // CURVE)), number - 1} - {0, number})
+        ]
+        callback.pattern = Unstructured(grid[number])
+        weights.bring_back(model)
+        report = prune(trainer, model, datamodule)
+        size = trainer.strategy.broadcast(_measured(trainer))
+        result.trials.append(Trial(grid[number], report.sparsity, {"bytes": size}))
+        result.final = dict(report.evaluations)
+        if size <= most:
+            result.found = grid[number]
+            return
+        rank_zero_info(f"{percent(grid[number])} gives {size:,} bytes, {size - most:,.0f} too many")
+        number += 1
+        callback.overwrite = True  # the results of this very search
+    raise ValueError(
+        f"the budget cannot be met: at the largest sparsity, {percent(grid[-1])}, the weights take {sizes[-1]:,} "
+        f"bytes, {most:,.0f} are allowed"
+    )
+
+
+def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequence[float]) -> list[int]:
+    """Calculate the size of the compressed weights at every sparsity."""
+    language_model = find_language_model(model)
+    size = CompressedSize(language_model)
+    selection = Selection(callback.targets, callback.ignore, callback.layers, callback.allocation)
+    sizes = []
+    for sparsity in grid:
+        decoder, patterns = selection.choose(language_model, Unstructured(sparsity))
+        linears = [linear for layer in decoder for linear in layer.linears]
+        sizes.append(size.expected((linear, patterns[linear.name]) for linear in linears))
+    return sizes
+
+
+def _measured(trainer: Trainer) -> int:
+    """Measure the model that was saved, on the first process."""
+    return compressed_size(run_folder(trainer) / "model") if trainer.is_global_zero else 0

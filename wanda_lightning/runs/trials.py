@@ -1,0 +1,120 @@
+"""What a sweep and a search share: every trial starts from the dense weights and is told from those of other runs."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+
+from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
+from wanda_lightning.engine.fingerprint import differences
+from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.runs.one_shot import end_if_asked, prune
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+class DenseWeights(Callback):
+    """Keeps a copy of the weights as they are before the first pruning, and brings them back before the others.
+
+    Args:
+        layers: Name of the list of decoder layers, where the rule for finding it fails.
+    """
+
+    def __init__(self, layers: str | None = None) -> None:
+        self.layers = layers
+        self._dense: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy or bring back; this callback stands before the one that prunes."""
+        if self._dense:
+            self.bring_back(pl_module)
+        else:
+            self._dense = {name: weight.detach().clone() for name, weight in self._weights(pl_module).items()}
+
+    @torch.no_grad()
+    def bring_back(self, module: LightningModule) -> None:
+        """Bring the weights back if they were copied before."""
+        if self._dense:
+            for name, weight in self._weights(module).items():
+                weight.copy_(self._dense[name])
+
+    def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
+        layers = decoder_layers(find_language_model(module), targets=["*"], layers=self.layers)
+        return {name: weight for layer in layers for name, weight in layer.weights.items()}
+
+
+def check_in_memory(model: LightningModule, what: str) -> None:
+    """Refuse a model whose layers are on disk.
+
+    Args:
+        model: The LightningModule.
+        what: What cannot be done with it.
+
+    Raises:
+        ValueError: If the model is streamed from disk.
+    """
+    if getattr(model, "stream", False):
+        raise ValueError(f"{what} keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
+
+
+def evaluate(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None) -> dict[str, float]:
+    """Validate, and return the metrics."""
+    trainer.validate(model, datamodule=datamodule, verbose=False)
+    end_if_asked(trainer)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def prune_and_evaluate(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    weights: DenseWeights,
+    callback: PruningCallback,
+) -> dict[str, float]:
+    """Prune from the dense weights with a callback of its own, and return what the validation then gives."""
+    with with_callbacks(trainer, weights, callback):
+        prune(trainer, model, datamodule=datamodule, evaluate=False, save=False)
+        return evaluate(trainer, model, datamodule)
+
+
+@contextmanager
+def with_callbacks(trainer: Any, *callbacks: Callback, without: Collection[Callback] = ()) -> Iterator[None]:
+    """Give a Trainer more callbacks for a while, and take others away."""
+    before = list(trainer.callbacks)
+    trainer.callbacks[:] = [*(callback for callback in before if callback not in without), *callbacks]
+    try:
+        yield
+    finally:
+        trainer.callbacks[:] = before
+
+
+def settings_of(trainer: Any, model: Any, datamodule: Any) -> dict[str, dict[str, Any]]:
+    """Collect what the figures of trials depend on, besides what each is pruned to and by what, as JSON types."""
+    settings = {
+        "model": {**_hyperparameters(model), **getattr(model, "model_kwargs", {})},
+        "data": _hyperparameters(datamodule),
+        "trainer": {"precision": trainer.precision},
+    }
+    for callback in trainer.callbacks:
+        if isinstance(callback, ZeroShotEvaluation):
+            asked = {"tasks": callback.tasks, "include_path": callback.include_path}
+            settings["zero_shot"] = {**asked, **callback.settings}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def other_settings(before: Settings, now: Settings) -> list[str]:
+    """Say where the settings of earlier trials differ from those of now."""
+    return [
+        f"{part}.{difference}"
+        for part in {**before, **now}
+        for difference in differences(before.get(part, {}), now.get(part, {})).values()
+    ]
+
+
+def _hyperparameters(part: Any) -> dict[str, Any]:
+    return {"class": type(part).__name__, **getattr(part, "hparams", {})}
