@@ -25,7 +25,7 @@ ROOMS = {
     "statistics": {"solvers"},
     "methods": {"arguments", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
-    "calibration": {"model", "statistics"},
+    "calibration": {"model", "solvers", "statistics"},
     "report": {"model", "atomic_files"},
     "allocation": {"arguments", "calibration", "model", "methods", "report", "sparsity", "statistics"},
     "training": {"arguments", "model", "sparsity"},

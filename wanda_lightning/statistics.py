@@ -55,6 +55,11 @@ class InputStatistic(ABC):
         self.total += other.total.to(self.total)
         self.tokens += other.tokens
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is to be added up over processes."""
+        return [self.total]
+
     def summed(self, tokens: int, owner: int | None = None, rank: int | None = None) -> None:
         """Note that ``total`` is now the sum over all processes.
 
@@ -65,7 +70,8 @@ class InputStatistic(ABC):
         """
         self.is_summed, self.tokens, self.owner = True, tokens, owner
         if owner != rank:
-            self.total = self.total.new_empty(0)
+            for tensor in self.sums:
+                tensor.data = tensor.new_empty(0)
 
     @abstractmethod
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor: ...

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
+from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.engine.pruner import prune_model
@@ -65,6 +66,18 @@ def test_reconstructs_layers_as_the_engine_does(tmp_path, callback, method):
     assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
     assert pruning.report.settings["reconstruction"] == str(settings)
     assert "reconstruction" not in describe_settings(callback(sparsity=0.5))  # runs of older versions are known again
+
+
+def test_aims_at_the_dense_model_as_the_engine_does(tmp_path):
+    module, pruning = SomebodysModule(), WandaPruning(sparsity=0.5, dense_target=True)
+    trainer(tmp_path, pruning, max_steps=0).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=3), Wanda(), Unstructured(0.5), dense_target=True)
+    assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+    assert pruning.report.settings["dense_target"] is True
+    assert "dense_target" not in describe_settings(WandaPruning(sparsity=0.5))
+    with pytest.raises(ValueError, match="leave dense_target or schedule out"):
+        WandaPruning(sparsity=0.5, dense_target=True, schedule=Gradual(start=0, end=2))
 
 
 def test_falls_back_to_the_first_sequences_of_the_train_dataloader(tmp_path):

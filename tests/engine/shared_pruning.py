@@ -56,6 +56,15 @@ def reconstruct(processes: Processes, model: str, size: int):
     return net.state_dict(), [(layer.before, layer.after) for layer in report.reconstruction.values()]
 
 
+def aimed(processes: Processes, size: int):
+    """Fit linears to the dense model; each process has a part with every fourth batch held out."""
+    batches = token_batches(batches=4 * size, batch_size=4, length=16)
+    mine = batches[4 * processes.rank :][:4] if processes.size > 1 else batches
+    net = tiny_llama()
+    report = prune_model(net, mine, SparseGPT(16), Unstructured(0.5), dense_target=True, processes=processes)
+    return net.state_dict(), [row.dense_target for row in report.linears]
+
+
 def least_loss(processes: Processes):
     """Each process measures and judges on batches of its own; all have to end with the same split."""
     net = tiny_llama()
@@ -108,6 +117,7 @@ def run(rank: int, size: int, folder: str) -> None:
     found["recorded"] = first
     found["restored"] = prune(processes, "mixtral", "sparsegpt", Path(folder))
     found |= {(model, "reconstruction"): reconstruct(processes, model, size) for model in MODELS}
+    found["aimed"] = aimed(processes, size)
     found["least loss"] = least_loss(processes)
     found["refused"] = refused(processes)
     if size == 2:

@@ -63,6 +63,15 @@ def test_a_step_of_many_is_one_with_all_their_batches(of_many, model):
         assert ((weights[name] - weight).abs() < 1e-4).float().mean() > 0.998, name
 
 
+def test_all_processes_aim_at_the_dense_model_together(of_many):
+    weights, alphas = of_many[0]["aimed"]
+    alone, wanted = shared_pruning.aimed(Processes.alone(), len(of_many))
+    assert alphas == pytest.approx(wanted, abs=1e-3)
+    assert max(alphas) > 0.1
+    for name, weight in alone.items():
+        assert ((weights[name] - weight).abs() < 1e-3).float().mean() > 0.998, name  # a tie may break the other way
+
+
 def test_a_recorded_layer_is_restored_in_all_processes(of_many):
     for found in of_many:
         (recorded, rows), (restored, again) = found["recorded"], found["restored"]

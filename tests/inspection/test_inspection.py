@@ -54,6 +54,7 @@ def test_memory(config_only):
     # The dense stream; 19 bytes for each weight of a layer, and what its seven linears see and give of one window.
     weights, features = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64, 2 * 64 + 2 * 48 + 3 * 96
     assert memory["reconstruction, besides"] == 2 * 10 * 100 * 32 + 19 * weights + 2 * 100 * features
+    assert memory["dense target, besides"] == 2 * 10 * 100 * (32 + 3 * 32 + 64 + 2 * 32) + 28 * 64**2
 
 
 def test_what_waits_in_one_pass_is_what_the_engine_asks_for(config_only):

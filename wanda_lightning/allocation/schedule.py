@@ -79,18 +79,27 @@ class Gradual:
             return self.end
         return None if step < self.start else step - (step - self.start) % self.every
 
-    def check(self, method: PruningMethod, pattern: Pattern, allocation: Allocation | Allocator | None) -> None:
+    def check(
+        self,
+        method: PruningMethod,
+        pattern: Pattern,
+        allocation: Allocation | Allocator | None,
+        dense_target: bool = False,
+    ) -> None:
         """Refuse what cannot be pruned in several steps.
 
         Args:
             method: The pruning method.
             pattern: What is pruned to in the end.
             allocation: What holds instead for some of the linears.
+            dense_target: Whether weights are fitted to the dense model before they are pruned.
 
         Raises:
-            ValueError: If the pattern is N:M or not the same for all, the schedule starts above it, or the method may
-                bring back what it pruned before.
+            ValueError: If the pattern is N:M or not the same for all, the schedule starts above it, the method may
+                bring back what it pruned before, or a dense model is aimed at: there is one at the first step only.
         """
+        if dense_target:
+            raise ValueError("a gradual schedule goes on from a pruned model: leave dense_target or schedule out")
         if not isinstance(pattern, Unstructured):
             raise ValueError(f"a gradual schedule prunes unstructured patterns only, got {pattern}: leave schedule out")
         if allocation is not None:

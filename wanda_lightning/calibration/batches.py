@@ -88,3 +88,23 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
         keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
         raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
     return inputs
+
+
+def held_out_batches(batches: int, share: float, purpose: str) -> range:
+    """Say which calibration batches only tell how well the others serve: for a share of 1/8 every eighth.
+
+    Args:
+        batches: How many there are.
+        share: The share of those that are held out, in (0, 0.5]; one at least is.
+        purpose: What they are held out for.
+
+    Returns:
+        Their numbers.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    if batches < 2:
+        raise ValueError(f"{purpose} needs at least 2 calibration batches, one of them held out, got {batches}")
+    every = min(round(1 / share), batches)
+    return range(every - 1, batches, every)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.collector import Collector
+from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
@@ -31,6 +32,7 @@ class CalibratedLayer:
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
         is_last: Whether no layer of its stack follows, so that nothing needs its outputs.
         dense_BTD: What the layer gives in the dense model, one tensor (B, T, D) a batch, where that is wanted.
+        dense_inputs: What enters the layer's linears in the dense model, where that is wanted.
 
     Attributes:
         has_advanced: Whether ``hidden_BTD`` holds what enters the next layer.
@@ -45,6 +47,7 @@ class CalibratedLayer:
         memory: int | None = None,
         is_last: bool = False,
         dense_BTD: HiddenStates | None = None,
+        dense_inputs: DenseInputs | None = None,
     ) -> None:
         self.layer = layer
         self.hidden_BTD = hidden_BTD
@@ -53,6 +56,7 @@ class CalibratedLayer:
         self.memory = memory
         self.is_last = is_last
         self.dense_BTD = dense_BTD
+        self.dense_inputs = dense_inputs
         self.has_advanced = False
 
     def output(self, batch: int) -> Tensor:

@@ -7,6 +7,9 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any
 
+from torch import Tensor
+
+from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.model.decoder import DecoderLayer
@@ -30,15 +33,21 @@ class DenseStream:
         copies: dict[int, MutableMapping[Any, Any]] = {}
         self._arguments = [[_with_own_dicts(call, copies) for call in calls] for calls in arguments]
 
-    def advance(self, number: int, layer: DecoderLayer) -> None:
+    def advance(self, number: int, layer: DecoderLayer, record: DenseInputs | None = None) -> None:
         """Pass a layer, which is dense still.
 
         Args:
             number: Its place among the layers, from 0.
             layer: The layer.
+            record: Keeps what enters its linears, where that is wanted.
         """
         for batch, arguments in enumerate(self._arguments[number]):
-            self.hidden_BTD[batch] = hidden_states_of(arguments.call(layer.module, self.hidden_BTD[batch]))
+            hidden_BTD = self.hidden_BTD[batch]
+
+            def run(hidden_BTD: Tensor = hidden_BTD, arguments: Arguments = arguments) -> Tensor:
+                return hidden_states_of(arguments.call(layer.module, hidden_BTD))
+
+            self.hidden_BTD[batch] = record.record(hidden_BTD, run) if record else run()
         self._arguments[number] = []
 
 

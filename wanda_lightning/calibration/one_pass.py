@@ -17,8 +17,9 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.both_streams import BothStreams
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer, check_statistics
-from wanda_lightning.calibration.collector import by_module, real_inputs
+from wanda_lightning.calibration.collector import by_module
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.resumable import Resumable, pause
 from wanda_lightning.model.experts import expert_inputs
@@ -82,6 +83,7 @@ class OnePass:
         self._stop: nn.Module | None = None  # that batches wait at
         self._arrived: dict[int, list[Any]] = {}  # what enters fused experts, by batch, where they are the stop
         self._batch = 0  # that is running
+        self._streams = BothStreams(inputs)
 
     def parts(self) -> Generator[Part]:
         """Take the batches through; when all are behind the layer, its outputs are what enters the next one.
@@ -161,6 +163,7 @@ class OnePass:
             for module in self._modules:
                 handle = module.register_forward_pre_hook(self._called, with_kwargs=True)
                 hooks.callback(handle.remove)
+            hooks.enter_context(self._streams.watched(lambda: self._batch))
             yield
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -208,8 +211,7 @@ class OnePass:
         if is_first:
             self._sources.append(_Source(module, self._empty(linear)))
         source = self._sources[-1]
-        mask_BT = self._inputs.real[self._batch].of(inputs[0])
-        source.statistic.update(real_inputs(inputs[0], mask_BT, linear))
+        self._streams.count(source.statistic, linear, inputs[0], self._batch)
         source.inputs[self._batch] = ref(inputs[0])
 
 

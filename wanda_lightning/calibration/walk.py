@@ -16,6 +16,7 @@ from torch import nn
 
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
+from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run, hidden_states_of
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
@@ -36,6 +37,7 @@ def walk(
     activations: Place = "device",
     with_dense: bool = False,
     feed: Feed | None = None,
+    with_dense_inputs: bool = False,
 ) -> Iterator[CalibratedLayer]:
     """Visit the layers in order, each with the inputs that the layers before it give as they are now.
 
@@ -52,6 +54,7 @@ def walk(
         with_dense: Whether the hidden states of the dense model go along: each layer runs once more, as it is before
             it is visited. Behind the first list they begin with what its pruned layers give.
         feed: Runs the model on a batch. Default: as a language model.
+        with_dense_inputs: Whether also what enters the linears in the dense model goes along.
 
     Yields:
         The layer and what enters it.
@@ -69,16 +72,19 @@ def walk(
         hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations)
         if first is not None and number == 0:
             _check_activations(model, layers, first, feed)
-        dense = DenseStream(hidden_BTD, arguments) if with_dense else None
+        dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None
         for index, layer in enumerate(stack):
             memory = _size(layer.module) if is_offloaded(layer.module) else None
             is_last = index + 1 == len(stack)
             dense_BTD = dense.hidden_BTD if dense else None
-            step = CalibratedLayer(layer, hidden_BTD, arguments[index], real, memory, is_last, dense_BTD)
+            seen = DenseInputs(layer, activations) if with_dense_inputs else None
+            step = CalibratedLayer(layer, hidden_BTD, arguments[index], real, memory, is_last, dense_BTD, seen)
             with in_memory(layer.module):
                 if dense:
-                    dense.advance(index, layer)
+                    dense.advance(index, layer, seen)
                 yield step
+                if seen:
+                    seen.drop()
                 if not is_last:
                     step.advance()
             arguments[index] = []

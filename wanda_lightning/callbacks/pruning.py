@@ -57,10 +57,10 @@ class PruningCallback(SparseFinetuning):
             this run. Default: in ``PruningTrainer.prune``; until ``fit`` ends with an ``output_dir``; when streaming.
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
-        true_sequential: Prune each linear with what those before it, pruned, give, in one pass a layer; False: in two
-            passes. Default: in one, or in two where the memory does not suffice.
+        true_sequential: Prune each linear behind those before it, in one pass. Default: where the memory suffices.
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
         prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
+        dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -85,6 +85,7 @@ class PruningCallback(SparseFinetuning):
         true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
         prompts: list[str] | None = None,
+        dense_target: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
@@ -93,10 +94,11 @@ class PruningCallback(SparseFinetuning):
             allocation.check_pattern(self.pattern)
         self.calibration = CalibrationBatches(num_samples)
         if schedule is not None:
-            schedule.check(method, self.pattern, allocation)
+            schedule.check(method, self.pattern, allocation, dense_target)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
-        self.reconstruction, self.prompts = reconstruction, PROMPTS if prompts is None else check_prompts(prompts)
+        self.reconstruction, self.dense_target = reconstruction, dense_target
+        self.prompts = PROMPTS if prompts is None else check_prompts(prompts)
         self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
         self.run = PruningRun(self)
 

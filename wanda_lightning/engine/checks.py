@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.input_drift import held_out_for_target
 from wanda_lightning.engine.allocating import task_of
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
@@ -32,11 +33,14 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
     if plan.needs_batches and not has_batches:
         asks = plan.method if plan.statistic else plan.reconstruction or plan.selection.allocator
         raise ValueError(f"{asks} needs calibration batches, got None")
-    if plan.reconstruction is not None and plan.repeats:
+    if plan.dense_target and plan.true_sequential is False:
+        raise ValueError("dense_target needs one pass through each layer: leave true_sequential=False out")
+    if (plan.reconstruction is not None or plan.dense_target) and plan.repeats:
         name, _, first = plan.repeats[0]
+        setting = "dense_target" if plan.dense_target else "reconstruction"
         raise ValueError(
             f"{name} and {first} share one matrix: what the dense layers give is not known any more once it is pruned, "
-            "and reconstruction needs that; leave reconstruction out"
+            f"and {setting} needs that; leave {setting} out"
         )
     linears = [linear for layer in plan.layers for linear in layer.linears]
     if not linears:
@@ -66,6 +70,8 @@ def check_inputs(plan: Plan, inputs: CalibratedLayer | None) -> None:
     Raises:
         ValueError: If there are too few batches.
     """
+    if plan.dense_target and inputs is not None:
+        held_out_for_target(len(inputs.hidden_BTD))
     if plan.reconstruction is not None and inputs is not None:
         plan.reconstruction.split(len(inputs.hidden_BTD))
 

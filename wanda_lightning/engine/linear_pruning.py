@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wanda_lightning.calibration.input_drift import InputDrift
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
@@ -68,6 +69,10 @@ def prune_linear(
         ValueError: If the Hessian cannot be factorised.
     """
     started = time.perf_counter()
+    dense_target = None
+    if isinstance(statistic, InputDrift):
+        dense_target = _aim_at_dense(linear.name, weight_OI, statistic)
+    aim_OI = weight_OI.clone() if dense_target else linear.weight_OI
     unseen = method.statistic is not None and statistic is not None and statistic.tokens == 0
     tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
     if unseen:
@@ -94,11 +99,24 @@ def prune_linear(
         sparsity=sparsity_of(weight_OI),
         seconds=seconds,
         tokens=statistic.tokens if statistic else None,
-        error=_relative_error(linear.weight_OI, weight_OI, statistic) if statistic and statistic.tokens else None,
+        error=_relative_error(aim_OI, weight_OI, statistic) if statistic and statistic.tokens else None,
         error_is_exact=isinstance(statistic, InputHessian),
         damping=statistic.damping if isinstance(statistic, InputHessian) else None,
+        dense_target=dense_target,
     )
     return PrunedLinear(row, magnitudes), mask_OI
+
+
+def _aim_at_dense(name: str, weight_OI: Tensor, statistic: InputDrift) -> float | None:
+    """Move a weight, in place, to where it gives what the dense model gives; return how much of the way was gone."""
+    try:
+        target = statistic.target(name, weight_OI)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{name} cannot be fitted to the dense model: {error}") from error
+    if target is None:
+        return None
+    weight_OI.copy_(target[0])
+    return target[1]
 
 
 def _relative_error(dense_OI: Tensor, pruned_OI: Tensor, statistic: InputStatistic) -> float:

@@ -38,6 +38,10 @@ def decide_order(plan: Plan, inputs: CalibratedLayer | None, processes: Processe
                 "passes"
             )
     lacks = [each for each in processes.gather(lack) if each]
+    if lacks and plan.dense_target:
+        raise ValueError(
+            f"dense_target needs one pass, and {lacks[0]}: use fewer samples, or activations='cpu' or 'disk'"
+        )
     if lacks:
         log.warning("every layer is passed twice: %s", lacks[0])
     return plan.in_order(one_pass=not lacks)

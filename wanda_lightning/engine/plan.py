@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.calibration.input_drift import InputDrift
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.engine.stacks import Found
@@ -34,6 +35,7 @@ class Plan:
         repeats: Linears whose matrix an earlier one has.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
         outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
+        dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
         allotment: What an allocator has decided; None before that, and where there is none.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     patterns: Mapping[str, Pattern]
     repeats: list[Repeat]
     reconstruction: Reconstruction | None = None
+    dense_target: bool = False
     outside: Mapping[str, str] = field(default_factory=dict)
     allotment: Allotment | None = None
 
@@ -59,6 +62,7 @@ class Plan:
         exact_error: bool = False,
         true_sequential: bool | None = None,
         reconstruction: Reconstruction | None = None,
+        dense_target: bool = False,
     ) -> "Plan":
         """Find out what is to be done to a model.
 
@@ -71,6 +75,7 @@ class Plan:
             true_sequential: Whether each linear is pruned with what the pruned linears before it give; None where that
                 is to depend on the memory.
             reconstruction: How what is kept of each layer is then trained; None where it is not.
+            dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
 
         Returns:
             The plan.
@@ -83,7 +88,17 @@ class Plan:
         layers, repeats = without_repeats(model, found.in_order(layers), patterns)
         outside = found.look_outside(model, layers)
         return cls(
-            method, pattern, selection, exact_error, true_sequential, layers, patterns, repeats, reconstruction, outside
+            method,
+            pattern,
+            selection,
+            exact_error,
+            true_sequential,
+            layers,
+            patterns,
+            repeats,
+            reconstruction,
+            dense_target,
+            outside,
         )
 
     def in_order(self, one_pass: bool) -> "Plan":
@@ -100,6 +115,8 @@ class Plan:
     @property
     def statistic(self) -> type[InputStatistic] | None:
         """What is gathered of the inputs of linears; None where nothing is."""
+        if self.dense_target:
+            return InputDrift
         return InputHessian if self.exact_error else self.method.statistic
 
     @property
@@ -119,6 +136,7 @@ class Plan:
             "exact_error": self.exact_error,
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
             **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
+            **({"dense_target": True} if self.dense_target else {}),
         }
 
     def new_report(self) -> PruningReport:

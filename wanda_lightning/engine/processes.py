@@ -117,7 +117,8 @@ def _sum(statistics: list[InputStatistic], groups: list[list[PrunableLinear]], p
         return
     owners = balanced([_cost(group) for group in groups], processes.size)
     for statistic, count, owner in zip(statistics, tokens, owners, strict=True):
-        processes.sum_to(owner, statistic.total)
+        for tensor in statistic.sums:
+            processes.sum_to(owner, tensor)
         statistic.summed(count, owner, processes.rank)
 
 

@@ -54,6 +54,7 @@ def prune_model(
     exact_error: bool = False,
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
+    dense_target: bool = False,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -92,6 +93,9 @@ def prune_model(
             pass is enough. False: two passes, one for the statistics of the whole layer and one for its outputs, as
             the published code has it. Default: one pass, or two where the memory does not suffice for one.
         reconstruction: Train what is kept of each layer, so that the layer gives what it gave in the dense model.
+        dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it, as far as
+            that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`. Needs
+            one pass.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -121,7 +125,7 @@ def prune_model(
     feed = feed_of(model, forward)
     with left_as_found(model), feed.calling():
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
-        plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction)
+        plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction, dense_target)
         check_pruning(model, plan, calibration is not None, journal)
         zeros, allocator = ZeroCount(model), found.selection.allocator
         batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
@@ -166,7 +170,8 @@ def _visit(
             with in_memory(layer.module):
                 yield layer, None
     else:
-        for step in walk(model, plan.layers, batches, activations, plan.reconstruction is not None, feed):
+        trains, fits = plan.reconstruction is not None, plan.dense_target
+        for step in walk(model, plan.layers, batches, activations, trains, feed, fits):
             yield step.layer, step
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.arguments import positive_number, whole_number
+from wanda_lightning.calibration.batches import held_out_batches
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.gradients import only_requiring_grad
@@ -61,10 +62,7 @@ class Reconstruction:
         Raises:
             ValueError: If there are too few for both.
         """
-        if batches < 2:
-            raise ValueError(f"{self} needs at least 2 calibration batches, one of them held out, got {batches}")
-        every = min(round(1 / self.held_out), batches)
-        held_out = range(every - 1, batches, every)
+        held_out = held_out_batches(batches, self.held_out, str(self))
         return [batch for batch in range(batches) if batch not in held_out], [*held_out]
 
 

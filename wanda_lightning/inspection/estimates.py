@@ -30,6 +30,7 @@ def estimate_memory(
     hidden = model.get_input_embeddings().weight.shape[1]
     activations = size * windows * tokens * hidden
     hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
+    widths = sum(kind.count * kind.shape[1] for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
     largest = max(kind.shape[0] * kind.shape[1] for kind in kinds)
     factor = 4 * 2 * widest**2  # with scratch
@@ -47,6 +48,9 @@ def estimate_memory(
         "calibration activations, one pass": size * windows * tokens * (widest + 2 * hidden),
         "second-order methods, besides": hessians + factor,
         "reconstruction, besides": activations + _training(kinds, size, tokens) // len(layers),
+        # The dense stream, what enters its linears, and the residual stream twice; seven matrices as wide as the widest
+        # linear: three more sums, and the solution without what is held out.
+        "dense target, besides": activations + size * windows * tokens * (widths + 2 * hidden) + 4 * 7 * widest**2,
         "Wanda in all, in memory": weights + wanda,
         "Wanda in all, streamed": streamed + wanda,
         "SparseGPT in all, in memory": weights + solve + hessians,

@@ -24,9 +24,12 @@ class LinearReport:
         seconds: Time to choose the mask and update the weight.
         tokens: Calibration tokens that reached it; None for methods without calibration.
         error: Relative squared error of its output on the calibration set, ||(W - W') X||^2 / ||W X||^2.
+            With ``dense_target``, W is the weight that was fitted to the dense model.
         error_is_exact: Whether ``error`` comes from the whole X^T X or only from its diagonal.
         passes: How often the calibration set ran through its layer: 2, or 1 where linears were pruned on the way.
         damping: For second-order methods, the damping that was used; it is larger than asked for if that failed.
+        dense_target: How far W had been moved before it was pruned, in [0, 1]: 1 is to where it gives what it gives in
+            the dense model, as far as it can, and 0 not at all. None where that was not asked for.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LinearReport:
     error_is_exact: bool = False
     damping: float | None = None
     passes: int | None = None
+    dense_target: float | None = None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":

@@ -40,6 +40,12 @@ class Factor:
     dead_I: Tensor
     damping: float
 
+    def solve(self, right_IO: Tensor) -> Tensor:
+        """Return (G^T G)^-1 times a matrix, shape (in_features, O)."""
+        with full_float32(right_IO.device):
+            half_IO = torch.linalg.solve_triangular(self.lower_II.t(), right_IO, upper=True)
+            return torch.linalg.solve_triangular(self.lower_II, half_IO, upper=False)
+
     def to(self, device: torch.device) -> "Factor":
         """Return the factor on another device."""
         return Factor(self.lower_II.to(device), self.dead_I.to(device), self.damping)

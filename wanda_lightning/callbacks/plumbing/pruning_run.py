@@ -52,6 +52,7 @@ HANDED_ON = (
     "exact_error",
     "true_sequential",
     "reconstruction",
+    "dense_target",
     "activations",
 )
 """Settings of a callback that are also those of prune_model."""

@@ -58,4 +58,5 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         "schedule": str(asked.schedule) if asked.schedule else None,
         **({} if asked.true_sequential is None else {"true_sequential": asked.true_sequential}),  # older ones know none
         **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
+        **({"dense_target": True} if asked.dense_target else {}),
     }

@@ -1,0 +1,109 @@
+"""The weight that is aimed at, against a ridge regression on the tokens themselves, in float64."""
+
+import pytest
+import torch
+from least_squares import random
+
+from wanda_lightning.calibration.input_drift import InputDrift
+from wanda_lightning.statistics import InputHessian
+
+TOKENS, HELD_OUT, IN, OUT = 200, 40, 12, 5
+DAMPING = 0.01
+
+
+def ridge(x, wanted):
+    """Solve min ||x D - wanted||^2 + damping mean(diag x^T x) ||D||^2 as least squares with more rows."""
+    root = (DAMPING * x.square().sum() / IN).sqrt()
+    return torch.linalg.lstsq(torch.cat([x, root * torch.eye(IN)]), torch.cat([wanted, wanted.new_zeros(IN, OUT)]))[0]
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def tokens():
+    """Inputs in the dense and in the pruned model, residual streams there, and a weight."""
+    x = random(TOKENS, IN, seed=1)
+    pruned = x + 0.4 * random(TOKENS, IN, seed=2) + 0.3 * x @ random(IN, IN, seed=3) / IN**0.5
+    r = random(TOKENS, OUT, seed=4)
+    return x, pruned, r, r + 0.2 * pruned[:, :OUT] + 0.5 * random(TOKENS, OUT, seed=5), random(OUT, IN, seed=6)
+
+
+def drift_of(x, pruned, residuals, parts=((0, TOKENS - HELD_OUT), (TOKENS - HELD_OUT, TOKENS))):
+    drift = InputDrift(IN, dtype=torch.float64)
+    for start, stop in parts:
+        some = slice(start, stop)
+        of_name = {name: (r[some], s[some]) for name, (r, s) in residuals.items()}
+        drift.update_with_dense(pruned[some], x[some], of_name, start >= TOKENS - HELD_OUT)
+    return drift
+
+
+@pytest.mark.parametrize("writes_to_the_stream", [False, True])
+def test_it_is_a_ridge_regression_and_alpha_is_best_on_what_was_held_out(tokens, writes_to_the_stream):
+    x, pruned, r, pruned_r, weight = tokens
+    residuals = {"o": (r, pruned_r)} if writes_to_the_stream else {}
+    wanted = x @ weight.t() - pruned @ weight.t() + (r - pruned_r if writes_to_the_stream else 0)
+    train, held_out = slice(0, TOKENS - HELD_OUT), slice(TOKENS - HELD_OUT, TOKENS)
+    target, alpha = drift_of(x, pruned, residuals).target("o", weight)
+
+    def error(alpha, fit):
+        return (pruned[held_out] @ (alpha * fit) - wanted[held_out]).square().sum()
+
+    some = ridge(pruned[train], wanted[train])
+    grid = torch.linspace(0, 1, 10001)
+    errors = torch.stack([error(a, some) for a in grid])
+    assert 0.1 < alpha < 1
+    assert alpha == pytest.approx(float(grid[errors.argmin()]), abs=1e-4)
+    torch.testing.assert_close(target, weight + alpha * ridge(pruned, wanted).t())
+
+
+def test_residuals_are_of_one_linear_alone(tokens):
+    x, pruned, r, pruned_r, weight = tokens
+    others = drift_of(x, pruned, {"o": (r, pruned_r)}).target("q", weight)
+    plain = drift_of(x, pruned, {}).target("q", weight)
+    assert torch.equal(others[0], plain[0])
+    assert others[1] == plain[1]
+
+
+def test_batches_may_come_in_any_parts(tokens, monkeypatch):
+    x, pruned, r, pruned_r, weight = tokens
+    target, _ = drift_of(x, pruned, {"o": (r, pruned_r)}).target("o", weight)
+    monkeypatch.setattr(InputDrift, "chunk", 7)
+    parts = [(0, 30), (160, 170), (30, 160), (170, TOKENS)]
+    torch.testing.assert_close(drift_of(x, pruned, {"o": (r, pruned_r)}, parts).target("o", weight)[0], target)
+
+
+def test_same_inputs_change_nothing(tokens):
+    x, _, r, _, weight = tokens
+    target, alpha = drift_of(x, x, {"o": (r, r)}).target("o", weight)
+    assert torch.equal(target, weight)
+    assert alpha == 0
+
+
+def test_what_does_not_help_on_held_out_tokens_is_left_out(tokens):
+    x, pruned, *_, weight = tokens
+    x[-HELD_OUT:] = 2 * pruned[-HELD_OUT:] - x[-HELD_OUT:]  # there the error has the other sign
+    target, alpha = drift_of(x, pruned, {}).target("o", weight)
+    assert alpha == 0
+    assert torch.equal(target, weight)
+
+
+def test_an_input_that_is_always_zero_gets_no_weight(tokens):
+    x, pruned, *_, weight = tokens
+    x[:, 3], pruned[:, 3] = 0, 0
+    target, alpha = drift_of(x, pruned, {}).target("o", weight)
+    assert alpha > 0
+    assert torch.equal(target[:, 3], weight[:, 3])
+
+
+def test_it_is_a_hessian_for_methods(tokens):
+    x, pruned, *_ = tokens
+    drift, hessian = drift_of(x, pruned, {}), InputHessian(IN, dtype=torch.float64)
+    hessian.update(pruned)
+    torch.testing.assert_close(drift.compute(), hessian.compute())
+    assert drift.tokens == TOKENS
+    assert InputDrift(IN).target("q", torch.ones(OUT, IN)) is None

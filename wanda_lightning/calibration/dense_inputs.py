@@ -1,0 +1,128 @@
+"""What enters the linears of a layer in the dense model, kept until the pruned layer has come as far.
+
+Shapes: B batch, T tokens, I in features, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.hidden_states import HiddenStates, Place
+from wanda_lightning.model.decoder import DecoderLayer
+
+
+class DenseInputs:
+    """What enters the linears of a layer and what is in the residual stream there, batch by batch.
+
+    Linears of experts are left out: a router may send other tokens to them in the pruned model.
+
+    Args:
+        layer: The layer, dense still.
+        place: Where all of it waits.
+
+    Attributes:
+        readers: For each module whose output is added to the residual stream, the one that reads the stream it is added
+            to; None where that is the layer itself.
+    """
+
+    def __init__(self, layer: DecoderLayer, place: Place) -> None:
+        self._layer, self._place = layer, place
+        self._modules = {each.module for each in layer.linears if each.experts is None and each.projection is None}
+        self._kept: dict[nn.Module | None, HiddenStates] = {}
+        self.readers: dict[nn.Module, nn.Module | None] | None = None
+
+    def record(self, hidden_BTD: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Run the layer on the next batch, and keep what its linears see.
+
+        Args:
+            hidden_BTD: What enters the layer.
+            run: Runs it on that.
+
+        Returns:
+            What the layer gives.
+        """
+        if self.readers is None:
+            writers = residual_writers(self._layer.module, self._modules, hidden_BTD, run)
+            self.readers = writers
+        if None in self.readers.values():
+            self._keep(None, hidden_BTD)
+        seen: list[Tensor] = []
+
+        def look(module: nn.Module, x: Tensor) -> None:
+            if not any(x is other for other in seen):  # q, k and v share theirs
+                seen.append(x)
+                self._keep(module, x)
+
+        with _first_inputs(self._modules | {module for module in self.readers.values() if module is not None}, look):
+            return run()
+
+    def _keep(self, module: nn.Module | None, x: Tensor) -> None:
+        self._kept.setdefault(module, HiddenStates(self._place)).append(x)
+
+    def of(self, module: nn.Module | None, batch: int) -> Tensor | None:
+        """Return what entered a module in a batch, or the layer; None where that was not kept."""
+        kept = self._kept.get(module)
+        return kept[batch] if kept is not None and batch < len(kept) else None
+
+    def drop(self, module: nn.Module | None = None) -> None:
+        """Let go of what entered a module; of all, where none is named."""
+        if module is None:
+            self._kept.clear()
+        self._kept.pop(module, None)
+
+
+def residual_writers(
+    layer: nn.Module, modules: set[nn.Module], hidden_BTD: Tensor, run: Callable[[], Tensor]
+) -> dict[nn.Module, nn.Module | None]:
+    """Find the modules whose output is added to the residual stream: the sum is, bit by bit, what is read next.
+
+    A layer that adds several outputs at once, or scales or norms them first, has none.
+
+    Args:
+        layer: The decoder layer.
+        modules: Those of its modules that are looked at.
+        hidden_BTD: What enters the layer: the stream as it is first.
+        run: Runs the layer on that.
+
+    Returns:
+        For each of them, the module that reads the stream it is added to; None for the layer itself.
+    """
+    found: dict[nn.Module, nn.Module | None] = {}
+    stream_BTD, reader = hidden_BTD.clone(), None
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def look(module: nn.Module | None, x: Tensor) -> None:
+        nonlocal stream_BTD, reader
+        for writer, out_BTD in outputs.items():
+            if x.shape == stream_BTD.shape and torch.equal(x, stream_BTD + out_BTD):
+                found[writer] = reader
+                stream_BTD, reader = x.clone(), module
+                outputs.clear()
+                break
+
+    def wrote(module: nn.Module, _: Any, out: Any) -> None:
+        if out.shape == stream_BTD.shape:
+            outputs[module] = out.clone()  # some models add to it in place
+
+    with ExitStack() as hooks, _first_inputs({*layer.modules()} - {layer}, look):
+        for module in modules:
+            hooks.callback(module.register_forward_hook(wrote).remove)
+        look(None, run())
+    return found
+
+
+@contextmanager
+def _first_inputs(modules: set[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Show the first argument of every call of some modules, where it is a tensor."""
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(x := next(iter([*args, *kwargs.values()]), None), Tensor):
+            look(module, x)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
+        yield
