@@ -16,7 +16,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.reconstruction import Reconstruction
-from wanda_lightning.evaluation.generation import PROMPTS, check_prompts
+from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.stacks import lists_in
@@ -30,15 +30,14 @@ class PruningCallback(SparseFinetuning):
 
     ``validate`` and ``test`` never prune; resuming from a checkpoint of a pruned run does not prune again. Calibration
     batches come from the datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train
-    dataloader. The zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``,
-    holds also what ``trainer.validate`` gave before the pruning, after it, and after training.
+    dataloader. Models other than language models run by the module's ``calibration_step``, or ``validation_step``. The
+    zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``, holds also what
+    ``trainer.validate`` gave before the pruning, after it, and after training.
 
-    Models other than language models run by the module's ``calibration_step``, or else its ``validation_step``.
-    A model may come with zeros, loaded from a folder or checkpoint of an earlier pruning. The log says so, and the
-    report calls its first evaluation ``as loaded`` rather than ``dense``. Where it has all the zeros that are asked
-    for, it is not pruned again: the zeros are kept, and the report says that they were found. Where more is asked for,
-    it is pruned further: zeros score lowest, so they go first. With a schedule it is pruned in several steps while it
-    trains, each time with new statistics.
+    A model may come with zeros of an earlier pruning. The log says so, and the report calls its first evaluation ``as
+    loaded`` rather than ``dense``. Where it has all the zeros that are asked for, they are kept, and the report says
+    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first. With a
+    schedule it is pruned in several steps while it trains, each time with new statistics.
 
     Args:
         method: The pruning method.
@@ -97,9 +96,8 @@ class PruningCallback(SparseFinetuning):
             schedule.check(method, self.pattern, allocation, dense_target)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
-        self.reconstruction, self.dense_target = reconstruction, dense_target
-        self.prompts = PROMPTS if prompts is None else check_prompts(prompts)
-        self.exact_error, self.overwrite, self.true_sequential = exact_error, overwrite, true_sequential
+        self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
+        self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
         self.run = PruningRun(self)
 
     @property

@@ -68,18 +68,20 @@ def continue_prompts(
     return said
 
 
-def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
+def check_prompts(prompts: Sequence[str] | None) -> Sequence[str]:
     """Refuse prompts that are no texts.
 
     Args:
-        prompts: Texts.
+        prompts: Texts; None for those that are used where nobody names any.
 
     Returns:
-        The same.
+        The prompts.
 
     Raises:
         ValueError: If they are no list of texts, or one is empty.
     """
+    if prompts is None:
+        return PROMPTS
     if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts must be a list of texts, none of them empty, got {prompts!r}")
     return prompts
