@@ -64,6 +64,14 @@ def test_the_notebook_is_made_of_the_python_file():
     assert NOTEBOOK.read_text() == notebook()
 
 
+def test_digits_are_read_after_pruning(capsys):
+    shorter = {"EPOCHS, FINE_TUNING_EPOCHS = 12, 3": "EPOCHS, FINE_TUNING_EPOCHS = 1, 1"}
+    run("digits_vit.py", {"PruningTrainer(": "PruningTrainer(", **shorter})
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in table] == ["| unstructured", "| 2:4"]
+    assert all(row.endswith(" 50.0% |") for row in table)
+
+
 def test_the_trainer_of_hugging_face(place, capsys):
     names = run("transformers_trainer.py", IN_TRAINER)
     assert names["trainer"].state.global_step == 2

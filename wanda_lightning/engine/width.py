@@ -76,8 +76,8 @@ def prune_width(
     Examples:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        >>> model = LlamaForCausalLM(config)
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
         >>> prune_width(model, list(torch.randint(0, 100, (4, 2, 16))), keep=0.5).title
         'intermediate_size 64 -> 32'
         >>> model.config.intermediate_size
