@@ -38,7 +38,7 @@ def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
     """Keep transformers from showing bars where a model is small and here already; downloads and large ones have them.
 
     Args:
-        pretrained: A folder, or a hub name.
+        pretrained: A folder, a ``.gguf`` file, or a hub name.
 
     Returns:
         What keeps them away for a while.
@@ -47,7 +47,7 @@ def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
     from huggingface_hub.errors import HFValidationError
 
     folder = Path(pretrained).expanduser()
-    files = [*folder.glob("*.safetensors")]
+    files = [folder] if folder.is_file() else [*folder.glob("*.safetensors")]
     if not folder.exists():
         try:
             cached = try_to_load_from_cache(pretrained, "model.safetensors")
