@@ -45,10 +45,15 @@ METHODS = {
     "Ablate (magnitude, sequential)": Ablate("magnitude", "sequential"),
     "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
     "SparseGPT, refined": SparseGPT(refine=20),
-    "ADMM (balanced)": ADMM(),
-    "ADMM, reconstruction (best)": ADMM(),
+    "ADMM": ADMM(),
+    "SparseGPT, dense target (balanced)": SparseGPT(),
+    "SparseGPT, reconstruction (best)": SparseGPT(),
 }
-RECONSTRUCTION = {"ADMM, reconstruction (best)": Reconstruction(epochs=8, lr=1e-3)}  # as in best.yaml
+DENSE_TARGET = {"dense_target": True}
+SETTINGS = {  # as in the recipes
+    "SparseGPT, dense target (balanced)": DENSE_TARGET,
+    "SparseGPT, reconstruction (best)": {**DENSE_TARGET, "reconstruction": Reconstruction(epochs=8, lr=1e-3)},
+}
 
 
 def main() -> None:
@@ -98,8 +103,7 @@ def main() -> None:
         return [perplexity(of, data[0]), *accuracies]
 
     def pruned_results(name: str, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
-        pruned, settings = copy.deepcopy(model), {"true_sequential": one_pass}
-        settings["reconstruction"] = RECONSTRUCTION.get(name)
+        pruned, settings = copy.deepcopy(model), {"true_sequential": one_pass, **SETTINGS.get(name, {})}
         report = prune_model(pruned, seed.calibration_dataloader(), METHODS[name], pattern, **settings)
         return [*results(pruned), report.seconds]
 
