@@ -14,9 +14,9 @@ import itertools
 import json
 from pathlib import Path
 
-from quality import perplexity, with_spread
+from quality import model_and_data, perplexity, with_spread
 
-from wanda_lightning import ATP, OWL, CausalLM, LeastLoss, TextDataModule, prune_model
+from wanda_lightning import ATP, OWL, LeastLoss, prune_model
 
 ALLOCATIONS = {"uniform": None, "OWL": OWL(), "ATP": ATP(), "LeastLoss": LeastLoss()}
 
@@ -36,24 +36,8 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, help="folder for the report of every pruning")
     options = parser.parse_args()
 
-    module = CausalLM(options.model, dtype="float32")
-    module.configure_model()
-    model = module.model.eval().to(options.device)
-    data = []
-    for seed in options.seeds:
-        data.append(
-            TextDataModule(
-                options.calibration,
-                options.evaluation,
-                tokenizer=module.tokenizer,
-                num_samples=32,
-                sequence_length=512,
-                calibration_batch_size=4,
-                max_evaluation_windows=options.windows,
-                seed=seed,
-            )
-        )
-        data[-1].setup()
+    module, data = model_and_data(options, max_evaluation_windows=options.windows)
+    model = module.model
 
     print("| method | sparsity | allocation | perplexity | zeros | seconds | of the allocation |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |", flush=True)

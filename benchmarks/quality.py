@@ -74,24 +74,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="questions a task")
     options = parser.parse_args()
 
-    module = CausalLM(options.model, dtype="float32")
-    module.configure_model()
-    model = module.model.eval().to(options.device)
-    data = [
-        TextDataModule(
-            options.calibration,
-            options.evaluation,
-            tokenizer=module.tokenizer,
-            num_samples=options.num_samples,
-            sequence_length=512,
-            calibration_batch_size=options.batch_size,
-            max_evaluation_windows=options.evaluation_windows,
-            seed=seed,
-        )
-        for seed in options.seeds
-    ]
-    for each in data:
-        each.setup()
+    sizes = {"num_samples": options.num_samples, "calibration_batch_size": options.batch_size}
+    module, data = model_and_data(options, max_evaluation_windows=options.evaluation_windows, **sizes)
+    model = module.model
     tasks = load_tasks(options.tasks, options.include_path) if options.tasks else None
     names = list(tasks.questions()) if tasks else []
 
@@ -118,6 +103,21 @@ def main() -> None:
         found = [pruned_results(name, pattern, order == "one", seed) for seed in seeds]
         cells = [name, setting, order if method.statistic else "", *map(with_spread, zip(*found, strict=True))]
         print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def model_and_data(options: argparse.Namespace, **settings: int) -> tuple[CausalLM, list[TextDataModule]]:
+    """Load the model that the options name, dense, and its texts, once for each seed of the calibration windows."""
+    module = CausalLM(options.model, dtype="float32")
+    module.configure_model()
+    module.model.eval().to(options.device)
+    settings = {"num_samples": 32, "sequence_length": 512, "calibration_batch_size": 4, **settings}
+    data = [
+        TextDataModule(options.calibration, options.evaluation, tokenizer=module.tokenizer, seed=seed, **settings)
+        for seed in options.seeds
+    ]
+    for each in data:
+        each.setup()
+    return module, data
 
 
 def with_spread(values: Sequence[float]) -> str:

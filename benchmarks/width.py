@@ -12,9 +12,8 @@ import copy
 import itertools
 import time
 
-from quality import perplexity, with_spread
+from quality import model_and_data, perplexity, with_spread
 
-from wanda_lightning import CausalLM, TextDataModule
 from wanda_lightning.engine.width import prune_width
 
 CHOICES = ("obs", "wanda", "magnitude")
@@ -34,24 +33,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
-    module = CausalLM(options.model, dtype="float32")
-    module.configure_model()
-    model = module.model.eval().to(options.device)
-    data = [
-        TextDataModule(
-            options.calibration,
-            options.evaluation,
-            tokenizer=module.tokenizer,
-            num_samples=32,
-            sequence_length=512,
-            calibration_batch_size=4,
-            max_evaluation_windows=options.windows,
-            seed=seed,
-        )
-        for seed in options.seeds
-    ]
-    for each in data:
-        each.setup()
+    module, data = model_and_data(options, max_evaluation_windows=options.windows)
+    model = module.model
 
     print("| choice | refit | width | parameters | perplexity | seconds |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
