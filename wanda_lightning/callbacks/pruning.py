@@ -216,11 +216,12 @@ def at_sparsity(callback: PruningCallback, sparsity: float, output_dir: str) -> 
         output_dir: Folder of its report.
 
     Returns:
-        The new callback. It keeps no finished layers on disk.
+        The new callback. It keeps no finished layers on disk, and continues no prompts.
     """
     other = copy(callback)
     other.pattern, other.output_dir, other.resume = Unstructured(sparsity), output_dir, False
     other.calibration, other.run = CalibrationBatches(callback.num_samples), PruningRun(other)
+    other.prompts = []  # as in a sweep: nobody reads what each trial says
     return other
 
 
