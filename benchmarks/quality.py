@@ -46,9 +46,10 @@ METHODS = {
     "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
     "SparseGPT, refined": SparseGPT(refine=20),
     "ADMM": ADMM(),
-    "SparseGPT, dense target (balanced)": SparseGPT(),
+    "SparseGPT, shrinkage": SparseGPT(shrinkage=0.3),
+    "SparseGPT, dense target (balanced)": SparseGPT(shrinkage=0.3),
     "ADMM, dense target (best)": ADMM(),
-    "SparseGPT, dense target, reconstruction": SparseGPT(),
+    "SparseGPT, dense target, reconstruction": SparseGPT(shrinkage=0.3),
 }
 DENSE_TARGET = {"dense_target": True}
 SETTINGS = {  # as in the recipes
