@@ -122,6 +122,21 @@ def test_the_evaluation_set_is_not_read_before_the_end(trained, tmp_path, monkey
     assert last < first
 
 
+def test_what_is_evaluated_how_often(trained, tmp_path, monkeypatch):
+    """The dense model and each trial once on what is held out; in the end both models on the evaluation set."""
+    seen, read, loader = [], [], TextDataModule.held_out_dataloader
+    monkeypatch.setattr(
+        CausalLM, "on_validation_start", lambda self: seen.append(type(self.trainer.datamodule)), raising=False
+    )
+    monkeypatch.setattr(
+        TextDataModule, "held_out_dataloader", lambda self, most: read.append(most) or loader(self, most)
+    )
+    asked = {"max_perplexity_increase": 0.5, "step": STEP}
+    result = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), **asked)
+    assert seen == [HeldOut] * (1 + len(result.trials)) + [TextDataModule] * 2
+    assert len(read) == 1
+
+
 def test_a_search_that_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     asked = {"max_perplexity_increase": 0.1, "step": STEP}
     first = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), **asked)
