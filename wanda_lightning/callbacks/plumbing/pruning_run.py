@@ -113,8 +113,8 @@ class PruningRun:
         """Prune the module's model unless it is pruned as asked for; a schedule prunes later."""
         model = find_model(module)
         refuse_sharded(model)
-        if self.files.will_save:
-            with without_adapters(model) as plain:
+        with Processes().together(), without_adapters(model) as plain:
+            if self.files.will_save and trainer.is_global_zero:
                 check_can_be_saved(cast(Any, plain), getattr(module, "tokenizer", None))
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:
