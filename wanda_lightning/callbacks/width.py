@@ -1,7 +1,6 @@
 """Width pruning as a Lightning callback."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
 from torch import nn
 from typing_extensions import override
@@ -11,7 +10,6 @@ from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.narrowing import Narrowing, kept_of
 from wanda_lightning.engine.neuron_solver import NeuronChoice
-from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.width import check_settings, prune_width
 from wanda_lightning.report.shrinking import ShrinkReport
 
@@ -62,32 +60,14 @@ class WidthPruning(ShapePruning):
         super().__init__(
             num_samples, overwrite, keep=keep, choice=choice, refit=refit, multiple=multiple, damping=damping
         )
-        self.keep, self.multiple, self.layers, self.activations = keep, multiple, layers, activations
+        self.prune = partial(prune_width, **self.settings, layers=layers, activations=activations)
+        self.keep, self.multiple, self.layers = keep, multiple, layers
 
     @override
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be made narrower."""
         with left_as_found(model):
             Narrowing.of(model, lambda width: kept_of(width, self.keep, self.multiple)[0], self.layers)
-
-    @override
-    def prune(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        processes: Processes,
-        progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    ) -> ShrinkReport:
-        """Remove neurons."""
-        return prune_width(
-            model,
-            batches,
-            **self.settings,
-            layers=self.layers,
-            activations=self.activations,
-            processes=processes,
-            progress=progress,
-        )
 
     @override
     def reshape(self, model: nn.Module, report: ShrinkReport) -> None:

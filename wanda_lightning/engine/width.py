@@ -3,29 +3,21 @@
 Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import walk
-from wanda_lightning.engine.left_as_found import left_as_found
+from wanda_lightning.calibration.walk import visit
 from wanda_lightning.engine.narrowing import Narrowing, kept_of
 from wanda_lightning.engine.neuron_solver import NeuronChoice, NeuronSolver, ReadMatrix
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.reshaping import sizes
-from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.report.shrinking import ShrinkReport
-from wanda_lightning.statistics import InputStatistic
-
-log = logging.getLogger(__name__)
 
 
 def prune_width(
@@ -83,19 +75,20 @@ def prune_width(
         >>> model.config.intermediate_size
         32
     """
-    started = time.perf_counter()
     model, processes = uncompiled(model), processes or Processes.alone()
     check_settings(keep, choice, multiple, damping)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"
         )
-    before = sizes(model)
-    with left_as_found(model):
+    settings = {"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping}
+    report = ShrinkReport("neurons", settings, figure="error")
+    with reported(model, report):
         with processes.together():
             plan = Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers)
         solver = NeuronSolver(plan, choice, refit, damping, processes)
-        visits = _visit(model, plan, solver.statistic, calibration, activations, processes)
+        visits = visit(model, plan.layers, calibration if solver.statistic else None, activations)
+        visits = processes.first_together(visits)
         dense: dict[str, Tensor] = {}
         read: dict[str, ReadMatrix] = {}
         try:
@@ -108,38 +101,11 @@ def prune_width(
                     linear.weight_OI.copy_(dense[linear.name])
             raise
         plan.apply(model, {name: each.kept_K for name, each in read.items()})
-    after = sizes(model)
-    return ShrinkReport(
-        removed="neurons",
-        settings={"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping},
-        sizes={".".join(path): numbers for path, numbers in plan.numbers.items()},
-        parameters=(before[0], after[0]),
-        bytes=(before[1], after[1]),
-        figure="error",
-        figures={name: each.error for name, each in read.items() if each.error is not None},
-        kept=[[width, kept] for width, kept in plan.widths.items()],
-        tokens=solver.tokens,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _visit(
-    model: nn.Module,
-    plan: Narrowing,
-    statistic: type[InputStatistic] | None,
-    calibration: Iterable[Batch] | None,
-    activations: Place,
-    processes: Processes,
-) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
-    """Visit the layers, with what enters them if that has to be known."""
-    if statistic is None or calibration is None:
-        yield from ((layer, None) for layer in plan.layers)
-        return
-    steps = walk(model, plan.layers, calibration, activations)
-    with processes.together():
-        first = next(steps)  # the dry run reads the batches
-    yield first.layer, first
-    yield from ((step.layer, step) for step in steps)
+        report.sizes = {".".join(path): numbers for path, numbers in plan.numbers.items()}
+        report.figures = {name: each.error for name, each in read.items() if each.error is not None}
+        report.kept = [[width, kept] for width, kept in plan.widths.items()]
+        report.tokens = solver.tokens
+    return report
 
 
 def check_settings(keep: float, choice: str, multiple: int | None, damping: float) -> None:

@@ -38,9 +38,9 @@ class ShrinkReport:
 
     removed: str
     settings: dict[str, Any]
-    sizes: dict[str, tuple[int, int]]
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
     figure: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
