@@ -174,6 +174,22 @@ class Shrinking:
         write_text(Path(folder) / "shrinking.md", self.to_markdown())
 
 
+def hidden_states_kept(steps: Iterable[ShrinkReport]) -> list[int] | None:
+    """Number the hidden states that are left: those that enter the layers which stay, and the last.
+
+    Args:
+        steps: What was done, in order.
+
+    Returns:
+        The numbers that they had in the dense model; None if no step took layers out.
+    """
+    kept = None
+    for step in (step for step in steps if step.removed == "layers"):
+        before = len(step.kept) + len(step.gone)
+        kept = [(kept or range(before + 1))[number] for number in (*step.kept, before)]
+    return kept
+
+
 def change_of(parameters: tuple[int, int], size: tuple[int, int]) -> str:
     """Write how a model's size changed."""
     before, after = parameters
