@@ -133,6 +133,24 @@ def test_a_checkpoint_is_loaded_into_a_module_of_its_shapes(tmp_path, lazy):
     assert evaluated.net.generate(token_batches()[0][:1], max_new_tokens=3, do_sample=False).shape == (1, 19)
 
 
+def test_a_checkpoint_with_fewer_key_value_groups_is_loaded(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    module, settings = SomebodysModule(), {"enable_checkpointing": True, "max_steps": 6}
+    pruning = WidthPruning(keep=0.5, attention_keep=0.5)
+    trainer(tmp_path, pruning, checkpoint, **settings).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    report = prune_width(expected, token_batches(seed=3), 0.5, attention_keep=0.5)
+    assert pruning.report.figures == report.figures
+    shapes = {name: tensor.shape for name, tensor in module.net.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in expected.state_dict().items()}
+    resumed, again = SomebodysModule(), WidthPruning(keep=0.5, attention_keep=0.5)
+    saved = next(tmp_path.glob("*step=4.ckpt"))
+    trainer(tmp_path, again, max_steps=6).fit(resumed, datamodule=SomebodysData(), ckpt_path=saved)
+    assert all(map(torch.equal, resumed.net.state_dict().values(), module.net.state_dict().values()))
+    assert resumed.net.config.num_attention_heads == 2
+    assert again.is_done(resumed.net)
+
+
 def test_what_a_checkpoint_says_counts_whatever_the_callback_asks_for(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2)
     run = trainer(tmp_path, *both(), checkpoint, max_steps=2, enable_checkpointing=True)
@@ -184,6 +202,7 @@ def test_a_folder_of_other_settings_is_not_overwritten(tmp_path):
     [
         (lambda: WidthPruning(keep=0), "keep must be a fraction"),
         (lambda: WidthPruning(choice="best"), "choice must be one of"),
+        (lambda: WidthPruning(attention_keep=0.0), "attention_keep must be a fraction"),
         (lambda: WidthPruning(num_samples=0), "num_samples must be"),
         (lambda: DepthPruning(layers=-1), "layers must be a whole number"),
         (lambda: DepthPruning(choice="best"), "choice must be one of"),

@@ -4,6 +4,7 @@ Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import visit
-from wanda_lightning.engine.narrowing import Narrowing, kept_of
+from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
 from wanda_lightning.engine.neuron_solver import NeuronChoice, NeuronSolver, ReadMatrix
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reshaping import reported
@@ -29,6 +30,7 @@ def prune_width(
     refit: bool = True,
     multiple: int | None = None,
     damping: float = 0.1,
+    attention_keep: float = 1.0,
     layers: str | None = None,
     activations: Place = "device",
     processes: Processes | None = None,
@@ -53,6 +55,8 @@ def prune_width(
             width, else 64, 16, 8 or 1.
         damping: Fraction of the mean diagonal that is added to the Hessian, > 0. More than for single weights: a tenth
             gave the smallest errors of the refit on windows that were held out.
+        attention_keep: Fraction of the key/value groups of attention that stay, in (0, 1], rounded to a whole number of
+            them; with a group go the heads of queries that share it. Small models have two or three groups.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
@@ -76,16 +80,17 @@ def prune_width(
         32
     """
     model, processes = uncompiled(model), processes or Processes.alone()
-    check_settings(keep, choice, multiple, damping)
+    check_settings(keep, choice, multiple, damping, attention_keep)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"
         )
     settings = {"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping}
+    settings |= {"attention_keep": attention_keep}
     report = ShrinkReport("neurons", settings, figure="error")
     with reported(model, report):
         with processes.together():
-            plan = Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers)
+            plan = plan_width(model, keep, multiple, attention_keep, layers)
         solver = NeuronSolver(plan, choice, refit, damping, processes)
         visits = visit(model, plan.layers, calibration if solver.statistic else None, activations)
         visits = processes.first_together(visits)
@@ -101,14 +106,33 @@ def prune_width(
                     linear.weight_OI.copy_(dense[linear.name])
             raise
         plan.apply(model, {name: each.kept_K for name, each in read.items()})
-        report.sizes = {".".join(path): numbers for path, numbers in plan.numbers.items()}
+        report.sizes = {".".join(path): (was, is_) for path, (was, is_) in plan.numbers.items() if was != is_}
         report.figures = {name: each.error for name, each in read.items() if each.error is not None}
-        report.kept = [[width, kept] for width, kept in plan.widths.items()]
+        report.kept = [[*width, kept] for width, kept in plan.widths.items()]
         report.tokens = solver.tokens
     return report
 
 
-def check_settings(keep: float, choice: str, multiple: int | None, damping: float) -> None:
+def plan_width(
+    model: nn.Module, keep: float, multiple: int | None, attention_keep: float, layers: str | None
+) -> Narrowing:
+    """Find out what is to be done to a model.
+
+    Args:
+        model: The model, in eval mode.
+        keep: See :func:`prune_width`, as all.
+        multiple: A whole number.
+        attention_keep: A fraction.
+        layers: A name.
+
+    Returns:
+        What is to be done; nothing has changed.
+    """
+    groups = None if attention_keep == 1 else partial(groups_of, keep=attention_keep)
+    return Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers, groups)
+
+
+def check_settings(keep: float, choice: str, multiple: int | None, damping: float, attention_keep: float) -> None:
     """Refuse settings that are out of range.
 
     Args:
@@ -116,12 +140,14 @@ def check_settings(keep: float, choice: str, multiple: int | None, damping: floa
         choice: A name.
         multiple: A whole number.
         damping: A fraction.
+        attention_keep: A fraction.
 
     Raises:
         ValueError: If one is.
     """
-    if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be a fraction of the neurons in (0, 1], got {keep!r}")
+    for name, value, of in (("keep", keep, "neurons"), ("attention_keep", attention_keep, "key/value groups")):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be a fraction of the {of} in (0, 1], got {value!r}")
     if choice not in get_args(NeuronChoice):
         raise ValueError(f"choice must be one of {', '.join(get_args(NeuronChoice))}, got {choice!r}")
     if multiple is not None:
