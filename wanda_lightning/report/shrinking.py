@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
+from wanda_lightning.report.html.shrinking_page import to_html
+from wanda_lightning.report.pruning_report import name_of_model
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
 
 if TYPE_CHECKING:
@@ -112,6 +114,11 @@ class Shrinking:
         return ", ".join(step.title for step in self.steps)
 
     @property
+    def model_name(self) -> str:
+        """The dense model and its size, in a few words."""
+        return name_of_model(self.model | {"parameters": self.parameters[0]})
+
+    @property
     def summary(self) -> str:
         """One sentence of totals."""
         return f"{self.title}: {change_of(self.parameters, self.bytes)}."
@@ -169,9 +176,10 @@ class Shrinking:
         return Group(*steps, f"[bold]{self.title}[/bold]", *reversed(overview), self.summary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``shrinking.json`` and ``shrinking.md`` into a folder."""
+        """Write ``shrinking.json``, ``shrinking.md`` and ``shrinking.html`` into a folder."""
         write_text(Path(folder) / SHRINKING, json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(Path(folder) / "shrinking.md", self.to_markdown())
+        write_text(Path(folder) / "shrinking.html", to_html(self))
 
 
 def hidden_states_kept(steps: Iterable[ShrinkReport]) -> list[int] | None:
