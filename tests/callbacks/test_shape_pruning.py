@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import smaller_with_ddp
 import torch
-from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
+from helpers import SomebodysData, SomebodysModule, batches, loader, sparsities, tiny_llama, token_batches, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.engine.depth import prune_depth
 from wanda_lightning.engine.width import prune_width
+from wanda_lightning.runs.causal_lm import CausalLM
 
 
 def by_the_engine(**settings):
@@ -219,6 +220,14 @@ def test_too_many_layers_are_refused_before_anything_changes(tmp_path):
         trainer(tmp_path, WidthPruning(keep=0.5), DepthPruning(layers=2)).fit(module, datamodule=SomebodysData())
     assert module.net.config.intermediate_size == 64
     assert len(module.net.model.layers) == 2
+
+
+@pytest.mark.parametrize("make", [lambda: WidthPruning(keep=0.5), lambda: DepthPruning(layers=1)])
+def test_a_streamed_model_is_refused(tmp_path, tiny_model_folder, make):
+    module = CausalLM(str(tiny_model_folder), stream=True)
+    with pytest.raises(ValueError, match="a model that is streamed from disk keeps its shapes: load it without stream"):
+        trainer(tmp_path, make(), max_steps=0).fit(module, loader())
+    assert not (tmp_path / "shrinking.json").exists()
 
 
 def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
