@@ -11,10 +11,9 @@ from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import walk
+from wanda_lightning.calibration.walk import Visit, visit
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_inputs, check_pruning
 from wanda_lightning.engine.clock import PhaseClock
@@ -30,9 +29,8 @@ from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.stacks import feed_of, find_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.named import as_method
-from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import in_memory, write_back
+from wanda_lightning.model.offload import write_back
 from wanda_lightning.report.environment import peak_memory
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, as_pattern
@@ -161,18 +159,10 @@ def prune_model(
     return report
 
 
-def _visit(
-    model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed
-) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
-    """Visit the layers, in memory, with what enters them if there are batches."""
-    if not batches.are_there:
-        for layer in plan.layers:
-            with in_memory(layer.module):
-                yield layer, None
-    else:
-        trains, fits = plan.reconstruction is not None, plan.dense_target
-        for step in walk(model, plan.layers, batches, activations, trains, feed, fits):
-            yield step.layer, step
+def _visit(model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed) -> Iterator[Visit]:
+    """Visit the layers with what the plan takes."""
+    needed = batches if batches.are_there else None
+    return visit(model, plan.layers, needed, activations, plan.reconstruction is not None, feed, plan.dense_target)
 
 
 def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:

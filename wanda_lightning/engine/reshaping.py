@@ -1,12 +1,17 @@
-"""What is refused before a model gets other shapes, and what is known of its size."""
+"""What every change of a model's shapes begins and ends with: what is refused, and what became of its size."""
 
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from wanda_lightning.engine.checks import refuse_sharded
+from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.model.configuration import shapes_of, skeleton
 from wanda_lightning.model.linears import own_modules
+from wanda_lightning.report.shrinking import ShrinkReport
 
 
 def check_can_change_shape(model: nn.Module) -> None:
@@ -63,7 +68,17 @@ def described(model: nn.Module) -> nn.Module:
     return empty
 
 
-def sizes(model: nn.Module) -> tuple[int, int]:
+@contextmanager
+def reported(model: nn.Module, report: ShrinkReport) -> Iterator[None]:
+    """Write into a report what a model's size was and became, and how long that took; all else is left as found."""
+    started, before = time.perf_counter(), _size(model)
+    with left_as_found(model):
+        yield
+    report.parameters, report.bytes = zip(before, _size(model), strict=True)
+    report.seconds = time.perf_counter() - started
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
     """Count the parameters of a model and their bytes; shared ones count once."""
     parameters = {parameter for _, module in own_modules(model) for parameter in module.parameters(recurse=False)}
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

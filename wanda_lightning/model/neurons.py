@@ -17,20 +17,45 @@ Layout = Literal["once", "halves", "pairs"]
 
 
 @dataclass(frozen=True)
+class HeadRows:
+    """Where the rows of key/value groups are in a matrix that writes keys or values, or all in one matrix.
+
+    Attributes:
+        size: Numbers of a head.
+        share: Heads of queries that share a key and a value.
+        with_queries: Whether the matrix holds queries, keys and values, one after the other.
+    """
+
+    size: int
+    share: int
+    with_queries: bool
+
+    def of(self, kept_K: Tensor, width: int) -> Tensor:
+        """Number the rows that belong to the outputs of heads, which are whole groups."""
+        groups_G = kept_K[:: self.share * self.size] // (self.share * self.size)
+        keys_R = (groups_G[:, None] * self.size + torch.arange(self.size, device=kept_K.device)).flatten()
+        if not self.with_queries:
+            return keys_R
+        return torch.cat([kept_K, width + keys_R, width + width // self.share + keys_R])
+
+
+@dataclass(frozen=True)
 class Neurons:
-    """The hidden neurons of one MLP, or of one expert.
+    """The hidden neurons of one MLP, or of one expert; or what the heads of an attention give.
 
     Attributes:
         name: The module that holds them; fused experts have a number behind it.
         module: That module.
         reader: The matrix whose inputs they are.
         writers: The matrices whose outputs they are made of, and where in these.
+        block: How many of them go together: of heads, those that share a key and a value.
     """
 
     name: str
     module: nn.Module
     reader: PrunableLinear
-    writers: tuple[tuple[PrunableLinear, Layout], ...]
+    writers: tuple[tuple[PrunableLinear, Layout | HeadRows], ...]
+    block: int = 1
 
     @property
     def width(self) -> int:
@@ -49,7 +74,7 @@ class Neurons:
             return replace(linear, module=twins[linear.module])
 
         writers = tuple((twin(linear), layout) for linear, layout in self.writers)
-        return Neurons(self.name, twins[self.module], twin(self.reader), writers)
+        return replace(self, module=twins[self.module], reader=twin(self.reader), writers=writers)
 
 
 @torch.no_grad()
@@ -74,8 +99,10 @@ def keep_neurons(groups: Sequence[Neurons], kept: Sequence[Tensor]) -> None:
             _shrink_bias(module, parameter, cuts)
 
 
-def _rows(kept_K: Tensor, width: int, layout: Layout) -> Tensor:
+def _rows(kept_K: Tensor, width: int, layout: Layout | HeadRows) -> Tensor:
     """Number the rows of a writing matrix that belong to some neurons."""
+    if isinstance(layout, HeadRows):
+        return layout.of(kept_K, width)
     if layout == "once":
         return kept_K
     if layout == "halves":
