@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
+from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
@@ -60,6 +61,7 @@ class PruningCallback(SparseFinetuning):
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
         prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
+        permute: Let the neurons of each MLP stand in an order in which an N:M pattern loses less.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -85,6 +87,7 @@ class PruningCallback(SparseFinetuning):
         reconstruction: Reconstruction | None = None,
         prompts: list[str] | None = None,
         dense_target: bool = False,
+        permute: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
@@ -98,7 +101,7 @@ class PruningCallback(SparseFinetuning):
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
         self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
         self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
-        self.run = PruningRun(self)
+        self.permute, self.run = check_permute(permute, self.pattern), PruningRun(self)
 
     @property
     def report(self) -> PruningReport | None:

@@ -53,6 +53,7 @@ HANDED_ON = (
     "true_sequential",
     "reconstruction",
     "dense_target",
+    "permute",
     "activations",
 )
 """Settings of a callback that are also those of prune_model."""
