@@ -50,13 +50,15 @@ METHODS = {
     "SparseGPT, permuted": SparseGPT(),
     "ADMM, permuted": ADMM(),
     "SparseGPT, dense target (balanced)": SparseGPT(),
-    "SparseGPT, reconstruction (best)": SparseGPT(),
+    "ADMM, dense target (best)": ADMM(),
+    "SparseGPT, dense target, reconstruction": SparseGPT(),
 }
 DENSE_TARGET = {"dense_target": True}
 SETTINGS = {  # as in the recipes
     **{name: {"permute": True} for name in ("Wanda, permuted", "SparseGPT, permuted", "ADMM, permuted")},
     "SparseGPT, dense target (balanced)": DENSE_TARGET,
-    "SparseGPT, reconstruction (best)": {**DENSE_TARGET, "reconstruction": Reconstruction(epochs=8, lr=1e-3)},
+    "ADMM, dense target (best)": DENSE_TARGET,
+    "SparseGPT, dense target, reconstruction": {**DENSE_TARGET, "reconstruction": Reconstruction(epochs=8, lr=1e-3)},
 }
 
 

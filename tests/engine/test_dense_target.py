@@ -125,10 +125,10 @@ def test_the_first_linears_are_pruned_as_ever():
     plain, fitted = built("llama"), built("llama")
     for model, dense_target in ((plain, False), (fitted, True)):
         prune_model(model, BATCHES, SparseGPT(block_size=16), Unstructured(0.5), dense_target=dense_target)
-    changed = differing(plain, fitted)
     first = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
-    assert not {*first} & {*changed}
-    assert len(changed) == 2 * 7 - 3
+    for name in first:  # the same tokens, summed in other parts
+        torch.testing.assert_close(fitted.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert len({*differing(plain, fitted)} - {*first}) == 2 * 7 - 3
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -49,14 +49,17 @@ class DenseInputs:
             self.readers = writers
         if None in self.readers.values():
             self._keep(None, hidden_BTD)
-        seen: list[Tensor] = []
+        seen: list[tuple[nn.Module, Tensor]] = []
+        readers = self.readers
 
         def look(module: nn.Module, x: Tensor) -> None:
-            if not any(x is other for other in seen):  # q, k and v share theirs
-                seen.append(x)
-                self._keep(module, x)
+            if first := next((other for other, tensor in seen if tensor is x), None):  # q, k and v share theirs
+                readers.pop(first, None)  # the sums of a writer serve it alone
+                return
+            seen.append((module, x))
+            self._keep(module, x)
 
-        with _first_inputs(self._modules | {module for module in self.readers.values() if module is not None}, look):
+        with _first_inputs(self._modules | {module for module in readers.values() if module is not None}, look):
             return run()
 
     def _keep(self, module: nn.Module | None, x: Tensor) -> None:
