@@ -29,16 +29,14 @@ from wanda_lightning.training.masks import masks_of
 class PruningCallback(SparseFinetuning):
     """Prunes the model of a LightningModule once, before the first training step of ``fit``.
 
-    ``validate`` and ``test`` never prune; resuming from a checkpoint of a pruned run does not prune again. Calibration
-    batches come from the datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train
-    dataloader. Models other than language models run by the module's ``calibration_step``, or ``validation_step``. The
-    zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``, holds also what
-    ``trainer.validate`` gave before the pruning, after it, and after training.
+    ``validate`` and ``test`` never prune, nor does resuming a pruned run. Calibration batches come from the
+    datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train dataloader. Models
+    other than language models run by the module's ``calibration_step``, or ``validation_step``. Training keeps the
+    zeros. The report, ``pruning.json`` and ``pruning.md``, holds also what ``trainer.validate`` gave at each stage.
 
     A model may come with zeros of an earlier pruning. The log says so, and the report calls its first evaluation ``as
     loaded`` rather than ``dense``. Where it has all the zeros that are asked for, they are kept, and the report says
-    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first. With a
-    schedule it is pruned in several steps while it trains, each time with new statistics.
+    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first.
 
     Args:
         method: The pruning method.
