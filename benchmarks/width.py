@@ -1,6 +1,6 @@
 """Perplexity of a model whose MLPs lost neurons, by every choice of neurons, with and without the refit.
 
-    python benchmarks/width.py MODEL CALIBRATION.txt EVALUATION.txt [--keep 0.8] [--seeds 0 1 2] [--damping 0.1]
+    python benchmarks/width.py MODEL CALIBRATION.txt EVALUATION.txt [--keep 0.8] [--seeds 0 1 2] [--shrinkage 0.1]
 
 Calibration: 32 random windows of 512 tokens of one file, others for each seed. Perplexity: the first 40 consecutive
 windows of the other, float32. Prints a Markdown table: means over the seeds, with standard deviations, the parameters
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8], help="fractions of the neurons that stay")
     parser.add_argument("--choices", nargs="+", choices=CHOICES, default=CHOICES)
     parser.add_argument("--refit", nargs="+", choices=["yes", "no"], default=["yes", "no"])
-    parser.add_argument("--damping", type=float, default=0.1)
+    parser.add_argument("--shrinkage", type=float, default=0.1)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--evaluation-windows", type=int, default=40)
@@ -55,7 +55,7 @@ def main() -> None:
                 keep,
                 choice=choice,
                 refit=refit == "yes",
-                damping=options.damping,
+                shrinkage=options.shrinkage,
             )
             seconds = time.perf_counter() - started
             found.append((perplexity(smaller, data[0]), seconds))

@@ -1,6 +1,7 @@
 """Numbers that users give, checked in one way everywhere."""
 
 import math
+from typing import TypeGuard
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -39,5 +40,23 @@ def positive_number(name: str, value: object) -> None:
     Raises:
         ValueError: If it is not, with its name and what was given.
     """
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    if not _is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def number_not_below_0(name: str, value: object) -> None:
+    """Refuse what is not a finite number of at least 0.
+
+    Args:
+        name: What users call the value.
+        value: What they gave.
+
+    Raises:
+        ValueError: If it is not, with its name and what was given.
+    """
+    if not _is_finite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

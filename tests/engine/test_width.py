@@ -76,14 +76,15 @@ def by_hand(model, choice: str, refit: bool, kept: int):
         weight, hessian = linear.weight_OI.double(), step.collect(InputHessian)[linear.name]
         norm = step.collect(InputNorm)[linear.name].compute().double()
         if choice == "obs":
-            mask = remove_inputs(linear.weight_OI, factorize(hessian.total, 0.1), weight.shape[1] - kept)
+            mask = remove_inputs(linear.weight_OI, factorize(hessian.total, 0.01, 0.1), weight.shape[1] - kept)
         else:
             score = (weight.abs() * (norm if choice == "wanda" else 1)).mean(0)
             mask = torch.zeros(len(score), dtype=torch.bool).index_fill_(0, score.argsort()[-kept:], 1)
         new = weight * mask
         if refit:
             h = hessian.compute().double()
-            added = 0.1 * h.diagonal()[mask].mean() * torch.eye(kept).double()
+            diagonal = h.diagonal()[mask]
+            added = (0.01 * diagonal.mean() + 0.1 * diagonal).diag()
             change = torch.linalg.solve(h[mask][:, mask] + added, h[mask][:, ~mask] @ weight[:, ~mask].t()).t()
             new[:, mask] += change
         linear.weight_OI.copy_(new)
@@ -175,7 +176,7 @@ def test_how_many_neurons_stay(width, keep, expected):
         ({"keep": 0.2, "multiple": 64}, "keep=0.2 of 64 neurons, rounded to a multiple of 64, leaves none"),
         ({"multiple": 0}, "multiple must be a whole number of at least 1, got 0"),
         ({"choice": "random"}, "choice must be one of obs, wanda, magnitude, got 'random'"),
-        ({"damping": 0}, "damping must be a finite number above 0, got 0"),
+        ({"shrinkage": -1}, "shrinkage must be a finite number of at least 0, got -1"),
         ({"calibration": None}, "need calibration batches"),
         ({"calibration": []}, "the calibration set is empty"),
         ({"layers": "model.blocks"}, "has no list of layers 'model.blocks'"),

@@ -59,13 +59,13 @@ def test_groups_that_nothing_reads_can_go(name, choice, tmp_path):
 
 
 @torch.no_grad()
-def by_hand(model, groups: int, block: int, damping: float):
+def by_hand(model, groups: int, block: int, shrinkage: float):
     """The same with columns of o_proj zeroed in place of narrower, in float64, by trying every group."""
     for step in walk(model, decoder_layers(model, ["o_proj"]), BATCHES):
         (linear,) = step.layer.linears
         weight, hessian = linear.weight_OI.double(), step.collect(InputHessian)[linear.name].compute().double()
         width = weight.shape[1]
-        damped = hessian + damping * hessian.diagonal().mean() * torch.eye(width)
+        damped = hessian + (0.01 * hessian.diagonal().mean() + shrinkage * hessian.diagonal()).diag()
         mask = torch.ones(width, dtype=torch.bool)
         for _ in range(groups):
             masks = []
@@ -74,13 +74,14 @@ def by_hand(model, groups: int, block: int, damping: float):
                     masks.append(mask.clone())
                     masks[-1][start : start + block] = False
             mask = min(masks, key=lambda each: loss(weight, each, damped))
-        linear.weight_OI.copy_(fitted(weight, mask, hessian, damping))
+        linear.weight_OI.copy_(fitted(weight, mask, hessian, shrinkage))
     return model
 
 
-def fitted(weight, mask, hessian, damping):
-    new, kept = weight * mask, int(mask.sum())
-    added = damping * hessian.diagonal()[mask].mean() * torch.eye(kept).double()
+def fitted(weight, mask, hessian, shrinkage):
+    new = weight * mask
+    diagonal_K = hessian.diagonal()[mask]
+    added = (0.01 * diagonal_K.mean() + shrinkage * diagonal_K).diag()
     new[:, mask] += torch.linalg.solve(
         hessian[mask][:, mask] + added, hessian[mask][:, ~mask] @ weight[:, ~mask].t()
     ).t()

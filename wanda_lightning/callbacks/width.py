@@ -29,7 +29,7 @@ class WidthPruning(ShapePruning):
         refit: Whether to fit the matrix that reads the neurons to those that stay.
         multiple: What the number of neurons is rounded to. Default: 256 where that is at most a sixteenth of the width,
             else 64, 16, 8 or 1.
-        damping: Fraction of the mean diagonal that is added to the Hessian, > 0.
+        shrinkage: Fraction of each of the Hessian's diagonal entries that is added to itself, >= 0.
         attention_keep: Fraction of the key/value groups of attention that stay, in (0, 1], each with the heads of
             queries that share it. Small models have two or three groups.
         layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
@@ -52,16 +52,16 @@ class WidthPruning(ShapePruning):
         choice: NeuronChoice = "obs",
         refit: bool = True,
         multiple: int | None = None,
-        damping: float = 0.1,
+        shrinkage: float = 0.1,
         attention_keep: float = 1.0,
         layers: str | None = None,
         num_samples: int = 128,
         activations: Place = "device",
         overwrite: bool = False,
     ) -> None:
-        check_settings(keep, choice, multiple, damping, attention_keep)
+        check_settings(keep, choice, multiple, shrinkage, attention_keep)
         sizes = {"keep": keep, "multiple": multiple, "attention_keep": attention_keep}
-        super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, damping=damping)
+        super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, shrinkage=shrinkage)
         self.prune = partial(prune_width, **self.settings, layers=layers, activations=activations)
         self.keep, self.multiple, self.attention_keep, self.layers = keep, multiple, attention_keep, layers
 

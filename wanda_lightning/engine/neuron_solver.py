@@ -32,7 +32,7 @@ class NeuronSolver:
         plan: How many stay.
         choice: Which.
         refit: Whether the rest is fitted.
-        damping: Of the Hessian.
+        shrinkage: Of the Hessian.
         processes: Those that have the other parts of the calibration set.
 
     Attributes:
@@ -41,9 +41,9 @@ class NeuronSolver:
     """
 
     def __init__(
-        self, plan: Narrowing, choice: NeuronChoice, refit: bool, damping: float, processes: Processes
+        self, plan: Narrowing, choice: NeuronChoice, refit: bool, shrinkage: float, processes: Processes
     ) -> None:
-        self.plan, self.choice, self.refit, self.damping, self.processes = plan, choice, refit, damping, processes
+        self.plan, self.choice, self.refit, self.shrinkage, self.processes = plan, choice, refit, shrinkage, processes
         by_score: dict[str, type[InputStatistic] | None] = {"obs": InputHessian, "wanda": InputNorm, "magnitude": None}
         self.statistic = InputHessian if refit else by_score[choice]
         self.tokens: int | None = None
@@ -85,7 +85,7 @@ class NeuronSolver:
         dense_OI = weight_OI.clone()
         try:
             if isinstance(statistic, InputHessian) and self.choice == "obs":
-                factor, number = statistic.factor(self.damping), (width - kept) // block
+                factor, number = statistic.factor(shrinkage=self.shrinkage), (width - kept) // block
                 mask_I = (
                     remove_inputs(weight_OI, factor, number)
                     if block == 1
@@ -97,9 +97,9 @@ class NeuronSolver:
                 mask_I = _largest(weight_OI.float().abs().mean(0) * norm_I, kept, block)
             weight_OI[:, ~mask_I] = 0
             if isinstance(statistic, InputHessian) and self.refit:
-                weight_OI[:, mask_I] = fit_to_all_inputs(dense_OI, mask_I, statistic.compute(), self.damping).to(
-                    weight_OI.dtype
-                )
+                weight_OI[:, mask_I] = fit_to_all_inputs(
+                    dense_OI, mask_I, statistic.compute(), shrinkage=self.shrinkage
+                ).to(weight_OI.dtype)
         except torch.linalg.LinAlgError as error:
             raise ValueError(f"the neurons that {name} reads cannot be chosen: {error}") from error
         lost = statistic.output_energy(dense_OI - weight_OI).sum()

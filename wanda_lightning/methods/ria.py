@@ -3,12 +3,12 @@
 Shapes: O out features, I in features.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from wanda_lightning.arguments import number_not_below_0
 from wanda_lightning.methods.base import ScoreMethod
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
@@ -32,9 +32,7 @@ class RIA(ScoreMethod):
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        number = isinstance(self.power, int | float) and not isinstance(self.power, bool)
-        if not number or not math.isfinite(self.power) or self.power < 0:
-            raise ValueError(f"power must be a finite number of at least 0, got {self.power!r}")
+        number_not_below_0("power", self.power)
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
         """Return relative importance times the power of the norm."""

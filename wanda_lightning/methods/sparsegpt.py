@@ -3,12 +3,12 @@
 Shapes: O out features, I in features.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from wanda_lightning.arguments import number_not_below_0
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.solvers import prune_with_scores
@@ -52,8 +52,7 @@ class SparseGPT(SecondOrderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.shrinkage < math.inf:
-            raise ValueError(f"shrinkage must be a finite number of at least 0, got {self.shrinkage}")
+        number_not_below_0("shrinkage", self.shrinkage)
 
     @refined
     @torch.no_grad()

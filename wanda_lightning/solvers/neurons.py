@@ -123,7 +123,9 @@ def _remove_some(w_OI: Tensor, inverse_II: Tensor, mask_I: Tensor, number: int) 
 
 
 @torch.no_grad()
-def fit_to_all_inputs(weight_OI: Tensor, mask_I: Tensor, hessian_II: Tensor, damping: float = 0.01) -> Tensor:
+def fit_to_all_inputs(
+    weight_OI: Tensor, mask_I: Tensor, hessian_II: Tensor, damping: float = 0.01, shrinkage: float = 0.0
+) -> Tensor:
     """Fit the columns that stay so that the outputs are closest to those of all columns.
 
     Args:
@@ -131,6 +133,7 @@ def fit_to_all_inputs(weight_OI: Tensor, mask_I: Tensor, hessian_II: Tensor, dam
         mask_I: True = kept, shape (in_features,).
         hessian_II: X^T X up to a scale, symmetric, shape (in_features, in_features), float32 or float64.
         damping: Fraction of the mean diagonal that pulls the columns to what they were, > 0.
+        shrinkage: Fraction of each column's own diagonal entry that does so too, >= 0.
 
     Returns:
         The columns that stay, shape (out_features, K), in the precision of the Hessian.
@@ -143,7 +146,7 @@ def fit_to_all_inputs(weight_OI: Tensor, mask_I: Tensor, hessian_II: Tensor, dam
     if bool(mask_I.all()):
         return kept_OK
     hessian_KI = hessian_II[mask_I]
-    lower_KK = factorize(hessian_KI[:, mask_I], damping).lower_II  # H_KK = G^T G
+    lower_KK = factorize(hessian_KI[:, mask_I], damping, shrinkage).lower_II  # H_KK = G^T G
     with full_float32(w_OI.device):
         target_OK = w_OI[:, ~mask_I] @ hessian_KI[:, ~mask_I].t()
         # D G^T G = target

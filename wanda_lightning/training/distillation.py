@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wanda_lightning.arguments import number_not_below_0
 from wanda_lightning.training.hidden_states import hidden_state_error
 
 
@@ -45,8 +46,7 @@ class Distillation:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
-        if not 0 <= self.hidden_states < math.inf:
-            raise ValueError(f"hidden_states must be a finite number of at least 0, got {self.hidden_states}")
+        number_not_below_0("hidden_states", self.hidden_states)
 
     def loss(self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Compute the loss on predictions.
