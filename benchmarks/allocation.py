@@ -31,12 +31,15 @@ def main() -> None:
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--order", choices=["two", "one"], default="one", help="how many passes a layer")
-    parser.add_argument("--windows", type=int, default=40, help="of the evaluation")
+    parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--reports", type=Path, help="folder for the report of every pruning")
     options = parser.parse_args()
 
-    module, data = model_and_data(options, max_evaluation_windows=options.windows)
+    module, data = model_and_data(
+        options, num_samples=options.num_samples, max_evaluation_windows=options.evaluation_windows
+    )
     model = module.model
 
     print("| method | sparsity | allocation | perplexity | zeros | seconds | of the allocation |")

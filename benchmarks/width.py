@@ -29,11 +29,14 @@ def main() -> None:
     parser.add_argument("--refit", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     parser.add_argument("--damping", type=float, default=0.1)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
-    parser.add_argument("--windows", type=int, default=40, help="of the evaluation")
+    parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--evaluation-windows", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
-    module, data = model_and_data(options, max_evaluation_windows=options.windows)
+    module, data = model_and_data(
+        options, num_samples=options.num_samples, max_evaluation_windows=options.evaluation_windows
+    )
     model = module.model
 
     print("| choice | refit | width | parameters | perplexity | seconds |")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 from torch import nn
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausalLM
 
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.pruner import prune_model
@@ -289,3 +289,22 @@ def test_a_decoder_of_an_encoder_decoder_says_what_is_not_called(ignore, batches
         prune_model(model, batches, Wanda(), Unstructured(0.5))
     assert "samples" not in str(error.value)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@torch.no_grad()
+def test_a_weight_that_is_used_without_a_call_is_calibrated(batches):
+    """Mamba's ``dt_proj`` takes the first features that ``x_proj`` gives."""
+    rank = 6
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=rank)
+    model = MambaForCausalLM(config).eval()
+    given = []
+    hook = model.backbone.layers[0].mixer.x_proj.register_forward_hook(lambda _, args, out: given.append(out))
+    for batch in batches:
+        model(batch)
+    hook.remove()
+    norm = torch.cat([out[..., :rank].flatten(0, 1) for out in given]).norm(dim=0)
+    first = next(iter(walk(model, decoder_layers(model), batches)))
+    torch.testing.assert_close(first.collect(InputNorm)["backbone.layers.0.mixer.dt_proj"].compute(), norm)
+    report = prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert {row.sparsity for row in report.linears if row.name.endswith("dt_proj")} == {0.5}

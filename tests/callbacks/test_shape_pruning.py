@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import smaller_with_ddp
 import torch
-from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
+from helpers import SomebodysData, SomebodysModule, batches, loader, sparsities, tiny_llama, token_batches, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.engine.depth import prune_depth
 from wanda_lightning.engine.width import prune_width
+from wanda_lightning.runs.causal_lm import CausalLM
 
 
 def by_the_engine(**settings):
@@ -133,6 +134,24 @@ def test_a_checkpoint_is_loaded_into_a_module_of_its_shapes(tmp_path, lazy):
     assert evaluated.net.generate(token_batches()[0][:1], max_new_tokens=3, do_sample=False).shape == (1, 19)
 
 
+def test_a_checkpoint_with_fewer_key_value_groups_is_loaded(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    module, settings = SomebodysModule(), {"enable_checkpointing": True, "max_steps": 6}
+    pruning = WidthPruning(keep=0.5, attention_keep=0.5)
+    trainer(tmp_path, pruning, checkpoint, **settings).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    report = prune_width(expected, token_batches(seed=3), 0.5, attention_keep=0.5)
+    assert pruning.report.figures == report.figures
+    shapes = {name: tensor.shape for name, tensor in module.net.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in expected.state_dict().items()}
+    resumed, again = SomebodysModule(), WidthPruning(keep=0.5, attention_keep=0.5)
+    saved = next(tmp_path.glob("*step=4.ckpt"))
+    trainer(tmp_path, again, max_steps=6).fit(resumed, datamodule=SomebodysData(), ckpt_path=saved)
+    assert all(map(torch.equal, resumed.net.state_dict().values(), module.net.state_dict().values()))
+    assert resumed.net.config.num_attention_heads == 2
+    assert again.is_done(resumed.net)
+
+
 def test_what_a_checkpoint_says_counts_whatever_the_callback_asks_for(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2)
     run = trainer(tmp_path, *both(), checkpoint, max_steps=2, enable_checkpointing=True)
@@ -184,6 +203,7 @@ def test_a_folder_of_other_settings_is_not_overwritten(tmp_path):
     [
         (lambda: WidthPruning(keep=0), "keep must be a fraction"),
         (lambda: WidthPruning(choice="best"), "choice must be one of"),
+        (lambda: WidthPruning(attention_keep=0.0), "attention_keep must be a fraction"),
         (lambda: WidthPruning(num_samples=0), "num_samples must be"),
         (lambda: DepthPruning(layers=-1), "layers must be a whole number"),
         (lambda: DepthPruning(choice="best"), "choice must be one of"),
@@ -200,6 +220,14 @@ def test_too_many_layers_are_refused_before_anything_changes(tmp_path):
         trainer(tmp_path, WidthPruning(keep=0.5), DepthPruning(layers=2)).fit(module, datamodule=SomebodysData())
     assert module.net.config.intermediate_size == 64
     assert len(module.net.model.layers) == 2
+
+
+@pytest.mark.parametrize("make", [lambda: WidthPruning(keep=0.5), lambda: DepthPruning(layers=1)])
+def test_a_streamed_model_is_refused(tmp_path, tiny_model_folder, make):
+    module = CausalLM(str(tiny_model_folder), stream=True)
+    with pytest.raises(ValueError, match="a model that is streamed from disk keeps its shapes: load it without stream"):
+        trainer(tmp_path, make(), max_steps=0).fit(module, loader())
+    assert not (tmp_path / "shrinking.json").exists()
 
 
 def test_a_run_that_failed_leaves_nothing_behind(tmp_path):

@@ -94,8 +94,8 @@ def test_every_linear_is_fitted_to_the_dense_model(family):
         wanted = (dense_x - x) @ w.t()
         if reader := STREAMS[family].get(row.name.removeprefix(f"{row.layer}.")):
             wanted += before[f"{row.layer}.{reader}"] - after[f"{row.layer}.{reader}"]
-        damping = 0.01 * x.square().sum() / x.shape[1]
-        fit = torch.linalg.solve(x.t() @ x + damping * torch.eye(x.shape[1]).double(), x.t() @ wanted)
+        damping_I = 0.01 * x.square().sum() / x.shape[1] + 0.3 * x.square().sum(0)
+        fit = torch.linalg.solve(x.t() @ x + damping_I.diag(), x.t() @ wanted)
         expected = w + row.dense_target * fit.t()
         torch.testing.assert_close(given[row.name].double(), expected, rtol=1e-3, atol=1e-4 * float(w.abs().max()))
 
@@ -125,10 +125,10 @@ def test_the_first_linears_are_pruned_as_ever():
     plain, fitted = built("llama"), built("llama")
     for model, dense_target in ((plain, False), (fitted, True)):
         prune_model(model, BATCHES, SparseGPT(block_size=16), Unstructured(0.5), dense_target=dense_target)
-    changed = differing(plain, fitted)
     first = [f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv"]
-    assert not {*first} & {*changed}
-    assert len(changed) == 2 * 7 - 3
+    for name in first:  # the same tokens, summed in other parts
+        torch.testing.assert_close(fitted.get_parameter(name), plain.get_parameter(name), rtol=1e-4, atol=1e-6)
+    assert len({*differing(plain, fitted)} - {*first}) == 2 * 7 - 3
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

@@ -6,7 +6,7 @@ from least_squares import random
 
 from wanda_lightning.solvers import neurons
 from wanda_lightning.solvers.factor import factorize
-from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
+from wanda_lightning.solvers.neurons import cost_of_block, fit_to_all_inputs, remove_blocks, remove_inputs
 
 TINY = 1e-12
 
@@ -29,6 +29,46 @@ def one_by_one(weight, x, number):
     for _ in range(number):
         kept.remove(min(kept, key=lambda j: best_without(weight, x, [k for k in kept if k != j])))
     return kept
+
+
+def block_by_block(weight, x, number, block):
+    """Remove the block of inputs without which a new least-squares fit is best, several times; tell what it cost."""
+    left, error, costs = list(range(0, weight.shape[1], block)), 0.0, []
+    for _ in range(number):
+        errors = {
+            start: best_without(weight, x, [k + j for k in left if k != start for j in range(block)]) for start in left
+        }
+        left.remove(best := min(errors, key=errors.__getitem__))
+        costs.append(errors[best] - error)
+        error = errors[best]
+    return [start + j for start in left for j in range(block)], costs
+
+
+@pytest.mark.parametrize(("features", "block", "number"), [(20, 4, 3), (24, 8, 2), (24, 3, 7), (12, 12, 0)])
+def test_the_choice_of_blocks_is_that_of_brute_force(monkeypatch, features, block, number):
+    x, weight, costs = inputs(features), random(7, features), []
+    before = weight.clone()
+
+    def cost(*args):
+        costs.append(cost_of_block(*args))
+        return costs[-1]
+
+    monkeypatch.setattr(neurons, "cost_of_block", cost)
+    mask = remove_blocks(weight, factorize(x.t() @ x, TINY), number, block)
+    kept, expected = block_by_block(weight, x, number, block)
+    assert mask.nonzero().flatten().tolist() == kept
+    blocks, lowest = features // block, []
+    for step in range(number):
+        lowest.append(min(costs[: blocks - step]))
+        del costs[: blocks - step]
+    assert lowest == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(weight, before)
+
+
+def test_blocks_of_one_are_single_inputs():
+    x, weight = inputs(20, dead=(4, 7)), random(7, 20)
+    factor = factorize(x.t() @ x, 0.01)
+    assert torch.equal(remove_blocks(weight, factor, 9, 1), remove_inputs(weight, factor, 9))
 
 
 @pytest.mark.parametrize("block", [1, 4, 32])

@@ -111,7 +111,7 @@ def test_it_brings_the_student_closer_to_the_teacher(tmp_path, tiny_model_folder
         ids = token_batches(seed=9)[0]
         with torch.no_grad():
             student = module.model.eval()(ids).logits
-            distances[alpha] = Distillation(1.0, 1.0).loss(student, module.teacher.logits({"input_ids": ids}), ids)
+            distances[alpha] = Distillation(1.0, 1.0).loss(student, module.teacher({"input_ids": ids}).logits, ids)
     assert distances[1.0] < 0.7 * distances[0.0]
 
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_loads_the_teacher_again(tmp_path, tiny_model_folder):
 
 
 def test_copies_of_the_module_share_the_teacher(tmp_path, tiny_model_folder):
-    teacher = Teacher(tiny_llama(layers=1))
+    teacher = Teacher(tiny_llama(layers=1), Distillation())
     assert copy.deepcopy(teacher) is teacher
     module = distilled(tiny_model_folder)
     callbacks = [EMAWeightAveraging(decay=0.5), WandaPruning(sparsity=0.5)]

@@ -13,6 +13,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.collector import real_inputs
 from wanda_lightning.calibration.input_drift import InputDrift, held_out_for_target
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.solvers.precision import full_float32
 from wanda_lightning.statistics import InputStatistic
 
 
@@ -60,15 +61,20 @@ class BothStreams:
         def real(tensor: Tensor) -> Tensor:
             return real_inputs(tensor, mask_BT, linear)
 
+        def gap(dense: Tensor, pruned: Tensor) -> Tensor:
+            dense_TF, pruned_TF = (real(each).flatten(0, -2).to(statistic.total.dtype) for each in (dense, pruned))
+            return dense_TF - pruned_TF
+
         dense = self._dense.of(linear.module, batch) if self._dense else None
         if not isinstance(statistic, InputDrift) or self._dense is None or dense is None:
             statistic.update(real(x))
             return
-        residuals: dict[str, tuple[Tensor, Tensor]] = {}
+        lost, writer = gap(dense, x), None
         if linear.module in self._readers:
-            reader = self._readers[linear.module]
+            reader, writer = self._readers[linear.module], linear.name
             dense_stream = self._dense.of(reader, batch)
             assert dense_stream is not None
             stream = self._inputs.hidden_BTD[batch] if reader is None else self._streams.pop((reader, batch))
-            residuals[linear.name] = real(dense_stream), real(stream)
-        statistic.update_with_dense(real(x), real(dense), residuals, batch in self._held_out)
+            with full_float32(lost.device):
+                lost = gap(dense_stream, stream).addmm_(lost, linear.weight_OI.to(lost).t())
+        statistic.update_with_dense(real(x).flatten(0, -2), lost, writer, batch in self._held_out)

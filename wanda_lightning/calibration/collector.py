@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.early_stop import EarlyStop
 from wanda_lightning.calibration.real_tokens import RealTokens
+from wanda_lightning.calibration.weight_products import WeightProducts
 from wanda_lightning.model.attention import projection_inputs
 from wanda_lightning.model.convolutions import convolution_patches
 from wanda_lightning.model.experts import expert_inputs
@@ -67,7 +68,10 @@ class Collector:
             real: Which tokens are real.
         """
         self._real = real
-        with self._stop.after_the_last_call(shape):
+        products = WeightProducts(
+            self._modules, lambda module, x: self._called(module, self._modules[module], (x,), {})
+        )
+        with self._stop.after_the_last_call(shape), products:
             yield
         self._inputs.clear()
 
@@ -167,7 +171,7 @@ def refuse_uncalled(names: Sequence[str]) -> None:
     if names:
         raise ValueError(
             f"the model does not call {_few(names)} on these batches, as cross-attention is not called without an "
-            "encoder, and Mamba uses dt_proj's weight without a call: leave them out with ignore"
+            "encoder, and fused kernels of Mamba take dt_proj's weight without a call: leave them out with ignore"
         )
 
 

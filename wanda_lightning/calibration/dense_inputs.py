@@ -49,14 +49,17 @@ class DenseInputs:
             self.readers = writers
         if None in self.readers.values():
             self._keep(None, hidden_BTD)
-        seen: list[Tensor] = []
+        seen: list[tuple[nn.Module, Tensor]] = []
+        readers = self.readers
 
         def look(module: nn.Module, x: Tensor) -> None:
-            if not any(x is other for other in seen):  # q, k and v share theirs
-                seen.append(x)
-                self._keep(module, x)
+            if first := next((other for other, tensor in seen if tensor is x), None):  # q, k and v share theirs
+                readers.pop(first, None)  # the sums of a writer serve it alone
+                return
+            seen.append((module, x))
+            self._keep(module, x)
 
-        with _first_inputs(self._modules | {module for module in self.readers.values() if module is not None}, look):
+        with _first_inputs(self._modules | {module for module in readers.values() if module is not None}, look):
             return run()
 
     def _keep(self, module: nn.Module | None, x: Tensor) -> None:
@@ -66,6 +69,12 @@ class DenseInputs:
         """Return what entered a module in a batch, or the layer; None where that was not kept."""
         kept = self._kept.get(module)
         return kept[batch] if kept is not None and batch < len(kept) else None
+
+    def reorder(self, module: nn.Module, order_I: Tensor) -> None:
+        """Let the inputs of a module stand in another order, as the columns of its weight do."""
+        kept = self._kept.get(module, HiddenStates())
+        for batch, x in enumerate(kept):
+            kept[batch] = x[..., order_I.to(x.device)]
 
     def drop(self, module: nn.Module | None = None) -> None:
         """Let go of what entered a module; of all, where none is named."""

@@ -25,6 +25,9 @@ from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, is_offloaded
 
+Visit = tuple[DecoderLayer, CalibratedLayer | None]
+"""A layer, and what enters it if there are batches."""
+
 
 class _AllLayersSeenError(Exception):
     """What follows the decoder layers need not run."""
@@ -88,6 +91,28 @@ def walk(
                 if not is_last:
                     step.advance()
             arguments[index] = []
+
+
+def visit(
+    model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch] | None, *how: Any
+) -> Iterator[Visit]:
+    """Visit the layers in order, also without batches.
+
+    Args:
+        model: See :func:`walk`, as all.
+        layers: The layers.
+        batches: Calibration batches; None where nothing has to be known of inputs.
+        *how: What else :func:`walk` takes.
+
+    Yields:
+        The layer, its weights in memory, and what enters it; None without batches.
+    """
+    if batches is None:
+        for layer in layers:
+            with in_memory(layer.module):
+                yield layer, None
+    else:
+        yield from ((step.layer, step) for step in walk(model, layers, batches, *how))
 
 
 def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:

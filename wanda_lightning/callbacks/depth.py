@@ -1,7 +1,6 @@
 """Depth pruning as a Lightning callback."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
 from torch import nn
 from typing_extensions import override
@@ -9,7 +8,6 @@ from typing_extensions import override
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.depth import LayerChoice, check_number, check_settings, prune_depth
-from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.report.shrinking import ShrinkReport
 
@@ -45,31 +43,13 @@ class DepthPruning(ShapePruning):
     ) -> None:
         check_settings(layers, choice)
         super().__init__(num_samples, overwrite, layers=layers, choice=choice)
-        self.layer_list, self.activations = layer_list, activations
+        self.prune = partial(prune_depth, **self.settings, layer_list=layer_list, activations=activations)
+        self.layer_list = layer_list
 
     @override
     def check(self, model: nn.Module) -> None:
         """Refuse a model that has too few layers."""
         check_number(self.settings["layers"], Shortening.of(model, self.layer_list))
-
-    @override
-    def prune(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        processes: Processes,
-        progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    ) -> ShrinkReport:
-        """Take layers out."""
-        return prune_depth(
-            model,
-            batches,
-            **self.settings,
-            layer_list=self.layer_list,
-            activations=self.activations,
-            processes=processes,
-            progress=progress,
-        )
 
     @override
     def reshape(self, model: nn.Module, report: ShrinkReport) -> None:

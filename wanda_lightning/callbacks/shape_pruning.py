@@ -3,7 +3,7 @@
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -39,7 +39,12 @@ class ShapePruning(Callback):
         overwrite: Replace the results in the folder also if they are of other settings.
         **settings: What is asked for, by the names of :func:`wanda_lightning.prune_width` or
             :func:`wanda_lightning.prune_depth`.
+
+    Attributes:
+        prune: That function with these settings: makes a model smaller, given calibration batches.
     """
+
+    prune: Callable[..., ShrinkReport]
 
     def __init__(self, num_samples: int, overwrite: bool, **settings: Any) -> None:
         self.calibration = CalibrationBatches(num_samples)
@@ -52,16 +57,6 @@ class ShapePruning(Callback):
     @abstractmethod
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be made smaller as asked for, before any callback changes it."""
-
-    @abstractmethod
-    def prune(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        processes: Processes,
-        progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    ) -> ShrinkReport:
-        """Make a model smaller."""
 
     @abstractmethod
     def reshape(self, model: nn.Module, report: ShrinkReport) -> None:
@@ -173,7 +168,10 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
         callback.look_again(model)
         with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
             callback.report = callback.prune(
-                model, callback.calibration.of(trainer), Processes(), partial(progress, trainer, asked_to_end)
+                model,
+                callback.calibration.of(trainer),
+                processes=Processes(),
+                progress=partial(progress, trainer, asked_to_end),
             )
         callback.calibrated = callback.calibration.describe(trainer)
         if trainer.is_global_zero:

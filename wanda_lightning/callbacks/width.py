@@ -1,7 +1,6 @@
 """Width pruning as a Lightning callback."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
 from torch import nn
 from typing_extensions import override
@@ -9,10 +8,9 @@ from typing_extensions import override
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
-from wanda_lightning.engine.narrowing import Narrowing, kept_of
+from wanda_lightning.engine.narrowing import Narrowing
 from wanda_lightning.engine.neuron_solver import NeuronChoice
-from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.width import check_settings, prune_width
+from wanda_lightning.engine.width import check_settings, plan_width, prune_width
 from wanda_lightning.report.shrinking import ShrinkReport
 
 
@@ -32,6 +30,8 @@ class WidthPruning(ShapePruning):
         multiple: What the number of neurons is rounded to. Default: 256 where that is at most a sixteenth of the width,
             else 64, 16, 8 or 1.
         damping: Fraction of the mean diagonal that is added to the Hessian, > 0.
+        attention_keep: Fraction of the key/value groups of attention that stay, in (0, 1], each with the heads of
+            queries that share it. Small models have two or three groups.
         layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
@@ -53,45 +53,29 @@ class WidthPruning(ShapePruning):
         refit: bool = True,
         multiple: int | None = None,
         damping: float = 0.1,
+        attention_keep: float = 1.0,
         layers: str | None = None,
         num_samples: int = 128,
         activations: Place = "device",
         overwrite: bool = False,
     ) -> None:
-        check_settings(keep, choice, multiple, damping)
-        super().__init__(
-            num_samples, overwrite, keep=keep, choice=choice, refit=refit, multiple=multiple, damping=damping
-        )
-        self.keep, self.multiple, self.layers, self.activations = keep, multiple, layers, activations
+        check_settings(keep, choice, multiple, damping, attention_keep)
+        sizes = {"keep": keep, "multiple": multiple, "attention_keep": attention_keep}
+        super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, damping=damping)
+        self.prune = partial(prune_width, **self.settings, layers=layers, activations=activations)
+        self.keep, self.multiple, self.attention_keep, self.layers = keep, multiple, attention_keep, layers
 
     @override
     def check(self, model: nn.Module) -> None:
         """Refuse a model that cannot be made narrower."""
         with left_as_found(model):
-            Narrowing.of(model, lambda width: kept_of(width, self.keep, self.multiple)[0], self.layers)
-
-    @override
-    def prune(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        processes: Processes,
-        progress: Callable[[Iterable[Any], int], Iterable[Any]],
-    ) -> ShrinkReport:
-        """Remove neurons."""
-        return prune_width(
-            model,
-            batches,
-            **self.settings,
-            layers=self.layers,
-            activations=self.activations,
-            processes=processes,
-            progress=progress,
-        )
+            plan_width(model, self.keep, self.multiple, self.attention_keep, self.layers)
 
     @override
     def reshape(self, model: nn.Module, report: ShrinkReport) -> None:
-        """Make the MLPs as narrow as the report says."""
-        widths = dict(map(tuple, report.kept))
+        """Make the MLPs and the attention as narrow as the report says."""
+        widths = {width: kept for width, block, kept in report.kept if block == 1}
+        groups = {width // block: kept // block for width, block, kept in report.kept if block > 1}
+        of_heads = (lambda number: groups.get(number, number)) if groups else None
         with left_as_found(model):
-            Narrowing.of(model, lambda width: widths.get(width, width), self.layers).apply_first(model)
+            Narrowing.of(model, lambda width: widths.get(width, width), self.layers, of_heads).apply_first(model)

@@ -193,7 +193,7 @@ class PruningCLI(LightningCLI):
             details = self.config_init[self.subcommand].details
             for report in reports:
                 Console().print(report.to_table(details))
-            names = ("report.html", "search.png", "shrinking.md", "model", "adapter")
+            names = ("report.html", "search.png", "shrinking.html", "model", "adapter")
             there = [name for name in names if (folder / name).exists()]
             Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
 

@@ -1,6 +1,5 @@
 """Depth pruning: whole decoder layers go, those that change the hidden states or the loss least."""
 
-import time
 from collections.abc import Iterable
 from typing import Literal, get_args
 
@@ -10,9 +9,8 @@ from wanda_lightning.arguments import whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.engine.layer_choice import LayerChooser, Progress
-from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.reshaping import sizes
+from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.report.shrinking import ShrinkReport
@@ -68,11 +66,10 @@ def prune_depth(
         >>> len(model.model.layers)
         2
     """
-    started = time.perf_counter()
     check_settings(layers, choice)
     model, processes = uncompiled(model), processes or Processes.alone()
-    before = sizes(model)
-    with left_as_found(model):
+    report = ShrinkReport("layers", {"layers": layers, "choice": choice}, figure=FIGURES[choice])
+    with reported(model, report):
         with processes.together():
             plan = Shortening.of(model, layer_list)
             check_number(layers, plan)
@@ -82,21 +79,12 @@ def prune_depth(
         else:
             gone, figures = chooser.by_angle(calibration, activations, contiguous=choice == "contiguous")
         names = [layer.name for layer in plan.layers]
-        numbers = plan.apply(model, gone) if gone else {}
-    after = sizes(model)
-    return ShrinkReport(
-        removed="layers",
-        settings={"layers": layers, "choice": choice},
-        sizes=numbers,
-        parameters=(before[0], after[0]),
-        bytes=(before[1], after[1]),
-        figure=FIGURES[choice],
-        figures={names[number]: figure for number, figure in figures.items()},
-        gone=[names[number] for number in sorted(gone)],
-        kept=[number for number in range(len(names)) if number not in gone],
-        tokens=chooser.tokens,
-        seconds=time.perf_counter() - started,
-    )
+        report.sizes = plan.apply(model, gone) if gone else {}
+        report.figures = {names[number]: figure for number, figure in figures.items()}
+        report.gone = [names[number] for number in sorted(gone)]
+        report.kept = [number for number in range(len(names)) if number not in gone]
+        report.tokens = chooser.tokens
+    return report
 
 
 def check_settings(layers: int, choice: str) -> None:

@@ -56,10 +56,7 @@ class LayerChooser:
         steps = walk(self.model, decoder, calibration, activations)
         entered: deque[list[Tensor]] = deque(maxlen=run)
         figures: dict[int, float] = {}
-        with self.processes.together():
-            first = next(steps)  # the dry run reads the batches
-        visits = _and_then(first, steps)
-        for index, step in enumerate(self.progress(visits, len(decoder))):
+        for index, step in enumerate(self.progress(self.processes.first_together(steps), len(decoder))):
             entered.append([hidden.cpu() if activations != "device" else hidden for hidden in step.hidden_BTD])
             step.advance()
             if len(entered) == run:
@@ -125,11 +122,6 @@ class LayerChooser:
 
 def _ascending(figures: dict[int, float]) -> list[int]:
     return sorted(figures, key=figures.__getitem__)
-
-
-def _and_then(first: CalibratedLayer, others: Iterator[CalibratedLayer]) -> Iterator[CalibratedLayer]:
-    yield first
-    yield from others
 
 
 def _turned(entered: Sequence[Tensor], step: CalibratedLayer, as_angle: bool) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from wanda_lightning.model.configuration import (
 )
 from wanda_lightning.model.coupling import find_neurons
 from wanda_lightning.model.decoder import DecoderLayer, decoder_layers
+from wanda_lightning.model.heads import Heads, find_heads
 from wanda_lightning.model.linears import own_modules
 from wanda_lightning.model.neurons import Neurons, keep_neurons
 
@@ -50,30 +51,55 @@ def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, 
     return kept, multiple
 
 
+def groups_of(groups: int, keep: float) -> int:
+    """Say how many key/value groups of attention stay.
+
+    Args:
+        groups: How many there are.
+        keep: The fraction that is to stay, in (0, 1].
+
+    Returns:
+        The nearest whole number.
+
+    Raises:
+        ValueError: If none stays.
+    """
+    if (kept := round(keep * groups)) < 1:
+        raise ValueError(f"attention_keep={keep} of {groups} key/value groups leaves none: keep more")
+    return kept
+
+
 @dataclass(frozen=True)
 class Narrowing:
-    """How the MLPs of a model become narrower.
+    """How the MLPs of a model become narrower, and its attention if asked for.
 
     Attributes:
         layers: The decoder layers, with the matrices that read neurons.
         neurons: The groups of neurons by the name of the layer.
-        widths: How many neurons stay, by how many there are.
+        widths: How many neurons stay, by how many there are and how many go together.
         numbers: By the names that lead there, what the config says and is to say.
     """
 
     layers: list[DecoderLayer]
     neurons: dict[str, list[Neurons]]
-    widths: dict[int, int]
+    widths: dict[tuple[int, int], int]
     numbers: dict[Path, tuple[int, int]]
 
     @classmethod
-    def of(cls, model: nn.Module, kept: Callable[[int], int], layers: str | None = None) -> "Narrowing":
+    def of(
+        cls,
+        model: nn.Module,
+        kept: Callable[[int], int],
+        layers: str | None = None,
+        groups: Callable[[int], int] | None = None,
+    ) -> "Narrowing":
         """Find out what is to be done to a model.
 
         Args:
             model: The model, in eval mode.
             kept: Says how many of so many neurons stay.
             layers: Name of the list of decoder layers, where the rule for finding it fails.
+            groups: Says how many of so many key/value groups of attention stay. Default: all.
 
         Returns:
             What is to be done; nothing has changed.
@@ -84,11 +110,22 @@ class Narrowing:
         check_can_change_shape(model)
         decoder = decoder_layers(model, targets=["*"], layers=layers)
         neurons = find_neurons(model, decoder)
-        groups = [group for each in neurons.values() for group in each]
-        check_finite(linear for group in groups for linear in group.linears)
-        widths = {width: kept(width) for width in sorted({group.width for group in groups})}
+        widths = {(width, 1): kept(width) for width in sorted({x.width for each in neurons.values() for x in each})}
+        numbers: dict[Path, tuple[int, int]] = {}
+        base = described(model)
+        if groups is not None and (left := groups((heads := Heads.of(model)).groups)) < heads.groups:
+            numbers = heads.numbers(left)
+            widths[heads.groups * heads.block, heads.block] = left * heads.block
+            of_heads, base = find_heads(model, decoder, heads, left)
+            neurons = {name: [*of_heads[name], *each] for name, each in neurons.items()}
+        every = [group for each in neurons.values() for group in each]
+        check_finite(linear for group in every for linear in group.linears)
         decoder = [replace(layer, linears=[group.reader for group in neurons[layer.name]]) for layer in decoder]
-        return cls(decoder, neurons, widths, _numbers(model, groups, widths))
+        return cls(decoder, neurons, widths, numbers | _numbers(model, base, every, widths))
+
+    def kept(self, group: Neurons) -> int:
+        """Say how many of some neurons stay."""
+        return self.widths[group.width, group.block]
 
     def apply(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         """Remove the other neurons, and let the config say so.
@@ -108,15 +145,24 @@ class Narrowing:
     def apply_first(self, model: nn.Module) -> None:
         """Keep the first neurons of each group, whichever they are: values of other neurons are to be loaded."""
         groups = [group for each in self.neurons.values() for group in each]
-        self.apply(model, {group.reader.name: torch.arange(self.widths[group.width]) for group in groups})
+        self.apply(model, {group.reader.name: torch.arange(self.kept(group)) for group in groups})
 
 
-def _numbers(model: nn.Module, groups: list[Neurons], widths: Mapping[int, int]) -> dict[Path, tuple[int, int]]:
-    """Find the numbers of the config, by what they do to a model that has no values."""
+def _numbers(
+    model: nn.Module, base: nn.Module, groups: list[Neurons], widths: Mapping[tuple[int, int], int]
+) -> dict[Path, tuple[int, int]]:
+    """Find the numbers of the config that say how many neurons there are, by what they do to a model without values.
+
+    Args:
+        model: The model.
+        base: It without values, as its config describes it with the heads that stay.
+        groups: All its neurons.
+        widths: How many stay.
+    """
     empty = described(model)
     modules = dict(own_modules(empty))
     twins = {module: modules[name] for name, module in own_modules(model)}
     there = [group.within(twins) for group in groups]
-    keep_neurons(there, [torch.arange(widths[group.width]) for group in there])
-    changed = {width: kept for width, kept in widths.items() if width != kept}
-    return find_numbers(model, changed, shapes_of(empty))
+    keep_neurons(there, [torch.arange(widths[group.width, group.block]) for group in there])
+    changed = {width: kept for (width, block), kept in widths.items() if block == 1 and width != kept}
+    return find_numbers(base, changed, shapes_of(empty))

@@ -12,7 +12,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.engine.narrowing import Narrowing
 from wanda_lightning.engine.processes import Processes, share_statistics
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
+from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_blocks, remove_inputs
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 NeuronChoice = Literal["obs", "wanda", "magnitude"]
@@ -47,6 +47,7 @@ class NeuronSolver:
         by_score: dict[str, type[InputStatistic] | None] = {"obs": InputHessian, "wanda": InputNorm, "magnitude": None}
         self.statistic = InputHessian if refit else by_score[choice]
         self.tokens: int | None = None
+        self.groups = {group.reader.name: group for each in plan.neurons.values() for group in each}
 
     def solve(self, layer: DecoderLayer, inputs: CalibratedLayer | None) -> dict[str, ReadMatrix]:
         """Choose the neurons of a layer, and change the matrices that read them."""
@@ -75,20 +76,25 @@ class NeuronSolver:
 
     def _solve_one(self, name: str, weight_OI: Tensor, statistic: InputStatistic | None) -> tuple[Tensor, float | None]:
         """Choose the inputs of a matrix that stay, (I,), and change the matrix in place."""
-        width = weight_OI.shape[1]
-        kept = self.plan.widths[width]
+        block = self.groups[name].block
+        width, kept = weight_OI.shape[1], self.plan.kept(self.groups[name])
         if statistic is None or not statistic.tokens:  # none, or of an expert that no token reached
-            mask_I = _largest(weight_OI.float().abs().mean(0), kept)
+            mask_I = _largest(weight_OI.float().abs().mean(0), kept, block)
             weight_OI[:, ~mask_I] = 0
             return mask_I, None
         dense_OI = weight_OI.clone()
         try:
             if isinstance(statistic, InputHessian) and self.choice == "obs":
-                mask_I = remove_inputs(weight_OI, statistic.factor(self.damping), width - kept)
+                factor, number = statistic.factor(self.damping), (width - kept) // block
+                mask_I = (
+                    remove_inputs(weight_OI, factor, number)
+                    if block == 1
+                    else remove_blocks(weight_OI, factor, number, block)
+                )
             else:
                 norm = statistic.norm() if isinstance(statistic, InputHessian) else statistic
                 norm_I = norm.compute() if self.choice == "wanda" else 1
-                mask_I = _largest(weight_OI.float().abs().mean(0) * norm_I, kept)
+                mask_I = _largest(weight_OI.float().abs().mean(0) * norm_I, kept, block)
             weight_OI[:, ~mask_I] = 0
             if isinstance(statistic, InputHessian) and self.refit:
                 weight_OI[:, mask_I] = fit_to_all_inputs(dense_OI, mask_I, statistic.compute(), self.damping).to(
@@ -101,7 +107,9 @@ class NeuronSolver:
         return mask_I, float(lost / whole)
 
 
-def _largest(score_I: Tensor, number: int) -> Tensor:
-    """Mark the largest scores; ties go by position."""
-    order_I = score_I.sort(descending=True, stable=True).indices
-    return torch.zeros_like(score_I, dtype=torch.bool).index_fill_(0, order_I[:number], 1)
+def _largest(score_I: Tensor, number: int, block: int) -> Tensor:
+    """Mark the inputs with the largest scores, or the blocks of inputs with the largest sums; ties go by position."""
+    sum_B = score_I.unflatten(0, (-1, block)).sum(1)
+    order_B = sum_B.sort(descending=True, stable=True).indices
+    mask_B = torch.zeros_like(sum_B, dtype=torch.bool).index_fill_(0, order_B[: number // block], 1)
+    return mask_B.repeat_interleave(block)

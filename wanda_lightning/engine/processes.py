@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputHessian, InputStatistic
+
+Step = TypeVar("Step")
 
 
 class Processes:
@@ -72,6 +75,12 @@ class Processes:
         if found := [error for error in self.gather(failure) if error is not None]:
             # Of one kind in all processes, as who calls may go on after some kinds.
             raise failure if failure is not None and type(failure) is type(found[0]) else found[0]
+
+    def first_together(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Take the first step in all processes, or in none: it reads the batches, and tries the model with them."""
+        with self.together():
+            first = next(steps)
+        return chain([first], steps)
 
 
 def share_statistics(

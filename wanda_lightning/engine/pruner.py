@@ -11,10 +11,9 @@ from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import walk
+from wanda_lightning.calibration.walk import Visit, visit
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_inputs, check_pruning
 from wanda_lightning.engine.clock import PhaseClock
@@ -24,15 +23,15 @@ from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.measured_sparsity import ZeroCount
 from wanda_lightning.engine.order import decide_order
+from wanda_lightning.engine.permuting import with_neurons
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.engine.stacks import feed_of, find_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.named import as_method
-from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import in_memory, write_back
+from wanda_lightning.model.offload import write_back
 from wanda_lightning.report.environment import peak_memory
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, as_pattern
@@ -55,6 +54,7 @@ def prune_model(
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
     dense_target: bool = False,
+    permute: bool = False,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -96,6 +96,8 @@ def prune_model(
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it, as far as
             that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`. Needs
             one pass.
+        permute: Let the neurons of each MLP first stand in an order in which an N:M pattern of the matrix that reads
+            them loses less; see :mod:`wanda_lightning.engine.permuting`. N:M patterns only.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -127,14 +129,14 @@ def prune_model(
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
         plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction, dense_target)
         check_pruning(model, plan, calibration is not None, journal)
+        plan = with_neurons(plan, model) if permute else plan
         zeros, allocator = ZeroCount(model), found.selection.allocator
         batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
         visits = clock.forwards(_visit(model, plan, batches, activations, feed))
         with processes.together():
             first = next(visits)  # the dry run reads the batches
             check_inputs(plan, first[1])
-        plan = decide_order(plan, first[1], processes)
-        visits = chain([first], visits)
+        plan, visits = decide_order(plan, first[1], processes), chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
         if allocator:
@@ -161,18 +163,10 @@ def prune_model(
     return report
 
 
-def _visit(
-    model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed
-) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
-    """Visit the layers, in memory, with what enters them if there are batches."""
-    if not batches.are_there:
-        for layer in plan.layers:
-            with in_memory(layer.module):
-                yield layer, None
-    else:
-        trains, fits = plan.reconstruction is not None, plan.dense_target
-        for step in walk(model, plan.layers, batches, activations, trains, feed, fits):
-            yield step.layer, step
+def _visit(model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed) -> Iterator[Visit]:
+    """Visit the layers with what the plan takes."""
+    needed = batches if batches.are_there else None
+    return visit(model, plan.layers, needed, activations, plan.reconstruction is not None, feed, plan.dense_target)
 
 
 def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:

@@ -1,19 +1,25 @@
-"""What is refused before a model gets other shapes, and what is known of its size."""
+"""What every change of a model's shapes begins and ends with: what is refused, and what became of its size."""
 
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from wanda_lightning.engine.checks import refuse_sharded
+from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.model.configuration import shapes_of, skeleton
 from wanda_lightning.model.linears import own_modules
+from wanda_lightning.report.shrinking import ShrinkReport
 
 
-def check_can_change_shape(model: nn.Module) -> None:
-    """Refuse a model whose parameters cannot be replaced by smaller ones.
+def check_can_change_shape(model: nn.Module, keeps: str = "its shapes") -> None:
+    """Refuse a model whose parameters cannot be replaced by smaller ones, or rearranged together.
 
     Args:
         model: The model.
+        keeps: What such a model keeps, for the message.
 
     Raises:
         ValueError: If weights are not in memory, sharded, adapted, or shared by several modules of the decoder.
@@ -22,12 +28,12 @@ def check_can_change_shape(model: nn.Module) -> None:
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{len(absent)} weights are not in memory ({absent[0]}, ...), and a model that is streamed from disk keeps "
-            "its shapes: load it without stream or device_map"
+            f"{keeps}: load it without stream or device_map"
         )
     if adapted := [name for name, module in model.named_modules() if "base_layer" in module._modules]:
         raise ValueError(
-            f"{len(adapted)} linears have adapters ({adapted[0]}, ...), whose shapes would not fit any more: make the "
-            "model smaller before adapters are added"
+            f"{len(adapted)} linears have adapters ({adapted[0]}, ...), and an adapted model keeps {keeps}: change it "
+            "before adapters are added"
         )
     names = defaultdict(list)
     embeddings = {p for module in _embeddings(model) for p in module.parameters()}
@@ -36,7 +42,7 @@ def check_can_change_shape(model: nn.Module) -> None:
             names[parameter].append(name)
     if shared := next((each for each in names.values() if len(each) > 1), None):
         raise ValueError(
-            f"{' and '.join(shared[:3])} are one parameter: a model that uses matrices several times keeps its shapes"
+            f"{' and '.join(shared[:3])} are one parameter: a model that uses matrices several times keeps {keeps}"
         )
 
 
@@ -63,7 +69,17 @@ def described(model: nn.Module) -> nn.Module:
     return empty
 
 
-def sizes(model: nn.Module) -> tuple[int, int]:
+@contextmanager
+def reported(model: nn.Module, report: ShrinkReport) -> Iterator[None]:
+    """Write into a report what a model's size was and became, and how long that took; all else is left as found."""
+    started, before = time.perf_counter(), _size(model)
+    with left_as_found(model):
+        yield
+    report.parameters, report.bytes = zip(before, _size(model), strict=True)
+    report.seconds = time.perf_counter() - started
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
     """Count the parameters of a model and their bytes; shared ones count once."""
     parameters = {parameter for _, module in own_modules(model) for parameter in module.parameters(recurse=False)}
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)

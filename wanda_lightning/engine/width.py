@@ -3,29 +3,22 @@
 Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import walk
-from wanda_lightning.engine.left_as_found import left_as_found
-from wanda_lightning.engine.narrowing import Narrowing, kept_of
+from wanda_lightning.calibration.walk import visit
+from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
 from wanda_lightning.engine.neuron_solver import NeuronChoice, NeuronSolver, ReadMatrix
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.reshaping import sizes
-from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.report.shrinking import ShrinkReport
-from wanda_lightning.statistics import InputStatistic
-
-log = logging.getLogger(__name__)
 
 
 def prune_width(
@@ -37,6 +30,7 @@ def prune_width(
     refit: bool = True,
     multiple: int | None = None,
     damping: float = 0.1,
+    attention_keep: float = 1.0,
     layers: str | None = None,
     activations: Place = "device",
     processes: Processes | None = None,
@@ -61,6 +55,8 @@ def prune_width(
             width, else 64, 16, 8 or 1.
         damping: Fraction of the mean diagonal that is added to the Hessian, > 0. More than for single weights: a tenth
             gave the smallest errors of the refit on windows that were held out.
+        attention_keep: Fraction of the key/value groups of attention that stay, in (0, 1], rounded to a whole number of
+            them; with a group go the heads of queries that share it. Small models have two or three groups.
         layers: Name of the list of decoder layers, where the rule for finding it fails.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
@@ -83,19 +79,21 @@ def prune_width(
         >>> model.config.intermediate_size
         32
     """
-    started = time.perf_counter()
     model, processes = uncompiled(model), processes or Processes.alone()
-    check_settings(keep, choice, multiple, damping)
+    check_settings(keep, choice, multiple, damping, attention_keep)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"
         )
-    before = sizes(model)
-    with left_as_found(model):
+    settings = {"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping}
+    settings |= {"attention_keep": attention_keep}
+    report = ShrinkReport("neurons", settings, figure="error")
+    with reported(model, report):
         with processes.together():
-            plan = Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers)
+            plan = plan_width(model, keep, multiple, attention_keep, layers)
         solver = NeuronSolver(plan, choice, refit, damping, processes)
-        visits = _visit(model, plan, solver.statistic, calibration, activations, processes)
+        visits = visit(model, plan.layers, calibration if solver.statistic else None, activations)
+        visits = processes.first_together(visits)
         dense: dict[str, Tensor] = {}
         read: dict[str, ReadMatrix] = {}
         try:
@@ -108,41 +106,33 @@ def prune_width(
                     linear.weight_OI.copy_(dense[linear.name])
             raise
         plan.apply(model, {name: each.kept_K for name, each in read.items()})
-    after = sizes(model)
-    return ShrinkReport(
-        removed="neurons",
-        settings={"keep": keep, "choice": choice, "refit": refit, "multiple": multiple, "damping": damping},
-        sizes={".".join(path): numbers for path, numbers in plan.numbers.items()},
-        parameters=(before[0], after[0]),
-        bytes=(before[1], after[1]),
-        figure="error",
-        figures={name: each.error for name, each in read.items() if each.error is not None},
-        kept=[[width, kept] for width, kept in plan.widths.items()],
-        tokens=solver.tokens,
-        seconds=time.perf_counter() - started,
-    )
+        report.sizes = {".".join(path): (was, is_) for path, (was, is_) in plan.numbers.items() if was != is_}
+        report.figures = {name: each.error for name, each in read.items() if each.error is not None}
+        report.kept = [[*width, kept] for width, kept in plan.widths.items()]
+        report.tokens = solver.tokens
+    return report
 
 
-def _visit(
-    model: nn.Module,
-    plan: Narrowing,
-    statistic: type[InputStatistic] | None,
-    calibration: Iterable[Batch] | None,
-    activations: Place,
-    processes: Processes,
-) -> Iterator[tuple[DecoderLayer, CalibratedLayer | None]]:
-    """Visit the layers, with what enters them if that has to be known."""
-    if statistic is None or calibration is None:
-        yield from ((layer, None) for layer in plan.layers)
-        return
-    steps = walk(model, plan.layers, calibration, activations)
-    with processes.together():
-        first = next(steps)  # the dry run reads the batches
-    yield first.layer, first
-    yield from ((step.layer, step) for step in steps)
+def plan_width(
+    model: nn.Module, keep: float, multiple: int | None, attention_keep: float, layers: str | None
+) -> Narrowing:
+    """Find out what is to be done to a model.
+
+    Args:
+        model: The model, in eval mode.
+        keep: See :func:`prune_width`, as all.
+        multiple: A whole number.
+        attention_keep: A fraction.
+        layers: A name.
+
+    Returns:
+        What is to be done; nothing has changed.
+    """
+    groups = None if attention_keep == 1 else partial(groups_of, keep=attention_keep)
+    return Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers, groups)
 
 
-def check_settings(keep: float, choice: str, multiple: int | None, damping: float) -> None:
+def check_settings(keep: float, choice: str, multiple: int | None, damping: float, attention_keep: float) -> None:
     """Refuse settings that are out of range.
 
     Args:
@@ -150,12 +140,14 @@ def check_settings(keep: float, choice: str, multiple: int | None, damping: floa
         choice: A name.
         multiple: A whole number.
         damping: A fraction.
+        attention_keep: A fraction.
 
     Raises:
         ValueError: If one is.
     """
-    if not isinstance(keep, int | float) or isinstance(keep, bool) or not 0 < keep <= 1:
-        raise ValueError(f"keep must be a fraction of the neurons in (0, 1], got {keep!r}")
+    for name, value, of in (("keep", keep, "neurons"), ("attention_keep", attention_keep, "key/value groups")):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise ValueError(f"{name} must be a fraction of the {of} in (0, 1], got {value!r}")
     if choice not in get_args(NeuronChoice):
         raise ValueError(f"choice must be one of {', '.join(get_args(NeuronChoice))}, got {choice!r}")
     if multiple is not None:

@@ -81,7 +81,7 @@ def change(config: Any, path: Path, before: int, after: int) -> None:
         after: What takes its place.
     """
     owner = reduce(getattr, path[:-1], config)
-    value = getattr(owner, path[-1])
+    value: Any = getattr(owner, path[-1], None)
     after_all = [after if _is(each, before) else each for each in value] if _in(value, before) else after
     setattr(owner, path[-1], after_all)
 

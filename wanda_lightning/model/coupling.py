@@ -10,7 +10,7 @@ Shapes: O out features, I in features, K kept neurons, B batch, T tokens.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -43,34 +43,44 @@ def find_neurons(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, 
         ValueError: If no layer has any, with the matrices that were looked at.
     """
     candidates = [(layer.name, each) for layer in layers for each in _candidates(layer)]
-    calls = _calls(model, {each[0].module for _, each in candidates})
+    calls = calls_of(model, {each[0].module for _, each in candidates})
     works: dict[Any, bool] = {}  # modules that are built alike are tried once; no token may reach an expert
     for _, each in candidates:
-        if (kind := _kind(each)) not in works and each[0].module in calls:
+        if (kind := how_built(each)) not in works and each[0].module in calls:
             works[kind] = _works(each, *calls[each[0].module])
     found: dict[str, list[Neurons]] = {layer.name: [] for layer in layers}
     for name, each in candidates:
-        if works.get(_kind(each)):
+        if works.get(how_built(each)):
             found[name] += each
     if not any(found.values()):
-        matrices = [f"{x.name} {tuple(x.weight_OI.shape)}" for x in prunable_linears(layers[0].module, layers[0].name)]
         raise ValueError(
             f"no MLP of a known coupling was found in {type(model).__name__}: no matrix reads neurons that others "
-            f"beside it write, one by one; {layers[0].name} has {', '.join(matrices)}"
+            f"beside it write, one by one; {seen_in(layers[0])}"
         )
     return found
 
 
-def _candidates(layer: DecoderLayer) -> Iterator[list[Neurons]]:
-    """Yield what may be neurons by the shapes of matrices in one module; those of fused experts come together."""
-    modules = dict(own_modules(layer.module, layer.name))
-    within: dict[str, dict[str, list[PrunableLinear]]] = {}  # matrices by holder and place, one an expert
+def seen_in(layer: DecoderLayer) -> str:
+    """Say which matrices a layer has, for an error."""
+    matrices = [f"{x.name} {tuple(x.weight_OI.shape)}" for x in prunable_linears(layer.module, layer.name)]
+    return f"{layer.name} has {', '.join(matrices)}"
+
+
+def matrices_within(layer: DecoderLayer) -> dict[str, dict[str, list[PrunableLinear]]]:
+    """Return the matrices of a layer by the module that holds them and their place in it, one an expert."""
+    within: dict[str, dict[str, list[PrunableLinear]]] = {}
     for linear in prunable_linears(layer.module, layer.name):
         if not linear.is_router and not linear.is_thin and not is_conv2d(linear.module):
             holder = linear.parameter_name.rpartition(".")[0]
             holder = holder if linear.expert is not None else holder.rpartition(".")[0]
             within.setdefault(holder, {}).setdefault(_place(linear), []).append(linear)
-    for holder, matrices in within.items():
+    return within
+
+
+def _candidates(layer: DecoderLayer) -> Iterator[list[Neurons]]:
+    """Yield what may be neurons by the shapes of matrices in one module; those of fused experts come together."""
+    modules = dict(own_modules(layer.module, layer.name))
+    for holder, matrices in matrices_within(layer).items():
         for place, readers in matrices.items():
             width = readers[0].weight_OI.shape[1]
             others = {name: linears[0].weight_OI.shape[0] for name, linears in matrices.items() if name != place}
@@ -93,7 +103,7 @@ def _place(linear: PrunableLinear) -> str:
     return linear.parameter if linear.expert is not None else linear.name.rpartition(".")[2]
 
 
-def _kind(group: Sequence[Neurons]) -> Any:
+def how_built(group: Sequence[Neurons]) -> Any:
     """Tell how a module and its neurons are built; what is alike works alike."""
     first = group[0]
     modules = tuple((name, type(module)) for name, module in own_modules(first.module))
@@ -101,7 +111,7 @@ def _kind(group: Sequence[Neurons]) -> Any:
     return modules, shapes, _place(first.reader), tuple((_place(x), layout) for x, layout in first.writers)
 
 
-def _calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+def calls_of(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Return what modules are called with when the model reads a few tokens."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     embeddings = model.get_input_embeddings()
@@ -117,18 +127,43 @@ def _calls(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tu
 
 
 def _works(group: Sequence[Neurons], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Remove half of the neurons from a copy of their module, in float32, and see whether it is as if nobody read them.
+    """Remove half of the neurons from a copy of their module, and see whether it is as if nobody read them."""
+    random = torch.Generator().manual_seed(0)
+    kept = [torch.randperm(each.width, generator=random)[: each.width // 2].sort().values for each in group]
+    return can_go(random_copy(group), kept, args, kwargs, lambda module: module)
 
-    The matrices of the copy are random, so that zeros in the model hide nothing.
-    """
+
+def random_copy(group: Sequence[Neurons]) -> list[Neurons]:
+    """Copy the module of neurons, in float32, its matrices random, so that zeros in the model hide nothing."""
     module = copy.deepcopy(group[0].module).float()
     twins = dict(zip(group[0].module.modules(), module.modules(), strict=True))
     group = [each.within(twins) for each in group]
     random = torch.Generator().manual_seed(0)
     for linear in (linear for each in group for linear in each.linears):
         linear.weight_OI.copy_(torch.randn(linear.weight_OI.shape, generator=random) / linear.weight_OI.shape[1] ** 0.5)
-    kept = [torch.randperm(each.width, generator=random)[: each.width // 2].sort().values for each in group]
-    args, kwargs = _in_float32(args), _in_float32(kwargs)
+    return group
+
+
+def can_go(
+    group: Sequence[Neurons],
+    kept: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    as_built: Callable[[nn.Module], nn.Module],
+) -> bool:
+    """Tell whether a module without some neurons computes what it does when nothing reads them.
+
+    Args:
+        group: Neurons of one module, which changes.
+        kept: For each, the numbers of those that stay, ascending, (K,).
+        args: What the module is called with.
+        kwargs: What it is called with by name.
+        as_built: Makes of the smaller module the one that its config describes.
+
+    Returns:
+        Whether it does.
+    """
+    module, args, kwargs = group[0].module, _in_float32(args), _in_float32(kwargs)
     try:
         whole = _first(module(*args, **kwargs))
         for each, kept_K in zip(group, kept, strict=True):
@@ -136,7 +171,7 @@ def _works(group: Sequence[Neurons], args: tuple[Any, ...], kwargs: dict[str, An
             each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
         unread = _first(module(*args, **kwargs))
         keep_neurons(group, kept)
-        smaller = _first(module(*args, **kwargs))
+        smaller = _first(as_built(module)(*args, **kwargs))
     except (RuntimeError, ValueError, IndexError) as reason:
         log.debug("%s does not read neurons: %s", group[0].reader.name, reason)
         return False

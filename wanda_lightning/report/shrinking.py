@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
+from wanda_lightning.report.html.shrinking_page import to_html
+from wanda_lightning.report.pruning_report import name_of_model
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
 
 if TYPE_CHECKING:
@@ -38,9 +40,9 @@ class ShrinkReport:
 
     removed: str
     settings: dict[str, Any]
-    sizes: dict[str, tuple[int, int]]
-    parameters: tuple[int, int]
-    bytes: tuple[int, int]
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parameters: tuple[int, int] = (0, 0)
+    bytes: tuple[int, int] = (0, 0)
     figure: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
@@ -112,6 +114,11 @@ class Shrinking:
         return ", ".join(step.title for step in self.steps)
 
     @property
+    def model_name(self) -> str:
+        """The dense model and its size, in a few words."""
+        return name_of_model(self.model | {"parameters": self.parameters[0]})
+
+    @property
     def summary(self) -> str:
         """One sentence of totals."""
         return f"{self.title}: {change_of(self.parameters, self.bytes)}."
@@ -169,9 +176,26 @@ class Shrinking:
         return Group(*steps, f"[bold]{self.title}[/bold]", *reversed(overview), self.summary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``shrinking.json`` and ``shrinking.md`` into a folder."""
+        """Write ``shrinking.json``, ``shrinking.md`` and ``shrinking.html`` into a folder."""
         write_text(Path(folder) / SHRINKING, json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(Path(folder) / "shrinking.md", self.to_markdown())
+        write_text(Path(folder) / "shrinking.html", to_html(self))
+
+
+def hidden_states_kept(steps: Iterable[ShrinkReport]) -> list[int] | None:
+    """Number the hidden states that are left: those that enter the layers which stay, and the last.
+
+    Args:
+        steps: What was done, in order.
+
+    Returns:
+        The numbers that they had in the dense model; None if no step took layers out.
+    """
+    kept = None
+    for step in (step for step in steps if step.removed == "layers"):
+        before = len(step.kept) + len(step.gone)
+        kept = [(kept or range(before + 1))[number] for number in (*step.kept, before)]
+    return kept
 
 
 def change_of(parameters: tuple[int, int], size: tuple[int, int]) -> str:

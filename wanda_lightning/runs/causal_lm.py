@@ -9,9 +9,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
+from wanda_lightning.report.shrinking import hidden_states_kept
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
 
@@ -31,7 +33,7 @@ class CausalLM(LightningModule):
         lr_scheduler: Learning-rate scheduler, stepped after every optimizer step; ``ReduceLROnPlateau`` of
             ``lightning.pytorch.cli`` after every epoch.
         lora: Train low-rank adapters instead of the weights.
-        distillation: Learn from the dense model's predictions too.
+        distillation: Learn from the dense model too: from its predictions, and its hidden states.
         stream: Leave the decoder layers on disk and load them one at a time, to prune and evaluate models that are
             larger than memory; they cannot be trained.
         model_kwargs: More arguments of ``from_pretrained``.
@@ -112,7 +114,7 @@ class CausalLM(LightningModule):
                 "saved model without stream"
             )
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         """Call the model, without a cache."""
         return self.model(**inputs, use_cache=False)
 
@@ -125,12 +127,12 @@ class CausalLM(LightningModule):
     def on_train_start(self) -> None:
         """Load the teacher, if there is one."""
         if self.distillation is not None and self.teacher is None:
-            self.teacher = Teacher(load_model(self.distillation.teacher or self.pretrained, **self.model_kwargs))
+            self.teacher = _load_teacher(self, self.distillation)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of the next token, or what distillation makes of it."""
-        if self.distillation is not None and self.teacher is not None:
-            loss = self.distillation.loss(self(**batch).logits, self.teacher.logits(batch), _labels(batch))
+        if self.teacher is not None:
+            loss = self.teacher.loss(self, batch, _labels(batch))
         else:
             loss = self(**batch, labels=_labels(batch)).loss
         self.log("train/loss", loss, prog_bar=True)
@@ -208,6 +210,13 @@ def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any
         if given is None:
             log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
         return load_tokenizer(given) if isinstance(given, str) else given
+
+
+def _load_teacher(module: CausalLM, distillation: Distillation) -> Teacher:
+    """Load the dense model, and find out which of its layers are left."""
+    reports = [callback.report for callback in shape_callbacks(module.trainer)]
+    dense = load_model(distillation.teacher or module.pretrained, **module.model_kwargs)
+    return Teacher(dense, distillation, hidden_states_kept(filter(None, reports)))
 
 
 def _when_to_step(scheduler: Any) -> dict[str, Any]:

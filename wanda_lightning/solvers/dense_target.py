@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wanda_lightning.solvers.factor import Factor, factorize
+from wanda_lightning.solvers.factor import Factor
 from wanda_lightning.solvers.precision import full_float32
 
 
@@ -31,7 +31,9 @@ class Moments(NamedTuple):
 
 
 @torch.no_grad()
-def fit_to_dense(weight_OI: Tensor, whole: Moments, held_out: Moments, factor: Factor) -> tuple[Tensor, float]:
+def fit_to_dense(
+    weight_OI: Tensor, whole: Moments, held_out: Moments, factor: Factor, train_factor: Factor
+) -> tuple[Tensor, float]:
     """Move a weight towards the dense model's outputs, as far as that serves tokens that it was not fitted to.
 
     Args:
@@ -39,18 +41,15 @@ def fit_to_dense(weight_OI: Tensor, whole: Moments, held_out: Moments, factor: F
         whole: Sums over all tokens.
         held_out: Sums over those of them that are held out while alpha is chosen.
         factor: Of the whole Hessian, damped.
+        train_factor: Of the Hessian of the tokens that are not held out, damped alike.
 
     Returns:
         W + alpha D^T, fitted to all tokens, in the dtype of the sums; and alpha, in [0, 1].
-
-    Raises:
-        torch.linalg.LinAlgError: If the Hessian of the tokens that are not held out cannot be factorised.
     """
     w_OI = weight_OI.to(whole.hessian_II)
     alpha = 0.0
     if bool(held_out.lost_IO.any()):
-        some = factorize(whole.hessian_II - held_out.hessian_II, factor.damping)
-        fit_IO = some.solve(whole.lost_IO - held_out.lost_IO)
+        fit_IO = train_factor.solve(whole.lost_IO - held_out.lost_IO)
         with full_float32(fit_IO.device):
             curvature = float((fit_IO * (held_out.hessian_II @ fit_IO)).sum())
         slope = float((fit_IO * held_out.lost_IO).sum())

@@ -5,12 +5,14 @@ arXiv:2412.18110): with P = H^-1, to remove column j costs ||W_:j||^2 / P_jj if 
 
     W <- W - W_:j P_j: / P_jj,    P <- P - P_:j P_j: / P_jj.
 
-The cheapest column goes, then the cheapest of what is left, one at a time. Between two blocks of columns the updates
-wait as factors of low rank, so that most of the work is matrix products; the block size changes no result.
+The cheapest column goes, then the cheapest of what is left, one at a time. Where columns go in blocks B, as those of
+heads do, the same holds with matrices: to remove a block costs tr(W_B P_BB^-1 W_B^T), and takes W_B P_BB^-1 P_B: from W
+and P_:B P_BB^-1 P_B: from P. Single columns change W and P a few at a time, so that most of the work is matrix
+products: until then their updates wait as factors of low rank, which changes no result.
 At the end the columns that stay are fitted anew: with D the change of these, (W_K + D) X_K is closest to W X for
 D = W_R H_RK H_KK^-1, where R are the columns that went.
 
-Shapes: O out features, I in features, K kept, R removed.
+Shapes: O out features, I in features, K kept, R removed, B of a block.
 """
 
 import torch
@@ -35,22 +37,72 @@ def remove_inputs(weight_OI: Tensor, factor: Factor, number: int) -> Tensor:
     Returns:
         True = kept, shape (in_features,). Inputs that were always zero go first; ties go by position.
     """
-    lower_II = factor.lower_II
-    w_OI = weight_OI.to(lower_II, copy=True)
-    w_OI[:, factor.dead_I] = 0
-    mask_I = torch.ones(w_OI.shape[1], dtype=torch.bool, device=w_OI.device)
-    with full_float32(w_OI.device):
-        identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
-        root_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
-        inverse_II = root_II @ root_II.t()
+    with full_float32(weight_OI.device):
+        w_OI, inverse_II, mask_I = _begin(weight_OI, factor)
         while number:
-            block = min(BLOCK, number)
-            _remove_block(w_OI, inverse_II, mask_I, block)
-            number -= block
+            waiting = min(BLOCK, number)
+            _remove_some(w_OI, inverse_II, mask_I, waiting)
+            number -= waiting
     return mask_I
 
 
-def _remove_block(w_OI: Tensor, inverse_II: Tensor, mask_I: Tensor, number: int) -> None:
+@torch.no_grad()
+def remove_blocks(weight_OI: Tensor, factor: Factor, number: int, block: int) -> Tensor:
+    """Choose blocks of inputs to remove from a matrix, the others making up for each as it goes.
+
+    Args:
+        weight_OI: Weight, shape (out_features, in_features); it does not change.
+        factor: Of the damped Hessian of its inputs.
+        number: How many blocks are to go, in [0, in_features / block).
+        block: How many inputs, one after another, a block has; divides in_features.
+
+    Returns:
+        True = kept, shape (in_features,). Ties go by position.
+
+    Raises:
+        torch.linalg.LinAlgError: If what is left of the Hessian cannot be factorised.
+    """
+    with full_float32(weight_OI.device):
+        w_OI, inverse_II, mask_I = _begin(weight_OI, factor)
+        left = [slice(start, start + block) for start in range(0, len(mask_I), block)]
+        for _ in range(number):
+            costs = [cost_of_block(w_OI[:, each], inverse_II[each, each]) for each in left]
+            gone = left.pop(costs.index(min(costs)))
+            rows_BI = torch.cholesky_solve(inverse_II[gone], torch.linalg.cholesky(inverse_II[gone, gone]))
+            w_OI -= w_OI[:, gone] @ rows_BI
+            inverse_II -= inverse_II[:, gone] @ rows_BI
+            mask_I[gone] = False
+    return mask_I
+
+
+def cost_of_block(weight_OB: Tensor, inverse_BB: Tensor) -> float:
+    """Return by how much the squared error grows without a block of inputs: tr(W_B P_BB^-1 W_B^T).
+
+    Args:
+        weight_OB: Its columns, shape (out_features, B).
+        inverse_BB: Its part of the inverse Hessian, shape (B, B).
+
+    Returns:
+        The cost.
+
+    Raises:
+        torch.linalg.LinAlgError: If the inverse is not positive definite.
+    """
+    lower_BB = torch.linalg.cholesky(inverse_BB)
+    return float(torch.linalg.solve_triangular(lower_BB, weight_OB.t(), upper=False).square().sum())
+
+
+def _begin(weight_OI: Tensor, factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a copy of the weights without dead inputs, the inverse Hessian, and a mask of all."""
+    lower_II = factor.lower_II
+    w_OI = weight_OI.to(lower_II, copy=True)
+    w_OI[:, factor.dead_I] = 0
+    identity_II = torch.eye(len(lower_II), dtype=lower_II.dtype, device=lower_II.device)
+    root_II = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+    return w_OI, root_II @ root_II.t(), torch.ones(w_OI.shape[1], dtype=torch.bool, device=w_OI.device)
+
+
+def _remove_some(w_OI: Tensor, inverse_II: Tensor, mask_I: Tensor, number: int) -> None:
     """Remove the cheapest inputs one by one; weights, inverse and mask change in place."""
     p_I, norm_I = inverse_II.diagonal().clone(), w_OI.square().sum(0)
     u_IB, v_OB = w_OI.new_zeros(w_OI.shape[1], number), w_OI.new_zeros(w_OI.shape[0], number)

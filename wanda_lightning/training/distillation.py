@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, V vocabulary, N predicted tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wanda_lightning.training.hidden_states import hidden_state_error
+
 
 @dataclass(frozen=True)
 class Distillation:
     """Learn from the dense model's distribution of the next token (Hinton et al. 2015, arXiv:1503.02531, section 2).
 
     loss = alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * cross-entropy, each the mean
-    over the predicted tokens. T^2 makes up for the gradients that a temperature shrinks.
+    over the predicted tokens. T^2 makes up for the gradients that a temperature shrinks. On top of it comes, if asked
+    for, hidden_states * mean of |s - t|^2 / |t|^2, by how much hidden states s of the model differ from the teacher's;
+    see :func:`wanda_lightning.training.hidden_states.hidden_state_error`.
 
     Args:
         alpha: Weight of the teacher, in [0, 1]; the text's own tokens weigh 1 - alpha.
         temperature: T, > 0. Higher values show more of what the teacher thinks of unlikely tokens.
         teacher: Name, folder or ``.gguf`` file of the dense model. Default: the one that is pruned, loaded once more.
+        hidden_states: Weight of the hidden states' relative squared error, >= 0, at the layers that remain. Needs a
+            teacher of the same hidden size, with the layers that the model had before some were taken out.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -31,15 +38,18 @@ class Distillation:
     alpha: float = 0.5
     temperature: float = 2.0
     teacher: str | None = None
+    hidden_states: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        if not 0 <= self.hidden_states < math.inf:
+            raise ValueError(f"hidden_states must be a finite number of at least 0, got {self.hidden_states}")
 
     def loss(self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Compute the loss.
+        """Compute the loss on predictions.
 
         Args:
             logits_BTV: The student's predictions, shape (B, T, V); those at t are for the label at t + 1.
@@ -75,18 +85,42 @@ class Teacher:
 
     Args:
         model: A causal language model of transformers.
+        distillation: What is learnt from it.
+        kept: Which of its hidden states the student has: the numbers of the layers that remain, and at the end how many
+            there were. Default: all.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, distillation: Distillation, kept: Sequence[int] | None = None) -> None:
+        self.model, self.distillation, self.kept = model.eval().requires_grad_(False), distillation, kept
+
+    def loss(self, student: nn.Module, inputs: dict[str, Tensor], labels_BT: Tensor) -> Tensor:
+        """Compute a student's loss on a batch.
+
+        Args:
+            student: Gives what a model of transformers does.
+            inputs: What it is called with.
+            labels_BT: Token ids, shape (B, T); -100 is not counted.
+
+        Returns:
+            The loss, a float32 scalar.
+        """
+        weight = self.distillation.hidden_states
+        asked = {"output_hidden_states": True} if weight else {}
+        teacher, learnt = self(inputs, **asked), student(**inputs, **asked)
+        loss = self.distillation.loss(learnt.logits, teacher.logits, labels_BT)
+        if not weight:
+            return loss
+        return loss + weight * hidden_state_error(
+            learnt.hidden_states, teacher.hidden_states, labels_BT != -100, self.kept
+        )
 
     @torch.no_grad()
-    def logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the predictions, shape (B, T, V), on the device of the inputs."""
+    def __call__(self, inputs: dict[str, Tensor], **asked: bool) -> Any:
+        """Return what the model gives, on the device of the inputs."""
         device = inputs["input_ids"].device
         if next(self.model.parameters()).device != device:
             self.model.to(device)
-        return self.model(**inputs, use_cache=False).logits
+        return self.model(**inputs, **asked, use_cache=False)
 
     def __deepcopy__(self, memo: Any) -> "Teacher":
         """Share the teacher: weight averaging copies the module that holds it, and it never changes."""

@@ -45,16 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HANDED_ON = (
-    "targets",
-    "ignore",
-    "layers",
-    "allocation",
-    "exact_error",
-    "true_sequential",
-    "reconstruction",
-    "dense_target",
-    "activations",
-)
+    "targets", "ignore", "layers", "allocation", "exact_error", "true_sequential", "reconstruction", "dense_target",
+    "permute", "activations",
+)  # fmt: skip
 """Settings of a callback that are also those of prune_model."""
 
 

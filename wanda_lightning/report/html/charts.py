@@ -112,6 +112,32 @@ def bars(values: Mapping[str, float], show: Show) -> Markup:
     return Markup(f'<div class="plot list">{rows}</div>')
 
 
+def shares(values: Mapping[str, tuple[float, float, str]]) -> Markup:
+    """Draw what is left of each value and what went, as parts of a bar as long as the value was, with a text behind."""
+    rows, length = "", "max(25%, 100% - 16rem)"
+    for name, (before, after, text) in values.items():
+        left = after / max(1, before)
+        rows += (
+            f'<div class="name">{breakable(name)}</div><div class="bar">'
+            f'<i style="width: calc({left:.4f} * {length})"></i>'
+            f'<i class="gone" style="width: calc({1 - left:.4f} * {length})"></i>{escape(text)}</div>'
+        )
+    return Markup(f'<div class="plot list">{rows}</div>')
+
+
+def strip_of(name: str, labels: Sequence[str], colors: Sequence[str], titles: Sequence[str], text: str) -> Markup:
+    """Draw a strip of cells in colours of the style sheet, one a label, with a text beside it."""
+    cells = "".join(
+        f'<rect x="{place + 0.05}" width="0.9" height="1" fill="var(--{color})"><title>{escape(title)}</title></rect>'
+        for place, (color, title) in enumerate(zip(colors, titles, strict=True))
+    )
+    return Markup(
+        f'<figure class="plot"><div class="name">{breakable(name)}</div><div class="strip"><svg '
+        f'viewBox="0 0 {len(labels)} 1" preserveAspectRatio="none" role="img">{cells}</svg></div>'
+        f'<div class="mean">{escape(text)}</div>{_axis(labels)}</figure>'
+    )
+
+
 def histograms(magnitudes: Mapping[str, Magnitudes]) -> Markup:
     """Draw for each kind how many weights of each magnitude were kept (lower part of a bar) and pruned (upper)."""
     shares = {kind: _shares(counts) for kind, counts in magnitudes.items()}

@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from wanda_lightning.model.names import kind_of
 from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
-from wanda_lightning.report.html.charts import bars, breakable, heat_map, histograms, lines
+from wanda_lightning.report.html.charts import bars, heat_map, histograms, lines
+from wanda_lightning.report.html.templates import render
 from wanda_lightning.report.layer_reconstruction import reconstruction_table
 from wanda_lightning.report.linear_report import mean_error, mean_sparsity
 from wanda_lightning.report.loss_curve import averaged
@@ -21,15 +20,6 @@ if TYPE_CHECKING:
     from wanda_lightning.report.by_layer import Values
     from wanda_lightning.report.pruning_report import PruningReport
 
-_PAGES = Environment(
-    loader=PackageLoader("wanda_lightning.report", "html"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_PAGES.filters["breakable"] = breakable
-
 
 def to_html(report: "PruningReport") -> str:
     """Write a report as a page.
@@ -40,7 +30,8 @@ def to_html(report: "PruningReport") -> str:
     Returns:
         The page, self-contained.
     """
-    page = _PAGES.get_template("page.html").render(
+    return render(
+        "page.html",
         report=report,
         evaluation=report.evaluation_table(),
         prompts=prompts_of(report.samples),
@@ -54,7 +45,6 @@ def to_html(report: "PruningReport") -> str:
         not_pruned=_not_pruned(report),
         settings=_settings(report),
     )
-    return page.lstrip() + "\n"
 
 
 def _errors(report: "PruningReport") -> dict[str, Any] | None:
