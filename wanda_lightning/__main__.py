@@ -1,5 +1,6 @@
 """The ``wanda-lightning`` command. What needs no model is answered before torch or Lightning is imported."""
 
+import logging
 import os
 import sys
 import warnings
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it shows every retry in two lines
     name = arguments[0]
     if not name.startswith("-") and name not in COMMANDS:
         raise ValueError(f"there is no command {name!r}, it is one of {', '.join(COMMANDS)}")

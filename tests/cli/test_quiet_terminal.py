@@ -1,5 +1,6 @@
 """No line on the terminal that is not about the run."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 import torch
+
+from wanda_lightning.__main__ import main
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="a GPU is worth a line")
@@ -30,3 +33,13 @@ def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
     assert shown[-1] == "Results are in out: report.html, model"
     assert len(shown) <= 20
     assert "\x1b" not in done.stdout
+
+
+def test_retries_of_the_hub_are_not_shown(monkeypatch, caplog):
+    """What came of them is in the error."""
+    caplog.set_level(logging.WARNING, "huggingface_hub.utils._http")  # and as it was when the test ends
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", "generate", "no/such"])
+    with pytest.raises(SystemExit):
+        main()
+    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+    assert not [record for record in caplog.records if "Retrying" in record.getMessage()]
