@@ -30,8 +30,8 @@ from wanda_lightning import (
     Wanda,
     prune_model,
 )
+from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.evaluation import Perplexity, evaluate_zero_shot, load_tasks
-from wanda_lightning.methods import PruningMethod
 from wanda_lightning.sparsity import Pattern, parse_pattern
 
 METHODS = {
@@ -46,12 +46,17 @@ METHODS = {
     "Ablate (magnitude, iterative)": Ablate("magnitude", "iterative"),
     "SparseGPT, refined": SparseGPT(refine=20),
     "ADMM": ADMM(),
-    "SparseGPT, dense target (balanced)": SparseGPT(),
+    "SparseGPT, shrinkage": SparseGPT(shrinkage=0.3),
+    "Wanda, permuted": Wanda(),
+    "SparseGPT, permuted": SparseGPT(),
+    "ADMM, permuted": ADMM(),
+    "SparseGPT, dense target (balanced)": SparseGPT(shrinkage=0.3),
     "ADMM, dense target (best)": ADMM(),
-    "SparseGPT, dense target, reconstruction": SparseGPT(),
+    "SparseGPT, dense target, reconstruction": SparseGPT(shrinkage=0.3),
 }
 DENSE_TARGET = {"dense_target": True}
 SETTINGS = {  # as in the recipes
+    **{name: {"permute": True} for name in ("Wanda, permuted", "SparseGPT, permuted", "ADMM, permuted")},
     "SparseGPT, dense target (balanced)": DENSE_TARGET,
     "ADMM, dense target (best)": DENSE_TARGET,
     "SparseGPT, dense target, reconstruction": {**DENSE_TARGET, "reconstruction": Reconstruction(epochs=8, lr=1e-3)},
@@ -99,7 +104,7 @@ def main() -> None:
     print(f"| dense | | | {' | '.join(map(with_spread, zip(results(model), strict=True)))} | |", flush=True)
     for name, setting, order in itertools.product(options.methods, options.patterns, options.order):
         method, pattern = METHODS[name], parse_pattern(setting) if ":" in setting else Unstructured(float(setting))
-        if (method.statistic is None and order != options.order[0]) or not takes(method, pattern):
+        if (method.statistic is None and order != options.order[0]) or not takes(name, pattern):
             continue  # magnitude has no passes
         seeds = data if method.statistic else data[:1]
         found = [pruned_results(name, pattern, order == "one", seed) for seed in seeds]
@@ -128,9 +133,10 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def takes(method: PruningMethod, pattern: Pattern) -> bool:
+def takes(name: str, pattern: Pattern) -> bool:
     try:
-        method.check(pattern)
+        METHODS[name].check(pattern)
+        check_permute("permute" in SETTINGS.get(name, {}), pattern)
     except ValueError:
         return False
     return True

@@ -15,13 +15,23 @@
 #
 # A small language model is looked at, half of its weights are set to zero by Wanda, and the others are trained a
 # little. In the end its perplexity is known dense, pruned and fine-tuned, and the model is saved. No GPU is needed.
+# With `ipywidgets` installed, bars show how far it is.
 
 # %%
+import logging
+import warnings
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from wanda_lightning import CausalLM, PruningTrainer, TextDataModule, WandaPruning, inspect_model
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"  # a name on the hub, a folder or a .gguf file
+
+# What others say on every start is left out.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module="lightning|rich|tqdm")
+disable_progress_bar()
 
 # %% [markdown]
 # ## What would be pruned
@@ -47,6 +57,7 @@ trainer = PruningTrainer(
     gradient_clip_val=1.0,
     logger=False,
     enable_checkpointing=False,
+    enable_model_summary=False,
 )
 report = trainer.prune(module, data)
 report.evaluations

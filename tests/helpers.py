@@ -7,6 +7,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from wanda_lightning import PruningTrainer, TextDataModule
+
 
 def tiny_llama(layers: int = 3, seed: int = 0, **config) -> LlamaForCausalLM:
     """A LLaMA of width 32 with grouped-query attention, random weights, float32, in eval mode."""
@@ -100,6 +102,15 @@ def trainer(tmp_path, *callbacks, cls=Trainer, **settings):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     defaults = {"accelerator": "cpu", "max_steps": 3, "enable_checkpointing": False, **quiet}
     return cls(default_root_dir=tmp_path, callbacks=list(callbacks), **defaults | settings)
+
+
+def pruning_trainer(folder, *callbacks, **settings) -> PruningTrainer:
+    return trainer(folder, *callbacks, cls=PruningTrainer, **settings)
+
+
+def few_windows(**settings) -> TextDataModule:
+    """The built-in text, four short windows of it for each purpose."""
+    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4, **settings)
 
 
 def sparsities(module: SomebodysModule) -> set[float]:

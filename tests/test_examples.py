@@ -1,12 +1,14 @@
 """Every example runs, on a tiny model. As a script: write the notebook anew from the Python file beside it."""
 
 import json
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from transformers.utils.logging import enable_progress_bar
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "from_model_to_report.ipynb"
@@ -54,6 +56,15 @@ def test_every_example_is_listed_and_tested():
             assert file.name in tests
 
 
+@pytest.fixture
+def quiet(caplog) -> Iterator[None]:
+    """What the notebook silences speaks again in other tests."""
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+    yield
+    enable_progress_bar()
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_notebook_runs(place, capsys):
     names = run("from_model_to_report.py", {})
     assert {*names["report"].evaluations} == {"dense", "pruned", "fine-tuned"}

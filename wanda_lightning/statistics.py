@@ -128,7 +128,7 @@ class InputHessian(InputStatistic):
 
     def __init__(self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32):
         super().__init__(in_features, device, dtype)
-        self._factors: dict[float, Factor] = {}
+        self._factors: dict[tuple[float, float], Factor] = {}
 
     def _zero(self, device: torch.device | str | None, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.in_features, self.in_features, device=device, dtype=dtype)
@@ -164,11 +164,12 @@ class InputHessian(InputStatistic):
         norm.total, norm.tokens = self.total.diagonal().clone(), self.tokens
         return norm
 
-    def factor(self, damping: float = 0.01) -> Factor:
+    def factor(self, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
         """Return the triangular factor of the damped Hessian; computed once for all linears that share these inputs.
 
         Args:
             damping: Fraction of the mean diagonal to add, see :func:`~wanda_lightning.solvers.factorize`.
+            shrinkage: Fraction of each diagonal entry to add to itself.
 
         Returns:
             The factor.
@@ -176,9 +177,9 @@ class InputHessian(InputStatistic):
         Raises:
             torch.linalg.LinAlgError: If the Hessian cannot be factorised.
         """
-        if damping not in self._factors:
-            self._factors[damping] = factorize(self.total, damping)  # its scale changes no solution
-        return self._factors[damping]
+        if (damping, shrinkage) not in self._factors:
+            self._factors[damping, shrinkage] = factorize(self.total, damping, shrinkage)  # its scale does not matter
+        return self._factors[damping, shrinkage]
 
     @property
     def damping(self) -> float | None:

@@ -81,6 +81,18 @@ def test_aims_at_the_dense_model_as_the_engine_does(tmp_path):
         WandaPruning(sparsity=0.5, dense_target=True, schedule=Gradual(start=0, end=2))
 
 
+def test_permutes_neurons_as_the_engine_does(tmp_path):
+    module, pruning = SomebodysModule(), WandaPruning(pattern="2:4", permute=True)
+    trainer(tmp_path, pruning, max_steps=0).fit(module, datamodule=SomebodysData())
+    expected = tiny_llama(layers=2)
+    prune_model(expected, token_batches(seed=3), Wanda(), "2:4", permute=True)
+    assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
+    assert pruning.report.settings["permute"] is True
+    assert "permute" not in describe_settings(WandaPruning(pattern="2:4"))
+    with pytest.raises(ValueError, match="groups of an N:M pattern"):
+        WandaPruning(sparsity=0.5, permute=True)
+
+
 def test_falls_back_to_the_first_sequences_of_the_train_dataloader(tmp_path):
     module = SomebodysModule()
     callback = WandaPruning(sparsity=0.5, num_samples=3)

@@ -6,16 +6,13 @@ import json
 import pytest
 import torch
 from helpers import SomebodysData, SomebodysModule, tiny_llama, trainer
+from helpers import few_windows as data
 
-from wanda_lightning import CausalLM, TextDataModule, ZeroShotEvaluation
+from wanda_lightning import CausalLM, ZeroShotEvaluation
 from wanda_lightning.callbacks import WandaPruning
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.runs import one_shot
 from wanda_lightning.runs.trainer import PruningTrainer
-
-
-def data() -> TextDataModule:
-    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4)
 
 
 def contents(folder) -> dict[str, str]:

@@ -2,16 +2,27 @@
 
 import importlib.util
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
-from helpers import SomebodysData, SomebodysModule, tiny_llama, tiny_mixtral, token_batches, trainer
+from helpers import (
+    TWO_PROCESSES,
+    SomebodysData,
+    SomebodysModule,
+    sparsities,
+    tiny_llama,
+    tiny_mixtral,
+    token_batches,
+    trainer,
+)
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wanda_lightning.callbacks import WandaPruning
 from wanda_lightning.checkpoints.loading import load_model, load_streamed
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
+from wanda_lightning.runs.one_shot import whole_run
 from wanda_lightning.runs.trainer import PruningTrainer
 
 
@@ -98,6 +109,21 @@ def test_refused_before_anything_changes(make, tmp_path):
     with pytest.raises(ValueError, match=UNSAVEABLE[make]):
         save_pretrained(module.net, None, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, dropped_layer])
+def test_the_first_of_two_processes_checks_for_both(make, tmp_path):
+    """In the second one transformers saves nothing, and a model of default size would be read back."""
+    module = SomebodysModule()
+    module.net = make()
+    settings = {"max_steps": 0, **TWO_PROCESSES, "use_distributed_sampler": False}
+    pruning = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer, **settings)
+    with ExitStack() as stack:
+        if make in UNSAVEABLE:
+            stack.enter_context(pytest.raises(Exception, match=UNSAVEABLE[make]))
+        stack.enter_context(whole_run(pruning, module, will_save=True))
+        pruning.fit(module, datamodule=SomebodysData())
+    assert sparsities(module) == {0.0 if make in UNSAVEABLE else 0.5}
 
 
 def test_what_is_not_saved_is_not_checked(tmp_path):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import wanda_lightning
 from wanda_lightning.__main__ import main
@@ -72,6 +73,20 @@ def test_two_processes_prune_and_finetune(small, tmp_path):
     report = json.loads((tmp_path / "results/pruning.json").read_text())
     assert [stage["sparsity"] for stage in report["evaluations"].values()] == [0.0, 0.5, 0.5]
     assert (tmp_path / "results/model/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_search_and_save(small, tmp_path):
+    """The trials and the last pruning, which is saved, are the same in both."""
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--step=0.25"]
+    options += ["--max_perplexity_increase=100", "--held_out_windows=4"]
+    command = [sys.executable, "-m", "wanda_lightning", "search", "-c", "search", *small, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "results/search.json").read_text())["found"] == 0.75
+    weights = load_file(tmp_path / "results/model/model.safetensors")
+    pruned = [weight for name, weight in weights.items() if name.endswith("_proj.weight")]
+    assert {(weight == 0).double().mean().item() for weight in pruned} == {0.75}
 
 
 @pytest.fixture

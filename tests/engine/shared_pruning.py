@@ -27,6 +27,7 @@ RUNS = {
     **{f"{name} 2:4": (METHODS[name], SemiStructured(2, 4)) for name in ("wanda", "sparsegpt", "wanda-iterative")},
     **{f"{name}, one pass": (METHODS[name], Unstructured(0.5)) for name in ("wanda", "sparsegpt")},
     "wanda, OWL": (METHODS["wanda"], Unstructured(0.5)),
+    "wanda 2:4, permuted": (METHODS["wanda"], SemiStructured(2, 4)),
 }
 BATCHES = token_batches(batches=4, batch_size=2, length=32)
 
@@ -40,7 +41,7 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
     journal = Journal(folder / f"{model} {name}") if folder else None
     batches = BATCHES[processes.rank :: processes.size]
     settings = {"processes": processes, "journal": journal, "true_sequential": name.endswith("one pass")}
-    settings["allocation"] = OWL(factor=3) if name.endswith("OWL") else None
+    settings |= {"allocation": OWL(factor=3) if name.endswith("OWL") else None, "permute": name.endswith("permuted")}
     report = prune_model(net, batches, method, pattern, **settings)
     return net.state_dict(), [(row.name, row.tokens, row.sparsity, row.error) for row in report.linears]
 

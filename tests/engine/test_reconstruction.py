@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import Magnitude, Reconstruction, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.checkpoints.loading import load_streamed
+from wanda_lightning.engine import reconstruction
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.offload import stored_parameters
@@ -332,3 +333,17 @@ def test_layers_that_share_a_matrix_are_refused():
 )
 def test_every_so_many_batches_one_is_held_out(batches, share, train, held_out):
     assert Reconstruction(held_out=share).split(batches) == (train, held_out)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral, lambda: tiny_llama().bfloat16()])
+def test_where_memory_is_short_parts_are_computed_twice(build, monkeypatch, caplog):
+    plain, wanted = pruned(build())
+    monkeypatch.setattr(reconstruction, "free_memory", lambda device: 1000)
+    with caplog.at_level("INFO"):
+        model, report = pruned(build())
+    assert sum("parts are computed twice" in line for line in caplog.messages) == len(report.reconstruction)
+    assert differing(model, plain) == []
+    assert [layer.after for layer in report.reconstruction.values()] == [
+        layer.after for layer in wanted.reconstruction.values()
+    ]
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -124,3 +124,21 @@ def test_blocks_must_hold_whole_groups():
     SparseGPT(block_size=30).check(Unstructured(0.5))
     with pytest.raises(ValueError, match=r"block_size must be a multiple of 4 for pattern 2:4, got 30"):
         SparseGPT(block_size=30).check(SemiStructured(2, 4))
+
+
+def test_shrinkage_leaves_less_of_the_correlations():
+    """The same as SparseGPT on inputs of which each has as much energy more, unrelated to the others'."""
+    x, weight = torch.randn(60, 16).double(), torch.randn(6, 16).double()
+    more = 0.3**0.5 * x.norm(dim=0).diag()
+    weights = weight.clone(), weight.clone()
+    masks = [
+        method.prune(each, hessian_of(tokens), SemiStructured(2, 4))
+        for method, each, tokens in (
+            (SparseGPT(shrinkage=0.3, damping=1e-9), weights[0], x),
+            (SparseGPT(damping=1e-9), weights[1], torch.cat([x, more])),
+        )
+    ]
+    assert torch.equal(*masks)
+    torch.testing.assert_close(*weights)
+    with pytest.raises(ValueError, match="shrinkage must be a finite number of at least 0, got -1"):
+        SparseGPT(shrinkage=-1)

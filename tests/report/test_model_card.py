@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from helpers import few_windows as data
+from helpers import pruning_trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import CausalLM, PruningTrainer, TextDataModule, WandaPruning
+from wanda_lightning import CausalLM, PruningTrainer, WandaPruning
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.report.model_card import model_card
 from wanda_lightning.report.pruning_report import PruningReport
@@ -15,15 +17,7 @@ from wanda_lightning.training.lora import LoraSettings
 
 
 def trainer_of(folder, callback, steps: int = 0) -> PruningTrainer:
-    return PruningTrainer(
-        default_root_dir=folder, callbacks=[callback], accelerator="cpu", max_steps=steps or -1, max_epochs=1,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        num_sanity_val_steps=0,
-    )  # fmt: skip
-
-
-def data(**settings) -> TextDataModule:
-    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4, **settings)
+    return pruning_trainer(folder, callback, max_steps=steps or -1, max_epochs=1, num_sanity_val_steps=0)
 
 
 def test_the_card_says_what_was_done(tiny_model_folder, tmp_path):

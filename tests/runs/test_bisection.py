@@ -56,3 +56,4 @@ def test_it_asks_less_often_than_bisection(power):
     curve = [8 * (number / 100) ** power for number in range(100)]
     counts = [len(asked(curve, math.log1p(budget))[1]) for budget in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)]
     assert sum(counts) / len(counts) <= (5.75 if power == 2 else 4.25)
+    assert max(counts) <= 9

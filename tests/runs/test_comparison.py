@@ -95,6 +95,15 @@ def test_runs_of_other_models_or_with_other_data_are_told_apart(tmp_path):
     assert len([group for group in legend if group.get("id", "").startswith("text")]) == 7
 
 
+@pytest.mark.parametrize("source", ["my.txt", "a_text_whose_name_is_longer_than_a_legend_is_wide.txt"])
+def test_long_names_stand_below_the_picture(runs, tmp_path, source):
+    """The legend is a part of the axes, which it would cover, or stands beside them."""
+    changed(runs[1], calibration={"source": source})
+    plot(Comparison(runs), tmp_path / "p.svg")
+    axes = ElementTree.parse(tmp_path / "p.svg").find(".//{*}g[@id='axes_1']")
+    assert (axes.find("{*}g[@id='legend_1']") is None) == (len(source) > 10)
+
+
 def test_standard_errors_stand_beside_their_metrics(tmp_path):
     folder = run(tmp_path)
     report = PruningReport.from_dict(json.loads((folder / "pruning.json").read_text()))

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SomebodysModule, digests, tiny_llama, token_batches
+from helpers import few_windows as data
+from helpers import pruning_trainer as trainer
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -14,7 +16,6 @@ from wanda_lightning import (
     CausalLM,
     Magnitude,
     MagnitudePruning,
-    PruningTrainer,
     SparseGPTPruning,
     TextDataModule,
     WandaPruning,
@@ -30,17 +31,6 @@ from wanda_lightning.runs.held_out import HeldOut
 from wanda_lightning.runs.search_result import SearchResult, Trial
 
 STEP = 0.125  # of 32 inputs every sparsity prunes as many as it says
-
-
-def trainer(folder, *callbacks) -> PruningTrainer:
-    return PruningTrainer(
-        default_root_dir=folder, callbacks=list(callbacks), accelerator="cpu", logger=False, max_epochs=1,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-    )  # fmt: skip
-
-
-def data(seed: int = 0) -> TextDataModule:
-    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +112,21 @@ def test_the_evaluation_set_is_not_read_before_the_end(trained, tmp_path, monkey
     assert last < first
 
 
+def test_what_is_evaluated_how_often(trained, tmp_path, monkeypatch):
+    """The dense model and each trial once on what is held out; in the end both models on the evaluation set."""
+    seen, read, loader = [], [], TextDataModule.held_out_dataloader
+    monkeypatch.setattr(
+        CausalLM, "on_validation_start", lambda self: seen.append(type(self.trainer.datamodule)), raising=False
+    )
+    monkeypatch.setattr(
+        TextDataModule, "held_out_dataloader", lambda self, most: read.append(most) or loader(self, most)
+    )
+    asked = {"max_perplexity_increase": 0.5, "step": STEP}
+    result = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), **asked)
+    assert seen == [HeldOut] * (1 + len(result.trials)) + [TextDataModule] * 2
+    assert len(read) == 1
+
+
 def test_a_search_that_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     asked = {"max_perplexity_increase": 0.1, "step": STEP}
     first = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), **asked)
@@ -152,7 +157,7 @@ def test_the_folder_of_another_search_is_refused(trained, tmp_path):
         (WandaPruning(ignore=["o_proj"]), 0, r"pruning\.ignore: None there, \['o_proj'\] now"),
     ):
         with pytest.raises(ValueError, match=f"holds another search.*{what}"):
-            trainer(tmp_path, callback).search(CausalLM(trained), data(seed), **asked)
+            trainer(tmp_path, callback).search(CausalLM(trained), data(seed=seed), **asked)
 
 
 def test_a_trial_has_all_settings_but_the_sparsity():

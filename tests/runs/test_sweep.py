@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import few_windows as data
+from helpers import pruning_trainer as trainer
 from lightning.pytorch.cli import ArgsType
 
 from wanda_lightning import (
@@ -12,8 +14,6 @@ from wanda_lightning import (
     OWL,
     CausalLM,
     Magnitude,
-    PruningTrainer,
-    TextDataModule,
     Wanda,
     WandaPruning,
     ZeroShotEvaluation,
@@ -21,17 +21,6 @@ from wanda_lightning import (
 from wanda_lightning.cli.lightning_cli import PruningCLI, run
 from wanda_lightning.runs import trials
 from wanda_lightning.runs.causal_lm import CausalLM as Module
-
-
-def trainer(folder, *callbacks) -> PruningTrainer:
-    return PruningTrainer(
-        default_root_dir=folder, callbacks=list(callbacks), accelerator="cpu", logger=False, max_epochs=1,
-        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-    )  # fmt: skip
-
-
-def data(seed: int = 0) -> TextDataModule:
-    return TextDataModule(num_samples=4, sequence_length=16, max_evaluation_windows=4, seed=seed)
 
 
 def perplexities(folder) -> dict[str, float]:

@@ -11,11 +11,13 @@ def random_hessian(features: int, dtype: torch.dtype = torch.float64, seed: int 
     return (x.t() @ x).to(dtype)
 
 
+@pytest.mark.parametrize("shrinkage", [0, 0.3])
 @pytest.mark.parametrize("features", [1, 7, 192, 193, 400])
-def test_explains_the_damped_hessian(features):
+def test_explains_the_damped_hessian(features, shrinkage):
     hessian = random_hessian(features)
-    factor = factorize(hessian, 0.01)
+    factor = factorize(hessian, 0.01, shrinkage)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(features, dtype=torch.float64)
+    damped += shrinkage * hessian.diagonal().diag()
     lower = factor.lower_II
     assert torch.equal(lower, lower.tril())
     torch.testing.assert_close(lower.t() @ lower, damped, rtol=1e-11, atol=1e-9)

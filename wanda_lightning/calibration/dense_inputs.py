@@ -70,6 +70,12 @@ class DenseInputs:
         kept = self._kept.get(module)
         return kept[batch] if kept is not None and batch < len(kept) else None
 
+    def reorder(self, module: nn.Module, order_I: Tensor) -> None:
+        """Let the inputs of a module stand in another order, as the columns of its weight do."""
+        kept = self._kept.get(module, HiddenStates())
+        for batch, x in enumerate(kept):
+            kept[batch] = x[..., order_I.to(x.device)]
+
     def drop(self, module: nn.Module | None = None) -> None:
         """Let go of what entered a module; of all, where none is named."""
         if module is None:

@@ -17,6 +17,9 @@ from wanda_lightning.solvers.factor import Factor, factorize
 from wanda_lightning.solvers.precision import full_float32
 from wanda_lightning.statistics import InputHessian, InputStatistic
 
+SHRINKAGE = 0.3
+"""Of the inputs' correlations, where weights are moved: with less of it they fit few tokens too well."""
+
 
 class InputDrift(InputHessian):
     """X~^T X~ over all batches, X~^T (X - X~), and the same sums over the batches that are held out.
@@ -110,9 +113,11 @@ class InputDrift(InputHessian):
             return None
         held_out = self.held_out._moments(name, weight_OI)
         assert held_out is not None
+        factor = self.factor(shrinkage=SHRINKAGE)
         if self._train_factor is None:
-            self._train_factor = factorize(whole.hessian_II - held_out.hessian_II, self.factor().damping)
-        return fit_to_dense(weight_OI, whole, held_out, self.factor(), self._train_factor)
+            some_II = whole.hessian_II - held_out.hessian_II
+            self._train_factor = factorize(some_II, factor.damping, SHRINKAGE)
+        return fit_to_dense(weight_OI, whole, held_out, factor, self._train_factor)
 
     def _moments(self, name: str, weight_OI: Tensor) -> Moments | None:
         lost_IO = self.lost_IO.get(name)

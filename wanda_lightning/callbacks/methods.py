@@ -61,6 +61,8 @@ class SparseGPTPruning(PruningCallback):
         block_size: Columns that are chosen at once; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, above 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs; 0 for none.
+        shrinkage: Fraction of each of the Hessian's diagonal entries that is added to itself, 0 or more: correlations
+            are overrated on few tokens. 0 as published.
         kwargs: Further arguments of :class:`PruningCallback`.
 
     Example::
@@ -75,9 +77,10 @@ class SparseGPTPruning(PruningCallback):
         block_size: int = 128,
         damping: float = 0.01,
         refine: int = 0,
+        shrinkage: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(SparseGPT(block_size, damping, refine), sparsity, pattern, **kwargs)
+        super().__init__(SparseGPT(block_size, damping, refine, shrinkage), sparsity, pattern, **kwargs)
 
 
 class AblatePruning(PruningCallback):

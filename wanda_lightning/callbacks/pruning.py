@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
+from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
@@ -28,16 +29,14 @@ from wanda_lightning.training.masks import masks_of
 class PruningCallback(SparseFinetuning):
     """Prunes the model of a LightningModule once, before the first training step of ``fit``.
 
-    ``validate`` and ``test`` never prune; resuming from a checkpoint of a pruned run does not prune again. Calibration
-    batches come from the datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train
-    dataloader. Models other than language models run by the module's ``calibration_step``, or ``validation_step``. The
-    zeros are kept during the training that follows. The report, ``pruning.json`` and ``pruning.md``, holds also what
-    ``trainer.validate`` gave before the pruning, after it, and after training.
+    ``validate`` and ``test`` never prune, nor does resuming a pruned run. Calibration batches come from the
+    datamodule's (or module's) ``calibration_dataloader()`` where it has one, else from the train dataloader. Models
+    other than language models run by the module's ``calibration_step``, or ``validation_step``. Training keeps the
+    zeros. The report, ``pruning.json`` and ``pruning.md``, holds also what ``trainer.validate`` gave at each stage.
 
     A model may come with zeros of an earlier pruning. The log says so, and the report calls its first evaluation ``as
     loaded`` rather than ``dense``. Where it has all the zeros that are asked for, they are kept, and the report says
-    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first. With a
-    schedule it is pruned in several steps while it trains, each time with new statistics.
+    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first.
 
     Args:
         method: The pruning method.
@@ -60,6 +59,7 @@ class PruningCallback(SparseFinetuning):
         reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
         prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
+        permute: Let the neurons of each MLP stand in an order in which an N:M pattern loses less.
 
     Raises:
         ValueError: If the settings contradict each other.
@@ -85,6 +85,7 @@ class PruningCallback(SparseFinetuning):
         reconstruction: Reconstruction | None = None,
         prompts: list[str] | None = None,
         dense_target: bool = False,
+        permute: bool = False,
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = method, parse_pattern(pattern, sparsity)
@@ -98,7 +99,7 @@ class PruningCallback(SparseFinetuning):
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
         self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
         self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
-        self.run = PruningRun(self)
+        self.permute, self.run = check_permute(permute, self.pattern), PruningRun(self)
 
     @property
     def report(self) -> PruningReport | None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
     """Save all of a model but its weights, and load it again with weights that take no memory.
 
+    Of several processes only the first can: transformers saves nothing in the others.
+
     Args:
         model: The model, of any size, also streamed from disk. Of one that is not of transformers the state dict is
             saved, and looked at.

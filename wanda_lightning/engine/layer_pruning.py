@@ -16,6 +16,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.one_pass import NotOnePassError, OnePass, Part
 from wanda_lightning.engine.checks import check_finite
 from wanda_lightning.engine.linear_pruning import PrunedLayer, PrunedLinear, prune_linear
+from wanda_lightning.engine.permuting import permuted
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes, share_statistics
 from wanda_lightning.engine.reconstruction import reconstruct
@@ -66,17 +67,18 @@ def prune_layer(
     with processes.together():
         if is_offloaded(layer.module):  # others were looked at before the first layer
             check_finite(layer.linears)
-    if plan.true_sequential and inputs is not None and plan.statistic is not None:
-        try:
-            done, masks = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
-        except NotOnePassError as reason:
-            log.info("%s is visited in two passes: %s", layer.name, reason)
-            done, masks = _in_two_passes(layer, inputs, plan, processes)
-    else:
-        done, masks = _in_two_passes(layer, inputs, plan, processes)
     trained = None
-    if plan.reconstruction is not None and inputs is not None:
-        trained = reconstruct(inputs, masks, plan.reconstruction, processes)
+    with permuted(layer, inputs, plan, processes):
+        if plan.true_sequential and inputs is not None and plan.statistic is not None:
+            try:
+                done, masks = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
+            except NotOnePassError as reason:
+                log.info("%s is visited in two passes: %s", layer.name, reason)
+                done, masks = _in_two_passes(layer, inputs, plan, processes)
+        else:
+            done, masks = _in_two_passes(layer, inputs, plan, processes)
+        if plan.reconstruction is not None and inputs is not None:
+            trained = reconstruct(inputs, masks, plan.reconstruction, processes)
     return PrunedLayer([_as_it_is_now(linear, done[linear.name]) for linear in layer.linears], trained)
 
 

@@ -13,6 +13,7 @@ from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.neurons import Neurons
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern
@@ -37,6 +38,7 @@ class Plan:
         outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
         dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
         allotment: What an allocator has decided; None before that, and where there is none.
+        neurons: Those that may stand in another order, by the name of the layer; none unless that is asked for.
     """
 
     method: PruningMethod
@@ -51,6 +53,7 @@ class Plan:
     dense_target: bool = False
     outside: Mapping[str, str] = field(default_factory=dict)
     allotment: Allotment | None = None
+    neurons: Mapping[str, list[Neurons]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -137,6 +140,7 @@ class Plan:
             **({"true_sequential": True} if self.true_sequential else {}),  # as runs before there was a choice say
             **({"reconstruction": str(self.reconstruction)} if self.reconstruction else {}),
             **({"dense_target": True} if self.dense_target else {}),
+            **({"permute": True} if self.neurons else {}),
         }
 
     def new_report(self) -> PruningReport:

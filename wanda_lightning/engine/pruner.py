@@ -23,6 +23,7 @@ from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.measured_sparsity import ZeroCount
 from wanda_lightning.engine.order import decide_order
+from wanda_lightning.engine.permuting import with_neurons
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
@@ -53,6 +54,7 @@ def prune_model(
     true_sequential: bool | None = None,
     reconstruction: Reconstruction | None = None,
     dense_target: bool = False,
+    permute: bool = False,
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
@@ -94,6 +96,8 @@ def prune_model(
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it, as far as
             that serves calibration batches that were held out; see :mod:`wanda_lightning.solvers.dense_target`. Needs
             one pass.
+        permute: Let the neurons of each MLP first stand in an order in which an N:M pattern of the matrix that reads
+            them loses less; see :mod:`wanda_lightning.engine.permuting`. N:M patterns only.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
         journal: Keeps every finished layer on disk. Where it holds layers of the same pruning already, it goes on
@@ -125,14 +129,14 @@ def prune_model(
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
         plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction, dense_target)
         check_pruning(model, plan, calibration is not None, journal)
+        plan = with_neurons(plan, model) if permute else plan
         zeros, allocator = ZeroCount(model), found.selection.allocator
         batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
         visits = clock.forwards(_visit(model, plan, batches, activations, feed))
         with processes.together():
             first = next(visits)  # the dry run reads the batches
             check_inputs(plan, first[1])
-        plan = decide_order(plan, first[1], processes)
-        visits = chain([first], visits)
+        plan, visits = decide_order(plan, first[1], processes), chain([first], visits)
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
         if allocator:

@@ -6,9 +6,11 @@ layers before it give, and its target is what comes out of the dense layer when 
 Shapes: B batch, T tokens, D hidden size, O out features, I in features.
 """
 
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +19,15 @@ from torch import Tensor, nn
 from wanda_lightning.arguments import positive_number, whole_number
 from wanda_lightning.calibration.batches import held_out_batches
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
+from wanda_lightning.calibration.free_memory import free_memory
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.recomputing import bytes_for_gradients, recomputing
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
+from wanda_lightning.report.tables import in_bytes
+
+log = logging.getLogger(__name__)
 
 LOSS_SCALE = 2.0**10
 """Keeps gradients in half precision above its smallest number; Adam divides it out again."""
@@ -96,7 +103,7 @@ def reconstruct(
         raise ValueError(f"the hidden states behind {inputs.layer.name} are NaN or infinite: {OVERFLOW}")
     best, epochs = fit.copy(), 0
     try:
-        with only_requiring_grad(inputs.layer.module, fit.weights):
+        with only_requiring_grad(inputs.layer.module, fit.weights), fit.saving_memory():
             for epoch in range(settings.epochs if before else 0):
                 for step in range(steps):
                     fit.set_gradients(train[step] if step < len(train) else None, before)
@@ -121,6 +128,27 @@ class _Fit:
         self._kept = _by_parameter(inputs.layer.linears, masks)
         self.weights = [*self._kept]
         self.masters = [w.detach().float() if w.itemsize < 4 else w.detach() for w in self.weights]
+
+    @contextmanager
+    def saving_memory(self) -> Iterator[None]:
+        """Let the parts of the layer be computed twice where what they keep for gradients does not fit."""
+        layer, shapes = self._inputs.layer, self._inputs.hidden_BTD.shapes
+        device, largest = self.weights[0].device, max(range(len(shapes)), key=lambda batch: shapes[batch].numel())
+        with self._processes.together(), torch.enable_grad():
+            kept = bytes_for_gradients(layer.module, lambda: self._inputs.output(largest))
+        free = free_memory(device)
+        if free is None or 2 * kept < free:  # the other half is for the gradients themselves
+            yield
+            return
+        log.info(
+            "%s keeps up to %s for gradients, and %s are free on %s: its parts are computed twice",
+            layer.name,
+            in_bytes(kept),
+            in_bytes(free),
+            device,
+        )
+        with recomputing(layer.module):
+            yield
 
     def copy(self) -> list[Tensor]:
         """Return copies of the weights as they are stored."""

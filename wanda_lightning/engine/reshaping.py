@@ -14,11 +14,12 @@ from wanda_lightning.model.linears import own_modules
 from wanda_lightning.report.shrinking import ShrinkReport
 
 
-def check_can_change_shape(model: nn.Module) -> None:
-    """Refuse a model whose parameters cannot be replaced by smaller ones.
+def check_can_change_shape(model: nn.Module, keeps: str = "its shapes") -> None:
+    """Refuse a model whose parameters cannot be replaced by smaller ones, or rearranged together.
 
     Args:
         model: The model.
+        keeps: What such a model keeps, for the message.
 
     Raises:
         ValueError: If weights are not in memory, sharded, adapted, or shared by several modules of the decoder.
@@ -27,12 +28,12 @@ def check_can_change_shape(model: nn.Module) -> None:
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{len(absent)} weights are not in memory ({absent[0]}, ...), and a model that is streamed from disk keeps "
-            "its shapes: load it without stream or device_map"
+            f"{keeps}: load it without stream or device_map"
         )
     if adapted := [name for name, module in model.named_modules() if "base_layer" in module._modules]:
         raise ValueError(
-            f"{len(adapted)} linears have adapters ({adapted[0]}, ...), whose shapes would not fit any more: make the "
-            "model smaller before adapters are added"
+            f"{len(adapted)} linears have adapters ({adapted[0]}, ...), and an adapted model keeps {keeps}: change it "
+            "before adapters are added"
         )
     names = defaultdict(list)
     embeddings = {p for module in _embeddings(model) for p in module.parameters()}
@@ -41,7 +42,7 @@ def check_can_change_shape(model: nn.Module) -> None:
             names[parameter].append(name)
     if shared := next((each for each in names.values() if len(each) > 1), None):
         raise ValueError(
-            f"{' and '.join(shared[:3])} are one parameter: a model that uses matrices several times keeps its shapes"
+            f"{' and '.join(shared[:3])} are one parameter: a model that uses matrices several times keeps {keeps}"
         )
 
 

@@ -35,9 +35,9 @@ class PruningMethod(ABC):
     def __repr__(self) -> str:
         """Name the method and its settings, alike in every process: reports and resumed runs know it by that.
 
-        ``refine=0`` is left out: runs of versions that did not know it are the same runs.
+        ``refine`` and ``shrinkage`` of 0 are left out: runs of versions that did not know them are the same runs.
         """
-        settings = {name: value for name, value in vars(self).items() if name != "refine" or value}
+        settings = {name: value for name, value in vars(self).items() if value or name not in ("refine", "shrinkage")}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
     @abstractmethod

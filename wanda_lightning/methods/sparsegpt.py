@@ -3,6 +3,7 @@
 Shapes: O out features, I in features.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class SparseGPT(SecondOrderMethod):
         block_size: Columns that are chosen at once, >= 1; a multiple of m for N:M patterns.
         damping: Fraction of the Hessian's mean diagonal that is added to its diagonal, > 0.
         refine: Steps of conjugate gradients that then fit the kept weights to the dense outputs, >= 0.
+        shrinkage: Fraction of each diagonal entry that is added to itself, >= 0: on few tokens, correlations are
+            overrated. 0 as published; 0.3 was better in our measurements.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -45,13 +48,19 @@ class SparseGPT(SecondOrderMethod):
     block_size: int = 128
     damping: float = 0.01
     refine: int = 0
+    shrinkage: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.shrinkage < math.inf:
+            raise ValueError(f"shrinkage must be a finite number of at least 0, got {self.shrinkage}")
 
     @refined
     @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune and update one weight in place and return the mask (True = kept)."""
         assert isinstance(statistic, InputHessian)
-        factor = statistic.factor(self.damping)
+        factor = statistic.factor(self.damping, self.shrinkage)
         # 1 / U_jj is G_jj. Removing the weight of a dead input costs nothing, whatever the damping makes of it.
         importance_I = factor.lower_II.diagonal().masked_fill(factor.dead_I, 0).to(weight_OI.device)
         return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)

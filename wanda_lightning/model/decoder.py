@@ -3,8 +3,8 @@
 The rules are general: no model family is named.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
@@ -18,12 +18,16 @@ from wanda_lightning.model.stacks import lists_of_layers
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer, those of its linears that are to be pruned, and why its other matrices are not."""
+    """A decoder layer, those of its linears that are to be pruned, and why its other matrices are not.
+
+    Parameters that change because their rows or columns move are ``moved``, by name, pruned or not.
+    """
 
     name: str
     module: nn.Module
     linears: list[PrunableLinear]
     left_dense: dict[str, str]
+    moved: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def list_name(self) -> str:
@@ -42,8 +46,8 @@ class DecoderLayer:
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that are to be pruned, by name; experts may share one."""
-        return {linear.parameter_name: linear.weight for linear in self.linears}
+        """The parameters that change, by name; experts may share one."""
+        return {linear.parameter_name: linear.weight for linear in self.linears} | {**self.moved}
 
 
 def decoder_layers(

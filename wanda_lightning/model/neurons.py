@@ -1,6 +1,6 @@
-"""Removing hidden neurons: the matrices that write them lose rows, the one that reads them loses columns.
+"""Removing hidden neurons, and moving them: rows of the matrices that write them, columns of the one that reads them.
 
-Shapes: O out features, I in features, K kept neurons.
+Shapes: O out features, I in features (the neurons of the matrix that reads them), K kept neurons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,6 +67,15 @@ class Neurons:
         """The matrices that change when neurons go."""
         return (self.reader, *(writer for writer, _ in self.writers))
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The weights and biases that change when neurons go or move, by name; experts share them."""
+        found = {linear.parameter_name: linear.weight for linear in self.linears}
+        for writer, _ in self.writers:
+            if (bias := _bias(writer)) is not None:
+                found[f"{writer.parameter_name.rpartition('.')[0]}.{_bias_name(writer)}"] = bias
+        return found
+
     def within(self, twins: Mapping[nn.Module, nn.Module]) -> "Neurons":
         """Return the same neurons in another model, given the modules there by those here."""
 
@@ -96,7 +105,25 @@ def keep_neurons(groups: Sequence[Neurons], kept: Sequence[Tensor]) -> None:
     for (module, parameter), cuts in slices.items():
         _shrink_weight(module, parameter, cuts)
         if cuts[0][1] == 0:
-            _shrink_bias(module, parameter, cuts)
+            _shrink_bias(module, cuts)
+
+
+@torch.no_grad()
+def reorder_neurons(neurons: Neurons, order_I: Tensor) -> None:
+    """Let neurons stand in another order, in place; what their module computes stays the same.
+
+    Args:
+        neurons: The neurons.
+        order_I: Their numbers in the new order, shape (I,).
+    """
+    reader, order_I = neurons.reader, order_I.to(neurons.reader.weight.device)
+    reader.weight_OI.copy_(reader.weight_OI[:, order_I])
+    for writer, layout in neurons.writers:
+        rows_O = _rows(order_I, neurons.width, layout).to(writer.weight.device)
+        writer.weight_OI.copy_(writer.weight_OI[rows_O])
+        if (bias := _bias(writer)) is not None:
+            bias_O = bias.detach() if writer.expert is None else bias.detach()[writer.expert]
+            bias_O.copy_(bias_O[rows_O])
 
 
 def _rows(kept_K: Tensor, width: int, layout: Layout | HeadRows) -> Tensor:
@@ -128,11 +155,17 @@ def _shrink_weight(module: nn.Module, parameter: str, cuts: list[tuple[PrunableL
             setattr(module, name, size)
 
 
-def _shrink_bias(module: nn.Module, parameter: str, cuts: list[tuple[PrunableLinear, int, Tensor]]) -> None:
-    name = "bias" if cuts[0][0].expert is None else f"{parameter}_bias"
-    bias = cast(Any, getattr(module, name, None))
-    if bias is not None:
+def _shrink_bias(module: nn.Module, cuts: list[tuple[PrunableLinear, int, Tensor]]) -> None:
+    if (bias := _bias(cuts[0][0])) is not None:
         rows = [bias.detach() if linear.expert is None else bias.detach()[linear.expert] for linear, _, _ in cuts]
         kept = [row_O[index_K.to(row_O.device)] for row_O, (_, _, index_K) in zip(rows, cuts, strict=True)]
         smaller = kept[0] if cuts[0][0].expert is None else torch.stack(kept)
-        setattr(module, name, nn.Parameter(smaller, requires_grad=bias.requires_grad))
+        setattr(module, _bias_name(cuts[0][0]), nn.Parameter(smaller, requires_grad=bias.requires_grad))
+
+
+def _bias_name(linear: PrunableLinear) -> str:
+    return "bias" if linear.expert is None else f"{linear.parameter}_bias"
+
+
+def _bias(linear: PrunableLinear) -> nn.Parameter | None:
+    return cast(Any, getattr(linear.module, _bias_name(linear), None))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 LEVELS = (":", "-.", "--")  # of dense models
+LONG = 50  # characters of a name, half of the picture
 Point = tuple[float, float]
 
 
@@ -95,7 +96,12 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     axes.set_xlabel("sparsity of the pruned linears (%)")
     axes.set_ylabel(metric.removeprefix("val/"))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _, names = axes.get_legend_handles_labels()
+    if max(map(len, names)) <= LONG:
+        axes.legend(fontsize="small")
+    else:  # it would cover the curves
+        figure.set_figheight(4.5 + 0.2 * len(names))
+        figure.legend(fontsize="x-small", loc="outside lower left")
     if models := comparison.models():
         axes.set_title("; ".join(models), fontsize="x-small", loc="left")
     with whole_file(path) as unfinished:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Factor:
-    """A damped Hessian H + damping * mean(diag H) * 1 = G^T G, ready for the solver.
+    """A damped Hessian H + damping * mean(diag H) * 1 + shrinkage * diag H = G^T G, ready for the solver.
 
     Attributes:
         lower_II: G, lower triangular, shape (in_features, in_features).
@@ -52,7 +52,7 @@ class Factor:
 
 
 @torch.no_grad()
-def factorize(hessian_II: Tensor, damping: float = 0.01) -> Factor:
+def factorize(hessian_II: Tensor, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
     """Damp a Hessian and factorise it as G^T G with G lower triangular.
 
     Args:
@@ -60,6 +60,9 @@ def factorize(hessian_II: Tensor, damping: float = 0.01) -> Factor:
             is read.
         damping: Fraction of the mean diagonal to add to the diagonal, > 0. Where the matrix is still not positive
             definite, it is raised tenfold, up to 1, with a warning.
+        shrinkage: Fraction of each diagonal entry to add to itself, >= 0: correlations are divided by one plus it
+            (a shrinkage towards the diagonal, Schaefer and Strimmer 2005, doi:10.2202/1544-6115.1175). Unlike damping
+            it does not depend on the scale of other inputs, of which a few may be far larger.
 
     Returns:
         The factor, and the damping it took.
@@ -73,7 +76,7 @@ def factorize(hessian_II: Tensor, damping: float = 0.01) -> Factor:
     tried = damping
     while True:
         # A dead input is coupled to nothing: any positive diagonal does.
-        lower_II = _reverse_cholesky(hessian_II, dead_I.to(hessian_II) + mean * tried)
+        lower_II = _reverse_cholesky(hessian_II, dead_I.to(hessian_II) + mean * tried + shrinkage * diagonal_I)
         if lower_II is not None:
             if tried != damping:
                 log.warning("the Hessian was not positive definite: damping raised from %g to %g", damping, tried)

@@ -45,16 +45,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HANDED_ON = (
-    "targets",
-    "ignore",
-    "layers",
-    "allocation",
-    "exact_error",
-    "true_sequential",
-    "reconstruction",
-    "dense_target",
-    "activations",
-)
+    "targets", "ignore", "layers", "allocation", "exact_error", "true_sequential", "reconstruction", "dense_target",
+    "permute", "activations",
+)  # fmt: skip
 """Settings of a callback that are also those of prune_model."""
 
 
@@ -113,8 +106,8 @@ class PruningRun:
         """Prune the module's model unless it is pruned as asked for; a schedule prunes later."""
         model = find_model(module)
         refuse_sharded(model)
-        if self.files.will_save:
-            with without_adapters(model) as plain:
+        with Processes().together(), without_adapters(model) as plain:
+            if self.files.will_save and trainer.is_global_zero:
                 check_can_be_saved(cast(Any, plain), getattr(module, "tokenizer", None))
         self.look_again(trainer, module)
         if self.asked.schedule is not None and self.results.report is not None:

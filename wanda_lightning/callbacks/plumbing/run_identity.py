@@ -59,4 +59,5 @@ def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
         **({} if asked.true_sequential is None else {"true_sequential": asked.true_sequential}),  # older ones know none
         **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
         **({"dense_target": True} if asked.dense_target else {}),
+        **({"permute": True} if asked.permute else {}),
     }

@@ -181,6 +181,6 @@ def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
     ]
     if other:
         raise ValueError(
-            f"{folder} holds the results of another run: {'; '.join(other)}. Choose another folder, or say "
-            "overwrite=True to the pruning callback (--overwrite on the command line) to replace them"
+            f"{folder} holds the results of another run: {'; '.join(other)}. Choose another folder (--output on "
+            "the command line), or say overwrite=True to the pruning callback (--overwrite) to replace them"
         )
