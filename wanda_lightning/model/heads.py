@@ -57,7 +57,8 @@ class Heads:
         path = tuple(name for name, value in vars(model.config).items() if value is config)
         heads = _said(config, "num_attention_heads")
         groups = _said(config, "num_key_value_heads") or heads
-        size = _said(config, "head_dim") or (config.hidden_size // heads if type(heads) is int else None)
+        hidden = _said(config, "hidden_size")
+        size = _said(config, "head_dim") or (hidden // heads if type(heads) is type(hidden) is int else None)
         if not (type(heads) is type(groups) is type(size) is int) or heads % groups:
             raise ValueError(
                 f"{type(config).__name__} says num_attention_heads={heads!r}, num_key_value_heads={groups!r}, "
