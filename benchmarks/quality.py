@@ -51,7 +51,7 @@ METHODS = {
     "SparseGPT, permuted": SparseGPT(),
     "ADMM, permuted": ADMM(),
     "SparseGPT, dense target (balanced)": SparseGPT(shrinkage=0.3),
-    "ADMM, dense target (best)": ADMM(),
+    "ADMM, dense target (best)": ADMM(damping=0.3),
     "SparseGPT, dense target, reconstruction": SparseGPT(shrinkage=0.3),
 }
 DENSE_TARGET = {"dense_target": True}
