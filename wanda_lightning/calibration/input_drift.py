@@ -86,7 +86,9 @@ class InputDrift(InputHessian):
         return self.change_II
 
     def _lost(self, writer: str, out_features: int) -> Tensor:
-        return self.lost_IO.setdefault(writer, self.total.new_zeros(self.in_features, out_features))
+        if writer not in self.lost_IO:
+            self.lost_IO[writer] = self.total.new_zeros(self.in_features, out_features)
+        return self.lost_IO[writer]
 
     @property
     def sums(self) -> list[Tensor]:

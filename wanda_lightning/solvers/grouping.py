@@ -40,9 +40,8 @@ def grouped(score_OI: Tensor, pattern: SemiStructured) -> Tensor:
             lowest_OGP = others_OGM.sort(-1).values[..., : pattern.m - pattern.n]
             next_OG = lowest_OGP[..., -1]
             moved_OG = score_OI[:, order_GM[:, place]]
-            loss_GG = _least_sums(
-                next_OG, moved_OG
-            )  # of a group (rows) with an input (columns), up to a sum of its own
+            # Of a group (rows) with an input (columns), up to a sum of its own.
+            loss_GG = _least_sums(next_OG, moved_OG)
             order_GM[:, place] = order_GM[_exchanged(loss_GG), place]
         before, lost = lost, float(_lost(score_OI, order_GM, pattern).sum())
         if before - lost < ENOUGH * first:
