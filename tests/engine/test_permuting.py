@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crashing import CrashError, Crashing
 from helpers import digests, tiny_llama, tiny_mixtral, token_batches
 from torch import nn
 from transformers import (
@@ -137,22 +138,6 @@ def test_as_if_the_neurons_had_always_stood_so(family, settings, monkeypatch):
     for found, wanted in zip(*(report.linears for report in reports), strict=True):
         assert found.error == pytest.approx(wanted.error, rel=1e-3)
         assert found.dense_target == pytest.approx(wanted.dense_target, abs=1e-3)
-
-
-class CrashError(Exception):
-    pass
-
-
-class Crashing(Wanda):
-    """Prunes so many matrices."""
-
-    limit = 0
-
-    def prune(self, *args):
-        type(self).limit -= 1
-        if self.limit < 0:
-            raise CrashError
-        return super().prune(*args)
 
 
 @pytest.mark.parametrize("targets", [None, ["c_attn", "mlp.c_proj"]], ids=["all", "without what writes neurons"])

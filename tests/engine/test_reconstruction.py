@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from crashing import CrashError, Crashing
 from helpers import digests, tiny_llama, tiny_mixtral, token_batches
 from least_squares import normal_equations
 from torch import nn
@@ -133,22 +134,6 @@ def test_the_second_stream_is_that_of_the_dense_model():
             assert torch.equal(model.model.norm(step.dense_BTD[0]), last)
         for linear in step.layer.linears:
             linear.weight_OI.zero_()
-
-
-class CrashError(Exception):
-    pass
-
-
-class Crashing(Wanda):
-    """Prunes so many matrices."""
-
-    limit = 10
-
-    def prune(self, *args):
-        type(self).limit -= 1
-        if self.limit < 0:
-            raise CrashError
-        return super().prune(*args)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
