@@ -48,6 +48,8 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["prune", "MODEL", "--sparsty", "0.6"], 2, "there is no option --sparsty\n  did you mean --sparsity?"),
         (["fit", "MODEL", "--ouput=x"], 2, "did you mean --output?"),
         (["generate"], 2, "are required: pretrained"),
+        (["generate", "MODEL", "--max_tokens", "5"], 2, "--max_tokens 5\n  did you mean --tokens?"),
+        (["compare", "RUN", "--plt=a.png"], 2, "did you mean --plot?"),
         (["compare"], 2, "are required: runs"),
         (["compare", "--help"], 0, "RUN [RUN ...]"),
         (["compress", "model"], 2, "are required: output"),

@@ -102,11 +102,9 @@ def run_function(
         arguments: What follows the sub-command.
         positional: Parameters that are positional and may be left out or repeated, as ``add_argument`` takes them.
     """
-    from jsonargparse import ArgumentParser
+    from wanda_lightning.cli.parser_messages import FunctionParser, HelpFormatter
 
-    from wanda_lightning.cli.parser_messages import HelpFormatter
-
-    parser = ArgumentParser(
+    parser = FunctionParser(
         prog=f"wanda-lightning {name}", description=COMMANDS[name].description, formatter_class=HelpFormatter
     )
     for parameter, settings in positional.items():

@@ -4,8 +4,10 @@ import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
+from typing import NoReturn
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from typing_extensions import override
 
 from wanda_lightning.cli.first_look import NO_MODEL
 from wanda_lightning.cli.short_options import closest
@@ -25,10 +27,20 @@ OPTIONS_OF = {
 }
 """The classes whose arguments are options, by the part of the command line that they are under."""
 OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
+UNRECOGNIZED = r"unrecognized arguments: (-\S*?)(=| |$)"
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Leaves the lines of descriptions as they are."""
+
+
+class FunctionParser(ArgumentParser):
+    """A parser of the options of one function, whose errors name the one that was meant."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = re.search(UNRECOGNIZED, message)
+        super().error(_meant(message, unknown[1], self._option_string_actions) if unknown else message, ex)
 
 
 def shortened(message: str) -> str:
@@ -62,7 +74,7 @@ def with_hint(message: str, options: Iterable[str]) -> str:
     import wanda_lightning
 
     part = re.search(r'Parser key "(\S+)"', message)
-    unknown = re.search(r"unrecognized arguments: (-\S*?)(=| |$)|Option '(\w+)' is not accepted", message)
+    unknown = re.search(rf"{UNRECOGNIZED}|Option '(\w+)' is not accepted", message)
     if not unknown or (part is None and unknown[3]):  # the parser within says this first, the one around it then where
         return message
     known = [*options] if unknown[1] else []
@@ -70,7 +82,11 @@ def with_hint(message: str, options: Iterable[str]) -> str:
         if part is None or name == part[1]:
             signatures = [inspect.signature(getattr(wanda_lightning, owner)) for owner in owners]
             known += [f"--{name}.{each}" for signature in signatures for each in signature.parameters]
-    meant = closest(unknown[1] or f".{unknown[3]}", known)
+    return _meant(message, unknown[1] or f".{unknown[3]}", known)
+
+
+def _meant(message: str, unknown: str, known: Iterable[str]) -> str:
+    meant = closest(unknown, known)
     return f"{message}\n  did you mean {meant}?" if meant else message
 
 
