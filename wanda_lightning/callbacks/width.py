@@ -9,7 +9,7 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.narrowing import Narrowing
-from wanda_lightning.engine.neuron_solver import NeuronChoice
+from wanda_lightning.engine.neuron_removal import NeuronChoice
 from wanda_lightning.engine.width import check_settings, plan_width, prune_width
 from wanda_lightning.report.shrinking import ShrinkReport
 

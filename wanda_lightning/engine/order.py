@@ -1,11 +1,15 @@
 """How often the calibration set goes through a layer: once where it can wait in the middle of one, else twice."""
 
 import logging
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.free_memory import free_memory
+from wanda_lightning.calibration.walk import Visit
+from wanda_lightning.engine.checks import check_inputs
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.report.tables import in_bytes
@@ -13,7 +17,27 @@ from wanda_lightning.report.tables import in_bytes
 log = logging.getLogger(__name__)
 
 
-def decide_order(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) -> Plan:
+def begin(plan: Plan, visits: Iterator[Visit], processes: Processes) -> tuple[Plan, Iterator[Visit]]:
+    """Begin to visit the layers, and decide how often each is passed.
+
+    Args:
+        plan: What is to be done.
+        visits: The layers; the first step reads the batches, and tries the model with them.
+        processes: Those that have the other parts of the calibration set.
+
+    Returns:
+        The plan, with the order in it, and all the visits.
+
+    Raises:
+        ValueError: If the batches do not do, see :func:`check_inputs`, or the memory does not for what is asked for.
+    """
+    with processes.together():
+        first = next(visits)
+        check_inputs(plan, first[1])
+    return _decide(plan, first[1], processes), chain([first], visits)
+
+
+def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) -> Plan:
     """Decide whether a layer is passed once or twice, where that was left open.
 
     Args:

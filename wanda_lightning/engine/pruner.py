@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -15,14 +14,14 @@ from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import Visit, visit
 from wanda_lightning.engine.allocating import allocated
-from wanda_lightning.engine.checks import check_inputs, check_pruning
+from wanda_lightning.engine.checks import check_pruning
 from wanda_lightning.engine.clock import PhaseClock
 from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.measured_sparsity import ZeroCount
-from wanda_lightning.engine.order import decide_order
+from wanda_lightning.engine.order import begin
 from wanda_lightning.engine.permuting import with_neurons
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
@@ -133,10 +132,7 @@ def prune_model(
         zeros, allocator = ZeroCount(model), found.selection.allocator
         batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
         visits = clock.forwards(_visit(model, plan, batches, activations, feed))
-        with processes.together():
-            first = next(visits)  # the dry run reads the batches
-            check_inputs(plan, first[1])
-        plan, visits = decide_order(plan, first[1], processes), chain([first], visits)
+        plan, visits = begin(plan, visits, processes)  # the first visit reads the batches
         settings = {**plan.settings, "processes": processes.size}
         journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
         if allocator:

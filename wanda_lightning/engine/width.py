@@ -4,21 +4,29 @@ Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
+import torch
 from torch import Tensor, nn
 
+from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import number_not_below_0, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import visit
+from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
-from wanda_lightning.engine.neuron_solver import NeuronChoice, NeuronSolver, ReadMatrix
+from wanda_lightning.engine.neuron_removal import Columns, NeuronChoice, NeuronRemoval
+from wanda_lightning.engine.order import begin
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.shrinking import ShrinkReport
+from wanda_lightning.sparsity import Unstructured
 
 
 def prune_width(
@@ -90,26 +98,28 @@ def prune_width(
     report = ShrinkReport("neurons", settings, figure="error")
     with reported(model, report):
         with processes.together():
-            plan = plan_width(model, keep, multiple, attention_keep, layers)
-        solver = NeuronSolver(plan, choice, refit, shrinkage, processes)
-        visits = visit(model, plan.layers, calibration if solver.statistic else None, activations)
-        visits = processes.first_together(visits)
+            narrowing = plan_width(model, keep, multiple, attention_keep, layers)
+        method = NeuronRemoval(choice, refit, shrinkage)
+        plan = _plan(narrowing, method, keep, layers)
+        batches = calibration if method.statistic and plan.patterns else None
+        visits = visit(model, plan.layers, batches, activations)
+        plan, visits = begin(plan, visits, processes)
         dense: dict[str, Tensor] = {}
-        read: dict[str, ReadMatrix] = {}
+        rows: list[LinearReport] = []
         try:
             for layer, inputs in progress(visits, len(plan.layers)) if progress else visits:
                 dense |= {linear.name: linear.weight_OI.clone() for linear in layer.linears}
-                read |= solver.solve(layer, inputs)
+                rows += [each.row for each in prune_layer(layer, inputs, plan, processes).linears]
         except BaseException:
             for linear in (linear for layer in plan.layers for linear in layer.linears):
                 if linear.name in dense:
                     linear.weight_OI.copy_(dense[linear.name])
             raise
-        plan.apply(model, {name: each.kept_K for name, each in read.items()})
-        report.sizes = {".".join(path): (was, is_) for path, (was, is_) in plan.numbers.items() if was != is_}
-        report.figures = {name: each.error for name, each in read.items() if each.error is not None}
-        report.kept = [[*width, kept] for width, kept in plan.widths.items()]
-        report.tokens = solver.tokens
+        narrowing.apply(model, _kept(narrowing))
+        report.sizes = {".".join(path): (was, is_) for path, (was, is_) in narrowing.numbers.items() if was != is_}
+        report.figures = {row.name: row.error for row in rows if row.error is not None}
+        report.kept = [[*width, kept] for width, kept in narrowing.widths.items()]
+        report.tokens = max((row.tokens for row in rows if row.tokens), default=None)
     return report
 
 
@@ -130,6 +140,33 @@ def plan_width(
     """
     groups = None if attention_keep == 1 else partial(groups_of, keep=attention_keep)
     return Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers, groups)
+
+
+def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str | None) -> Plan:
+    """Say what the matrices that read neurons are pruned to; those of which all stay are left alone."""
+    patterns = {
+        group.reader.name: Columns(1 - narrowing.kept(group) / group.width, narrowing.kept(group), group.block)
+        for each in narrowing.neurons.values()
+        for group in each
+        if narrowing.kept(group) < group.width
+    }
+    some = [
+        replace(layer, linears=[linear for linear in layer.linears if linear.name in patterns])
+        for layer in narrowing.layers
+    ]
+    selection = Selection(layers=layers)
+    return Plan(method, Unstructured(1 - keep), selection, False, None, some, patterns, [])
+
+
+def _kept(narrowing: Narrowing) -> dict[str, Tensor]:
+    """Find the neurons that the readers still read; where these are fewer than stay, the first of the others, too."""
+    kept: dict[str, Tensor] = {}
+    for group in (group for each in narrowing.neurons.values() for group in each):
+        read_B = group.reader.weight_OI.any(0).unflatten(0, (-1, group.block)).any(1)
+        first_B = read_B.byte().sort(descending=True, stable=True).indices[: narrowing.kept(group) // group.block]
+        mask_B = torch.zeros_like(read_B).index_fill_(0, first_B, 1)
+        kept[group.reader.name] = mask_B.repeat_interleave(group.block).nonzero().flatten()
+    return kept
 
 
 def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: float, attention_keep: float) -> None:
