@@ -13,7 +13,9 @@ from sizes import VOCABULARY
 from test_families import build
 
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.narrowing import kept_of
+from wanda_lightning.engine.neuron_removal import NeuronRemoval
 from wanda_lightning.engine.width import prune_width
 from wanda_lightning.model.coupling import find_neurons
 from wanda_lightning.model.decoder import decoder_layers
@@ -238,19 +240,36 @@ def test_models_that_cannot_be_narrowed_are_refused(how, message):
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
+def cut_off(layers, _):
+    """Ends a run before the third layer."""
+    for number, layer in enumerate(layers):
+        if number == 2:
+            raise KeyboardInterrupt
+        yield layer
+
+
 def test_a_failure_on_the_way_changes_nothing(llama):
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-
-    def one_at_a_time(layers, _):
-        for number, layer in enumerate(layers):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield layer
-
     with pytest.raises(KeyboardInterrupt):
-        prune_width(llama, BATCHES, 0.5, progress=one_at_a_time)
+        prune_width(llama, BATCHES, 0.5, progress=cut_off)
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
     assert llama.config.intermediate_size == 64
+
+
+@pytest.mark.parametrize("settings", [{}, {"choice": "magnitude", "refit": False}])
+def test_a_run_that_was_cut_off_goes_on_behind_its_finished_layers(settings, tmp_path, monkeypatch):
+    whole, resumed, journal = tiny_llama(), tiny_llama(), Journal(tmp_path / "unfinished")
+    report = prune_width(whole, BATCHES, 0.5, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        prune_width(resumed, BATCHES, 0.5, **settings, progress=cut_off, journal=journal)
+    solved, prune = [], NeuronRemoval.prune
+    monkeypatch.setattr(NeuronRemoval, "prune", lambda *args: solved.append(1) or prune(*args))
+    with pytest.raises(ValueError, match=r"holds the finished layers of another run: .*keep: 0.5 there, 0.4 now"):
+        prune_width(resumed, BATCHES, 0.4, **settings, journal=journal)
+    again = prune_width(resumed, BATCHES, 0.5, **settings, journal=journal)
+    assert len(solved) == 1
+    assert again.figures == report.figures
+    assert all(map(torch.equal, resumed.state_dict().values(), whole.state_dict().values()))
 
 
 def test_a_family_whose_config_cannot_say_the_width_is_refused():

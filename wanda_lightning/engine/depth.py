@@ -8,8 +8,9 @@ from torch import nn
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.engine.layer_choice import LayerChooser, Progress
+from wanda_lightning.engine.layer_choice import LayerChooser
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.language_model import uncompiled

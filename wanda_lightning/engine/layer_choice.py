@@ -17,12 +17,11 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class LayerChooser:

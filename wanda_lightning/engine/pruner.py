@@ -1,7 +1,7 @@
 """Pruning a model: whoever has read this file knows the house."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,9 @@ from wanda_lightning.sparsity import Pattern, as_pattern
 
 log = logging.getLogger(__name__)
 
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps the iteration over so many steps, to show how far it is."""
+
 
 def prune_model(
     model: nn.Module,
@@ -57,7 +60,7 @@ def prune_model(
     activations: Place = "device",
     journal: Journal | None = None,
     processes: Processes | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> PruningReport:
     """Prune the linears of a model's layers in place, layer by layer.
 
@@ -121,7 +124,6 @@ def prune_model(
         0.5
     """
     method, pattern = as_method(method), as_pattern(pattern)
-    clock = PhaseClock()
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     feed = feed_of(model, forward)
     with left_as_found(model), feed.calling():
@@ -129,29 +131,57 @@ def prune_model(
         plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction, dense_target)
         check_pruning(model, plan, calibration is not None, journal)
         plan = with_neurons(plan, model) if permute else plan
-        zeros, allocator = ZeroCount(model), found.selection.allocator
-        batches = HashedBatches(found.calibration if plan.needs_batches else None, feed, keep=bool(allocator))
-        visits = clock.forwards(_visit(model, plan, batches, activations, feed))
-        plan, visits = begin(plan, visits, processes)  # the first visit reads the batches
-        settings = {**plan.settings, "processes": processes.size}
-        journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
-        if allocator:
-            with clock.allocation():
-                plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
-        report = plan.new_report()
-        for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
-            done = journal.restore(number, layer, processes)
-            if done is None:
-                with clock.statistics():
-                    done = prune_layer(layer, inputs, plan, processes)
-                clock.spent("solve", (linear.row.seconds for linear in done.linears))
-                clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
-                journal.record(number, layer, done, processes)
-            report.add(done.linears)
-            if done.reconstruction:
-                report.reconstruction[layer.name] = done.reconstruction
-            write_back(layer.module, layer.weights, journal.file(number))
-            zeros.visit(layer.module)
+        return carry_out(plan, feed, found.calibration, activations, journal, processes, progress)
+
+
+def carry_out(
+    plan: Plan,
+    feed: Feed,
+    calibration: Iterable[Batch] | None,
+    activations: Place,
+    journal: Journal,
+    processes: Processes,
+    progress: Progress | None,
+    asked: Mapping[str, Any] | None = None,
+) -> PruningReport:
+    """Do what is planned, layer by layer.
+
+    Args:
+        plan: What is to be done, checked.
+        feed: The model, in eval mode, and how it runs on a batch.
+        calibration: See :func:`prune_model`, as the following.
+        activations: A place.
+        journal: A journal.
+        processes: All of them.
+        progress: Shows how far it is.
+        asked: What decides the result beside the plan's settings.
+
+    Returns:
+        What was done to every linear.
+    """
+    model, clock, zeros, allocator = feed.model, PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
+    batches = HashedBatches(calibration if plan.needs_batches else None, feed, keep=bool(allocator))
+    visits = clock.forwards(_visit(model, plan, batches, activations, feed))
+    plan, visits = begin(plan, visits, processes)  # the first visit reads the batches
+    settings = {**plan.settings, **(asked or {}), "processes": processes.size}
+    journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
+    if allocator:
+        with clock.allocation():
+            plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
+    report = plan.new_report()
+    for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
+        done = journal.restore(number, layer, processes)
+        if done is None:
+            with clock.statistics():
+                done = prune_layer(layer, inputs, plan, processes)
+            clock.spent("solve", (linear.row.seconds for linear in done.linears))
+            clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
+            journal.record(number, layer, done, processes)
+        report.add(done.linears)
+        if done.reconstruction:
+            report.reconstruction[layer.name] = done.reconstruction
+        write_back(layer.module, layer.weights, journal.file(number))
+        zeros.visit(layer.module)
     report.repeat(plan.repeats)
     _say_what_was_not_reached(plan, report)
     report.whole_model_sparsity = zeros.sparsity

@@ -3,10 +3,11 @@
 Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import number_not_below_0, whole_number
 from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.walk import visit
-from wanda_lightning.engine.layer_pruning import prune_layer
+from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
 from wanda_lightning.engine.neuron_removal import Columns, NeuronChoice, NeuronRemoval
-from wanda_lightning.engine.order import begin
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.pruner import Progress, carry_out
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.report.linear_report import LinearReport
+from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.shrinking import ShrinkReport
 from wanda_lightning.sparsity import Unstructured
 
@@ -41,8 +42,9 @@ def prune_width(
     attention_keep: float = 1.0,
     layers: str | None = None,
     activations: Place = "device",
+    journal: Journal | None = None,
     processes: Processes | None = None,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> ShrinkReport:
     """Remove neurons from every MLP of a model, so that it is an ordinary model with a smaller intermediate size.
 
@@ -68,6 +70,8 @@ def prune_width(
         layers: Name of the list of decoder layers, where the rule for finding it fails.
         activations: Where the activations of the calibration set wait between two layers: ``"device"``, ``"cpu"`` or
             ``"disk"``.
+        journal: Keeps every finished layer on disk, until its ``remove`` is called. Where it holds layers of the same
+            pruning already, it goes on behind them.
         processes: Where each has a part of the calibration set: ``Processes()``. All of them end with the same model.
         progress: Wraps the iteration over layers, given it and its length, to show how far it is.
 
@@ -87,7 +91,7 @@ def prune_width(
         >>> model.config.intermediate_size
         32
     """
-    model, processes = uncompiled(model), processes or Processes.alone()
+    model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     check_settings(keep, choice, multiple, shrinkage, attention_keep)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
@@ -99,27 +103,16 @@ def prune_width(
     with reported(model, report):
         with processes.together():
             narrowing = plan_width(model, keep, multiple, attention_keep, layers)
-        method = NeuronRemoval(choice, refit, shrinkage)
-        plan = _plan(narrowing, method, keep, layers)
-        batches = calibration if method.statistic and plan.patterns else None
-        visits = visit(model, plan.layers, batches, activations)
-        plan, visits = begin(plan, visits, processes)
-        dense: dict[str, Tensor] = {}
-        rows: list[LinearReport] = []
-        try:
-            for layer, inputs in progress(visits, len(plan.layers)) if progress else visits:
-                dense |= {linear.name: linear.weight_OI.clone() for linear in layer.linears}
-                rows += [each.row for each in prune_layer(layer, inputs, plan, processes).linears]
-        except BaseException:
-            for linear in (linear for layer in plan.layers for linear in layer.linears):
-                if linear.name in dense:
-                    linear.weight_OI.copy_(dense[linear.name])
-            raise
+        plan = _plan(narrowing, NeuronRemoval(choice, refit, shrinkage), keep, layers)
+        batches = calibration if plan.patterns else None
+        with _as_they_were_if_it_fails([linear for layer in plan.layers for linear in layer.linears]):
+            feed = LanguageModelFeed(model)
+            done = carry_out(plan, feed, batches, activations, journal, processes, progress, asked=settings)
         narrowing.apply(model, _kept(narrowing))
         report.sizes = {".".join(path): (was, is_) for path, (was, is_) in narrowing.numbers.items() if was != is_}
-        report.figures = {row.name: row.error for row in rows if row.error is not None}
+        report.figures = {row.name: row.error for row in done.linears if row.error is not None}
         report.kept = [[*width, kept] for width, kept in narrowing.widths.items()]
-        report.tokens = max((row.tokens for row in rows if row.tokens), default=None)
+        report.tokens = max((row.tokens for row in done.linears if row.tokens), default=None)
     return report
 
 
@@ -140,6 +133,18 @@ def plan_width(
     """
     groups = None if attention_keep == 1 else partial(groups_of, keep=attention_keep)
     return Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers, groups)
+
+
+@contextmanager
+def _as_they_were_if_it_fails(linears: Sequence[PrunableLinear]) -> Iterator[None]:
+    """Put the weights back that were there if the body raises: a model with zeros in all its columns is no use."""
+    dense = [linear.weight_OI.clone() for linear in linears]
+    try:
+        yield
+    except BaseException:
+        for linear, weight_OI in zip(linears, dense, strict=True):
+            linear.weight_OI.copy_(weight_OI)
+        raise
 
 
 def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str | None) -> Plan:
