@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.engine.depth import prune_depth
+from wanda_lightning.engine.layer_choice import LayerChooser
+from wanda_lightning.engine.neuron_removal import NeuronRemoval
 from wanda_lightning.engine.width import prune_width
 from wanda_lightning.runs.causal_lm import CausalLM
 
@@ -109,6 +111,42 @@ def test_zeros_on_the_smaller_model(tmp_path):
     assert sparsities(module) == {0.5}
     assert {row.shape for row in sparse.report.linears} == {(32, 32), (16, 32)}
     assert module.net.config.num_hidden_layers == 1
+
+
+def test_a_run_that_was_cut_off_goes_on_behind_its_finished_layers(tmp_path, monkeypatch):
+    """Also one whose neurons were through, and which failed while it chose layers."""
+    solved: list[int] = []
+    prune, choose = NeuronRemoval.prune, LayerChooser.by_angle
+
+    def run(neurons, layers, **settings):
+        solved.clear()
+        monkeypatch.setattr(NeuronRemoval, "prune", lambda *args: solved.append(1) or neurons(*args))
+        monkeypatch.setattr(LayerChooser, "by_angle", layers)
+        pruning = WidthPruning(keep=0.5, **settings), DepthPruning(layers=1)
+        module = SomebodysModule()
+        trainer(tmp_path, *pruning, max_steps=0).fit(module, datamodule=SomebodysData())
+        return module
+
+    def fails(*_, **__):
+        raise InterruptedError
+
+    def fails_second(*args):
+        return prune(*args) if len(solved) == 1 else fails()
+
+    with pytest.raises(InterruptedError):
+        run(fails_second, choose)
+    assert len([*tmp_path.glob("unfinished-0/layer-*")]) == 1
+    with pytest.raises(InterruptedError):
+        run(prune, fails)
+    assert len(solved) == 1
+    module = run(prune, choose)
+    assert not solved
+    assert all(map(torch.equal, module.net.state_dict().values(), by_the_engine().state_dict().values()))
+    assert not [*tmp_path.glob("unfinished*")]
+    with pytest.raises(InterruptedError):
+        run(fails_second, choose)
+    run(prune, choose, resume=False)
+    assert len(solved) == 2
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -36,6 +36,8 @@ class WidthPruning(ShapePruning):
         num_samples: How many sequences to take where calibration uses the train dataloader.
         activations: Where the activations of the calibration set wait: on the ``device``, ``cpu`` or ``disk``.
         overwrite: Replace the results in the folder also if they are of other settings.
+        resume: Keep finished layers in the folder until the model is smaller, and go on behind those of a run that was
+            cut off. False: start over.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -58,12 +60,14 @@ class WidthPruning(ShapePruning):
         num_samples: int = 128,
         activations: Place = "device",
         overwrite: bool = False,
+        resume: bool = True,
     ) -> None:
         check_settings(keep, choice, multiple, shrinkage, attention_keep)
         sizes = {"keep": keep, "multiple": multiple, "attention_keep": attention_keep}
         super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, shrinkage=shrinkage)
         self.prune = partial(prune_width, **self.settings, layers=layers, activations=activations)
         self.keep, self.multiple, self.attention_keep, self.layers = keep, multiple, attention_keep, layers
+        self.resume = resume
 
     @override
     def check(self, model: nn.Module) -> None:

@@ -8,18 +8,19 @@ from wanda_lightning.engine.journal import Journal
 
 
 class UnfinishedLayers:
-    """Finished layers in ``unfinished/`` of a run's folder.
+    """Finished layers in a folder of their own in a run's folder.
 
     Args:
         folder: The run's folder.
         keep: True keeps them, locks the folder for this run, and goes on behind those that are there. False deletes
             those that are there.
         until_saved: Whether they are kept until the model is saved, rather than until ``fit`` ends.
+        name: Of their folder.
     """
 
-    def __init__(self, folder: Path, keep: bool, until_saved: bool) -> None:
+    def __init__(self, folder: Path, keep: bool, until_saved: bool = False, name: str = "unfinished") -> None:
         self.keep, self.until_saved = keep, until_saved
-        self._journal = Journal(folder / "unfinished")
+        self._journal = Journal(folder / name)
 
     def journal(self, streamed: bool = False) -> Journal | None:
         """Return where layers are recorded, or None; layers of a model that is on disk always are."""
