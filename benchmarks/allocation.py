@@ -1,7 +1,8 @@
 """Perplexity of a model whose sparsity is split among its layers in several ways.
 
     python benchmarks/allocation.py MODEL CALIBRATION.txt EVALUATION.txt [--sparsities 0.6 0.7]
-        [--methods wanda sparsegpt] [--allocations uniform OWL ATP LeastLoss] [--seeds 0 1 2] [--order one]
+        [--methods Wanda "SparseGPT, dense target (balanced)"] [--allocations uniform OWL ATP LeastLoss]
+        [--seeds 0 1 2] [--order one]
 
 Calibration: 32 random windows of 512 tokens of one file, others for each seed; allocations choose on these windows
 alone. Perplexity: the first 40 consecutive windows of the other, float32. Prints a Markdown table: means over the
@@ -14,7 +15,7 @@ import itertools
 import json
 from pathlib import Path
 
-from quality import model_and_data, perplexity, with_spread
+from quality import METHODS, SETTINGS, model_and_data, perplexity, with_spread
 
 from wanda_lightning import ATP, OWL, LeastLoss, prune_model
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.6, 0.7])
-    parser.add_argument("--methods", nargs="+", default=["wanda"], help="names, as prune_model takes them")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Wanda"])
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--order", choices=["two", "one"], default="one", help="how many passes a layer")
@@ -51,10 +52,11 @@ def main() -> None:
             report = prune_model(
                 pruned,
                 each.calibration_dataloader(),
-                method,
+                METHODS[method],
                 sparsity,
                 allocation=ALLOCATIONS[name],
                 true_sequential=options.order == "one",
+                **SETTINGS.get(method, {}),
             )
             if options.reports:
                 file = options.reports / f"{method}-{sparsity}-{name}-{seed}.json"
