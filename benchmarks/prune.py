@@ -1,10 +1,12 @@
 """Whole prunings of a model by every method: seconds by phase, peak memory, and ratios to Wanda done the plain way.
 
     python benchmarks/prune.py MODEL [CALIBRATION.txt] [--order one two] [--device cuda] [--repeat 3]
+        [--forward float32 bfloat16]
 
 The plain way is that of the published code: one sample a call, every layer forwarded twice in full, a hook on every
-linear. Ours visit each layer in two passes over the calibration set, or in one (``true_sequential``). Runs take turns,
-and ratios are those of the medians of one run. Prints a Markdown table.
+linear. Ours visit each layer in two passes over the calibration set, or in one (``true_sequential``). With
+``--forward bfloat16`` the model runs under autocast. Runs take turns, and ratios are those of the medians of one run.
+Prints a Markdown table.
 """
 
 import argparse
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=["two", "one"], help="how many passes a layer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--forward", nargs="+", choices=["float32", "bfloat16"], default=["float32"], help="see above")
     parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -77,12 +80,13 @@ def main() -> None:
 
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.repeat):
-        for name, order in itertools.product(options.methods, options.order):
+        for name, order, forward in itertools.product(options.methods, options.order, options.forward):
             calibrated = name in METHODS and METHODS[name].statistic is not None
             if not calibrated and order != options.order[0]:
                 continue
             pruned = copy.deepcopy(model)
-            with phases(pruned) as seconds:
+            in_half = torch.autocast(model.device.type, torch.bfloat16, enabled=forward == "bfloat16")
+            with in_half, phases(pruned) as seconds:
                 if name == "plain":
                     prune_the_plain_way(pruned, samples)
                 else:
@@ -90,6 +94,7 @@ def main() -> None:
                     report = prune_model(pruned, batches, METHODS[name], PATTERN, true_sequential=one_pass)
                     seconds["solve"] = sum(row.seconds for row in report.linears)
             label = f"{name}, {ORDERS[order]}" if calibrated else name
+            label += ", bfloat16" if forward == "bfloat16" else ""
             runs.setdefault(label, []).append(seconds)
             print(f"{label}: {seconds['total']:.1f} s", flush=True)
 

@@ -1,10 +1,10 @@
 """Perplexity of a model, dense and pruned by every method at 50 % and 2:4, on two text files; and zero-shot tasks.
 
     python benchmarks/quality.py MODEL CALIBRATION.txt EVALUATION.txt [--order two one] [--seeds 0 1 2]
-        [--tasks TASK ... --include-path FOLDER]
+        [--tasks TASK ... --include-path FOLDER] [--bfloat16]
 
 Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in one pass over
-them, or in two (``true_sequential``). Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
+them, or in two (``true_sequential``), under autocast with ``--bfloat16``. Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
 lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown table: means over the seeds, with
 standard deviations, and seconds a pruning.
 """
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--order", nargs="+", choices=["two", "one"], default=["one"], help="how many passes a layer")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bfloat16", action="store_true", help="run the model under autocast while it is pruned")
     parser.add_argument("--batch-size", type=int, default=4, help="calibration windows a batch")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--evaluation-windows", type=int, default=40)
@@ -96,7 +97,8 @@ def main() -> None:
 
     def pruned_results(name: str, pattern: Pattern, one_pass: bool, seed: TextDataModule) -> list[float]:
         pruned, settings = copy.deepcopy(model), {"true_sequential": one_pass, **SETTINGS.get(name, {})}
-        report = prune_model(pruned, seed.calibration_dataloader(), METHODS[name], pattern, **settings)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bfloat16):
+            report = prune_model(pruned, seed.calibration_dataloader(), METHODS[name], pattern, **settings)
         return [*results(pruned), report.seconds]
 
     print("| " + " | ".join(["method", "pattern", "passes", "perplexity", *names, "seconds"]) + " |")
