@@ -4,9 +4,9 @@
         [--tasks TASK ... --include-path FOLDER] [--bfloat16]
 
 Calibration: 32 random windows of 512 tokens of one file, others for each seed; layers are visited in one pass over
-them, or in two (``true_sequential``), under autocast with ``--bfloat16``. Perplexity: the first 40 consecutive windows of the other, float32. Tasks are
-lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown table: means over the seeds, with
-standard deviations, and seconds a pruning.
+them, or in two (``true_sequential``), under autocast with ``--bfloat16``. Perplexity: the first 40 consecutive windows
+of the other, float32. Tasks are lm-eval's, accuracy in per cent on their first --limit questions. Prints a Markdown
+table: means over the seeds, with standard deviations, and seconds a pruning.
 """
 
 import argparse
