@@ -45,22 +45,36 @@ class DenseInputs:
             What the layer gives.
         """
         if self.readers is None:
-            writers = residual_writers(self._layer.module, self._modules, hidden_BTD, run)
-            self.readers = writers
+            self.readers, inputs, out_BTD = residual_writers(self._layer.module, self._modules, hidden_BTD, run)
+            keep, wanted = self._keep_once(), self._wanted
+            for module, x in inputs:
+                if module in wanted:
+                    keep(module, x)
+        else:
+            with _first_inputs(self._wanted, self._keep_once()):
+                out_BTD = run()
         if None in self.readers.values():
             self._keep(None, hidden_BTD)
+        return out_BTD
+
+    @property
+    def _wanted(self) -> set[nn.Module]:
+        """The modules whose inputs are kept."""
+        return self._modules | {module for module in (self.readers or {}).values() if module is not None}
+
+    def _keep_once(self) -> Callable[[nn.Module, Tensor], None]:
+        """Return what keeps the inputs of a batch, those that several modules have once."""
         seen: list[tuple[nn.Module, Tensor]] = []
-        readers = self.readers
 
         def look(module: nn.Module, x: Tensor) -> None:
             if first := next((other for other, tensor in seen if tensor is x), None):  # q, k and v share theirs
-                readers.pop(first, None)  # the sums of a writer serve it alone
+                assert self.readers is not None
+                self.readers.pop(first, None)  # the sums of a writer serve it alone
                 return
             seen.append((module, x))
             self._keep(module, x)
 
-        with _first_inputs(self._modules | {module for module in readers.values() if module is not None}, look):
-            return run()
+        return look
 
     def _keep(self, module: nn.Module | None, x: Tensor) -> None:
         self._kept.setdefault(module, HiddenStates(self._place)).append(x)
@@ -85,7 +99,7 @@ class DenseInputs:
 
 def residual_writers(
     layer: nn.Module, modules: set[nn.Module], hidden_BTD: Tensor, run: Callable[[], Tensor]
-) -> dict[nn.Module, nn.Module | None]:
+) -> tuple[dict[nn.Module, nn.Module | None], list[tuple[nn.Module, Tensor]], Tensor]:
     """Find the modules whose output is added to the residual stream: the sum is, bit by bit, what is read next.
 
     A layer that adds several outputs at once, or scales or norms them first, has none.
@@ -97,14 +111,18 @@ def residual_writers(
         run: Runs the layer on that.
 
     Returns:
-        For each of them, the module that reads the stream it is added to; None for the layer itself.
+        For each of them, the module that reads the stream it is added to, None for the layer itself; what enters the
+        modules of the layer, in the order of the calls; and what the layer gives.
     """
     found: dict[nn.Module, nn.Module | None] = {}
+    inputs: list[tuple[nn.Module, Tensor]] = []
     stream_BTD, reader = hidden_BTD.clone(), None
     outputs: dict[nn.Module, Tensor] = {}
 
     def look(module: nn.Module | None, x: Tensor) -> None:
         nonlocal stream_BTD, reader
+        if module is not None:
+            inputs.append((module, x))
         for writer, out_BTD in outputs.items():
             if x.shape == stream_BTD.shape and torch.equal(x, stream_BTD + out_BTD):
                 found[writer] = reader
@@ -119,8 +137,8 @@ def residual_writers(
     with ExitStack() as hooks, _first_inputs({*layer.modules()} - {layer}, look):
         for module in modules:
             hooks.callback(module.register_forward_hook(wrote).remove)
-        look(None, run())
-    return found
+        look(None, out_BTD := run())
+    return found, inputs, out_BTD
 
 
 @contextmanager
