@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -314,3 +315,15 @@ def test_what_judges_was_not_measured_on(count):
     assert used
     assert count == 1 or not held & used
     assert held | used == {*range(count)}
+
+
+@pytest.mark.parametrize("activations", ["device", "disk"])
+def test_norms_are_those_of_the_dense_model_in_one_pass(activations):
+    model, batches, calls = tiny_llama(), token_batches(), []
+    expected = inputs_of(model, batches)
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        norms = replace(task_of(model, batches), activations=activations).input_norms()
+    assert len(calls) == len(batches) + 1  # one sequence is looked at before
+    for name, norm in norms.items():
+        torch.testing.assert_close(norm.compute(), expected[name].norm(dim=0), rtol=1e-5, atol=1e-5)

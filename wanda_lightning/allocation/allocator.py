@@ -81,7 +81,7 @@ class Task:
         with self.team.together():
             for step in walk(self.model, self.layers, batches, self.activations, feed=self.feed):
                 if step.layer.linears:
-                    norms |= step.collect(InputNorm)
+                    norms |= step.collect(InputNorm, advance=True)
         shared = [*{id(norm): norm for norm in norms.values()}.values()]
         tokens = torch.tensor([norm.tokens for norm in shared], device=shared[0].total.device)
         self.team.sum([tokens])

@@ -117,6 +117,7 @@ class CalibratedLayer:
         statistic: type[InputStatistic],
         linears: list[PrunableLinear] | None = None,
         batches: int | None = None,
+        advance: bool = False,
     ) -> dict[str, InputStatistic]:
         """Run the layer and gather a statistic of every pruned linear's inputs; padding does not count.
 
@@ -124,6 +125,7 @@ class CalibratedLayer:
             statistic: The kind of statistic.
             linears: Those of the layer whose inputs are wanted. Default: all that are pruned.
             batches: Use the first so many only. Default: all.
+            advance: Whether nobody changes the layer, so that what it gives here is what enters the next one.
 
         Returns:
             The statistics by linear name. Linears fed by the same tensor share one object. The statistic of an expert
@@ -132,12 +134,15 @@ class CalibratedLayer:
         Raises:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
-        collector = Collector(statistic, self.layer.linears if linears is None else linears)
+        collector = Collector(statistic, self.layer.linears if linears is None else linears, to_the_end=advance)
         seen = zip(self.hidden_BTD, self.arguments, self.real, strict=True)
         with collector:
-            for hidden_BTD, arguments, real in islice(seen, batches):
+            for number, (hidden_BTD, arguments, real) in enumerate(islice(seen, batches)):
                 with collector.batch(tuple(hidden_BTD.shape), real):
-                    arguments.call(self.layer.module, hidden_BTD)
+                    out = arguments.call(self.layer.module, hidden_BTD)
+                if advance:
+                    self.hidden_BTD[number] = hidden_states_of(out)
+        self.has_advanced = self.has_advanced or advance
         statistics = collector.statistics()
         check_statistics(statistics)
         return statistics

@@ -33,9 +33,12 @@ class Collector:
     Args:
         statistic: The kind of statistic.
         linears: Those of one layer.
+        to_the_end: Whether the layer is to give its outputs; else it may be left when all of them were called.
     """
 
-    def __init__(self, statistic: type[InputStatistic], linears: Sequence[PrunableLinear]) -> None:
+    def __init__(
+        self, statistic: type[InputStatistic], linears: Sequence[PrunableLinear], to_the_end: bool = False
+    ) -> None:
         self._new = statistic
         self._linears = linears
         self._statistics: dict[str, InputStatistic] = {}
@@ -43,7 +46,8 @@ class Collector:
         self._inputs: list[tuple[Tensor, str]] = []  # seen in this batch, kept alive so that `is` holds
         self._real = RealTokens()
         self._modules = by_module(linears)
-        self._stop = EarlyStop(self._modules, works=all(x.experts is None or x.expert is not None for x in linears))
+        routed = any(x.experts is not None and x.expert is None for x in linears)
+        self._stop = EarlyStop(self._modules, works=not (routed or to_the_end))
 
     def __enter__(self) -> "Collector":
         def hook(linears: list[PrunableLinear]) -> Callable[..., None]:
