@@ -326,4 +326,4 @@ def test_norms_are_those_of_the_dense_model_in_one_pass(activations):
         norms = replace(task_of(model, batches), activations=activations).input_norms()
     assert len(calls) == len(batches) + 1  # one sequence is looked at before
     for name, norm in norms.items():
-        torch.testing.assert_close(norm.compute(), expected[name].norm(dim=0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(norm.compute().double(), expected[name].norm(dim=0), rtol=1e-5, atol=1e-5)
