@@ -13,7 +13,7 @@ import argparse
 import copy
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -144,10 +144,14 @@ def takes(name: str, pattern: Pattern) -> bool:
     return True
 
 
-@torch.no_grad()
 def perplexity(model: torch.nn.Module, data: TextDataModule) -> float:
+    return perplexity_of(model, data.val_dataloader())
+
+
+@torch.no_grad()
+def perplexity_of(model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> float:
     metric = Perplexity().to(model.device)
-    for batch in data.val_dataloader():
+    for batch in batches:
         ids = batch["input_ids"].to(model.device)
         metric.update_from(model, {"input_ids": ids}, ids)
     return metric.compute().item()
