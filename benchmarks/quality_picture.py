@@ -42,7 +42,10 @@ def rows_of(text: str) -> Iterator[Row]:
     columns: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip().strip("*`") for cell in line.strip().strip("|").split("|")]
-        if not line.strip().startswith("|") or re.fullmatch(r"[\s|:-]+", line):
+        if not line.strip().startswith("|"):
+            columns = []
+            continue
+        if re.fullmatch(r"[\s|:-]+", line):
             continue
         if {"method", "pattern", "perplexity", "seconds"} <= {*cells}:
             columns = cells
