@@ -45,7 +45,8 @@ def main() -> None:
 
     module, data = loaded()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PruningTrainer(callbacks=[WandaPruning()], default_root_dir=folder, logger=False, accelerator="cpu")
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = PruningTrainer(callbacks=[WandaPruning()], default_root_dir=folder, accelerator="cpu", **quiet)
         started = time.perf_counter()
         result = trainer.search(
             module, data, max_perplexity_increase=options.increase, held_out_windows=options.windows
