@@ -3,8 +3,7 @@
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -19,9 +18,8 @@ from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBa
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model
-from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
+from wanda_lightning.callbacks.plumbing.unfinished_layers import keeping_layers
 from wanda_lightning.callbacks.pruning import run_folder
-from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.configuration import says
 from wanda_lightning.model.language_model import find_language_model
@@ -170,7 +168,8 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     trainer.strategy.model_to_device()
     for callback in due:
         callback.check(model)
-    with _finished_layers(trainer, callbacks) as journals:
+    folder = run_folder(trainer)  # all processes must ask for it
+    with keeping_layers(trainer, folder, [callback.resume for callback in callbacks]) as journals:
         for callback in due:
             callback.look_again(model)
             with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
@@ -179,34 +178,12 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
                     callback.calibration.of(trainer),
                     processes=Processes(),
                     progress=partial(progress, trainer, asked_to_end),
-                    **journals.get(callback, {}),
+                    **journals[callbacks.index(callback)],
                 )
             callback.calibrated = callback.calibration.describe(trainer)
             if trainer.is_global_zero:
                 log.info("%s", callback.report.summary)
     save(trainer, module)
-
-
-@contextmanager
-def _finished_layers(
-    trainer: Trainer, callbacks: list[ShapePruning]
-) -> Iterator[dict[ShapePruning, dict[str, Journal | None]]]:
-    """Keep what each callback finishes until all are through; what a run that failed has finished stays there."""
-    folder = run_folder(trainer)  # all processes must ask for it
-    kept = {
-        callback: UnfinishedLayers(folder, callback.resume, name=f"unfinished-{number}")
-        for number, callback in enumerate(callbacks)
-        if callback.resume is not None
-    }
-    try:
-        for layers in kept.values():
-            layers.open(trainer)
-        yield {callback: {"journal": layers.journal()} for callback, layers in kept.items()}
-        for layers in kept.values():
-            layers.forget(trainer)
-    finally:
-        for layers in kept.values():
-            layers.release()
 
 
 def _reshape_all(callbacks: list[ShapePruning], module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Finished layers of a pruning that is not through: kept on disk, so that after a crash the same run goes on there."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -39,3 +41,33 @@ class UnfinishedLayers:
         """Delete the layers: the model is saved, or nobody asked for them."""
         if trainer.is_global_zero:
             self._journal.remove()
+
+
+@contextmanager
+def keeping_layers(
+    trainer: Trainer, folder: Path, resume: Sequence[bool | None]
+) -> Iterator[list[dict[str, Journal | None]]]:
+    """Keep what several callbacks finish until all are through; what a run that failed has finished stays there.
+
+    Args:
+        trainer: The Trainer.
+        folder: The run's folder.
+        resume: Of each callback, whether its layers are kept, or those that are there deleted; None where it has none.
+
+    Yields:
+        Of each callback, the argument ``journal``, if it takes one.
+    """
+    kept = {
+        number: UnfinishedLayers(folder, keep, name=f"unfinished-{number}")
+        for number, keep in enumerate(resume)
+        if keep is not None
+    }
+    try:
+        for layers in kept.values():
+            layers.open(trainer)
+        yield [{"journal": kept[number].journal()} if number in kept else {} for number in range(len(resume))]
+        for layers in kept.values():
+            layers.forget(trainer)
+    finally:
+        for layers in kept.values():
+            layers.release()
