@@ -3,13 +3,12 @@
 Shapes: O out features, I in features (the neurons), K kept neurons.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import get_args
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
@@ -18,6 +17,7 @@ from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.layer_pruning import put_in_place
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
 from wanda_lightning.engine.neuron_removal import Columns, NeuronChoice, NeuronRemoval
 from wanda_lightning.engine.plan import Plan
@@ -26,6 +26,7 @@ from wanda_lightning.engine.pruner import Progress, carry_out
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.neurons import Neurons
 from wanda_lightning.report.shrinking import ShrinkReport
 from wanda_lightning.sparsity import Unstructured
 
@@ -136,21 +137,20 @@ def plan_width(
 
 
 @contextmanager
-def _as_they_were_if_it_fails(linears: Sequence[PrunableLinear]) -> Iterator[None]:
+def _as_they_were_if_it_fails(linears: list[PrunableLinear]) -> Iterator[None]:
     """Put the weights back that were there if the body raises: a model with zeros in all its columns is no use."""
-    dense = [linear.weight_OI.clone() for linear in linears]
+    dense = {linear.name: linear.weight_OI.clone() for linear in linears}
     try:
         yield
     except BaseException:
-        for linear, weight_OI in zip(linears, dense, strict=True):
-            linear.weight_OI.copy_(weight_OI)
+        put_in_place(linears, dense)
         raise
 
 
 def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str | None) -> Plan:
     """Say what the matrices that read neurons are pruned to; those of which all stay are left alone."""
     patterns = {
-        group.reader.name: Columns(1 - narrowing.kept(group) / group.width, narrowing.kept(group), group.block)
+        group.reader.name: _columns(narrowing, group)
         for each in narrowing.neurons.values()
         for group in each
         if narrowing.kept(group) < group.width
@@ -165,13 +165,18 @@ def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str 
 
 def _kept(narrowing: Narrowing) -> dict[str, Tensor]:
     """Find the neurons that the readers still read; where these are fewer than stay, the first of the others, too."""
-    kept: dict[str, Tensor] = {}
-    for group in (group for each in narrowing.neurons.values() for group in each):
-        read_B = group.reader.weight_OI.any(0).unflatten(0, (-1, group.block)).any(1)
-        first_B = read_B.byte().sort(descending=True, stable=True).indices[: narrowing.kept(group) // group.block]
-        mask_B = torch.zeros_like(read_B).index_fill_(0, first_B, 1)
-        kept[group.reader.name] = mask_B.repeat_interleave(group.block).nonzero().flatten()
-    return kept
+    groups = [group for each in narrowing.neurons.values() for group in each]
+    read = [group.reader.weight_OI.any(0, keepdim=True).float() for group in groups]
+    return {
+        group.reader.name: _columns(narrowing, group).mask(read_1I)[0].nonzero().flatten()
+        for group, read_1I in zip(groups, read, strict=True)
+    }
+
+
+def _columns(narrowing: Narrowing, group: Neurons) -> Columns:
+    """Say how many columns of the matrix that reads some neurons stay."""
+    kept = narrowing.kept(group)
+    return Columns(1 - kept / group.width, kept, group.block)
 
 
 def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: float, attention_keep: float) -> None:
