@@ -4,6 +4,7 @@ from helpers import tiny_llama, token_batches
 from torch import nn
 from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausalLM
 
+from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
@@ -259,6 +260,34 @@ def test_infinite_activations_of_a_later_batch_name_the_linear(batches):
     step = next(walk(model, decoder_layers(model), batches))
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.self_attn\.q_proj are NaN or infinite"):
         step.collect(InputNorm)
+
+
+@pytest.mark.parametrize("place", [0, 60])
+@torch.no_grad()
+def test_what_only_one_token_overflows_in_float16_is_found_before_the_first_visit(place):
+    model = tiny_llama().half()
+    first, second = model.model.layers[:2]
+    model.model.embed_tokens.weight[:, 0] = 0
+    model.model.embed_tokens.weight[299] = torch.eye(32)[0]
+    for writer in (first.self_attn.o_proj, first.mlp.down_proj, second.self_attn.o_proj):
+        writer.weight[0] = 0  # so that this token alone has anything in the first channel
+    for reader in (second.mlp.gate_proj, second.mlp.up_proj):
+        reader.weight[:, 0] = 1e4
+    ids = torch.randint(0, 299, (2, 64))
+    next(walk(model, decoder_layers(model), [ids]))
+    ids[0, place] = 299
+    with pytest.raises(ValueError, match=r"the activations of model\.layers\.1 are NaN or infinite"):
+        next(walk(model, decoder_layers(model), [ids]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding", "tokens"), [("float32", False, 32), ("float32", True, 64), ("float16", False, 64)]
+)
+def test_a_few_tokens_show_whether_a_float32_overflows(dtype, padding, tokens):
+    ids = torch.ones(3, 64, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": ids} if padding else ids
+    first = LanguageModelFeed(tiny_llama().to(getattr(torch, dtype))).first(batch)
+    assert {tensor.shape for tensor in first.values()} == {(1, tokens)}
 
 
 @torch.no_grad()

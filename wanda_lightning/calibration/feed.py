@@ -16,6 +16,9 @@ from wanda_lightning.model.replaced import replaced
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch; what it returns is not used."""
 
+FEW = 32
+"""Tokens that show whether a model overflows whose numbers have the range of float32: then its weights do."""
+
 
 class Feed:
     """Feeds batches of any kind to any module.
@@ -111,8 +114,10 @@ class LanguageModelFeed(Feed):
         return RealTokens(None if mask_BT is None or bool(mask_BT.all()) else mask_BT.bool())
 
     def first(self, batch: Any) -> Any:
-        """Return the first sequence of a batch."""
-        return {name: tensor[:1] for name, tensor in self.tensors(batch).items()}
+        """Return the first sequence of a batch; where neither float16 nor padding asks for more, its first tokens."""
+        inputs = self.tensors(batch)
+        tokens = FEW if len(inputs) == 1 and cast(Any, self.model).dtype != torch.float16 else None
+        return {name: tensor[:1, :tokens] for name, tensor in inputs.items()}
 
     @contextmanager
     def calling(self) -> Iterator[None]:

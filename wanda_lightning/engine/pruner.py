@@ -113,7 +113,8 @@ def prune_model(
 
     Raises:
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
-            if activations overflow in a later layer and not already in the first sequence, with which that is tried.
+            if activations overflow in a later layer and not already in the first tokens (in float16, the first
+            sequence), with which that is tried.
 
     Examples:
         >>> import torch
