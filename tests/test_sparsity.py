@@ -25,6 +25,14 @@ def test_unstructured_prunes_the_lowest_of_every_row(sparsity, width):
         assert [not k for k in kept] == [i in pruned for i in range(width)]
 
 
+@pytest.mark.parametrize("weights", [7, 100, 576, 4096, 24576, 11008 * 4096])
+def test_a_fraction_of_whole_numbers_prunes_whole_numbers(weights):
+    for asked in {*range(min(weights, 4097)), *range(0, weights, weights // 7)}:
+        for sparsity in (asked / weights, math.nextafter(asked / weights, 0)):
+            assert Unstructured(sparsity).count(weights) == asked
+        assert Unstructured((asked + 0.99) / weights).count(weights) == asked
+
+
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (3, 5), (1, 2)])
 def test_semi_structured_keeps_the_n_highest_of_every_m(n, m):
     score = torch.rand(6, 4 * m, generator=torch.Generator().manual_seed(0))

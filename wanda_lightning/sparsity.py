@@ -34,7 +34,7 @@ class Unstructured:
             raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}{_meant(self.sparsity)}")
 
     def mask(self, score_GN: Tensor) -> Tensor:
-        """Keep all but the ``floor(sparsity * N)`` lowest scores of each row; ties go by position.
+        """Keep all but the lowest scores of each row, as many as :meth:`count` says; ties go by position.
 
         Args:
             score_GN: Importance of each weight, shape (groups, weights in a group); higher is kept.
@@ -42,7 +42,11 @@ class Unstructured:
         Returns:
             Boolean mask of the same shape, True = kept.
         """
-        return _prune_lowest(score_GN, math.floor(self.sparsity * score_GN.shape[-1]))
+        return _prune_lowest(score_GN, self.count(score_GN.shape[-1]))
+
+    def count(self, weights: int) -> int:
+        """Say how many of so many weights go, rounded down; of 100 with 0.58, whose float64 is a little less, 58."""
+        return math.floor(self.sparsity * weights * (1 + 1e-15))
 
     def check_in_features(self, in_features: int, name: str) -> None:
         """Accept every number of input features: this pattern divides nothing."""
@@ -90,6 +94,10 @@ class SemiStructured:
             Boolean mask of the same shape, True = kept.
         """
         return _prune_lowest(score_GN.reshape(-1, self.m), self.m - self.n).view(score_GN.shape)
+
+    def count(self, weights: int) -> int:
+        """Say how many of so many weights go."""
+        return weights // self.m * (self.m - self.n)
 
     def check_in_features(self, in_features: int, name: str) -> None:
         """Refuse a linear whose inputs do not divide into groups of m.

@@ -208,10 +208,7 @@ def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dic
         owed += wanted * rows
         count = min(max(math.floor(wanted), round(owed / rows)), math.ceil(wanted), columns - 1)
         owed -= count * rows
-        sparsity = count / columns
-        if math.floor(sparsity * columns) < count:
-            sparsity = math.nextafter(sparsity, 1)
-        patterns[linear.name] = Unstructured(sparsity)
+        patterns[linear.name] = Unstructured(count / columns)
     return patterns
 
 

@@ -62,7 +62,7 @@ class CompressedSize:
         pruned: Counter[str] = Counter()
         for linear, pattern in linears:
             rows, columns = linear.weight_OI.shape
-            pruned[self._names[id(linear.weight)]] += rows * int(pattern.sparsity * columns)
+            pruned[self._names[id(linear.weight)]] += rows * pattern.count(columns)
         entries: list[Entry] = []
         shapes: dict[str, list[int]] = {}
         for stored, nonzero in self._stored:
