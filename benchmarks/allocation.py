@@ -19,7 +19,13 @@ from quality import METHODS, SETTINGS, model_and_data, perplexity, with_spread
 
 from wanda_lightning import ATP, OWL, LeastLoss, prune_model
 
-ALLOCATIONS = {"uniform": None, "OWL": OWL(), "ATP": ATP(), "LeastLoss": LeastLoss()}
+ALLOCATIONS = {
+    "uniform": None,
+    "OWL": OWL(),
+    "ATP": ATP(),
+    "LeastLoss": LeastLoss(),
+    "half of LeastLoss": LeastLoss(reach=0.5),
+}
 
 
 def main() -> None:

@@ -118,8 +118,8 @@ def test_rounding_is_exact_over_shapes_of_all_kinds():
     total = 0
     for linear in linears:
         rows, columns = linear.weight_OI.shape
-        count = math.floor(patterns[linear.name].sparsity * columns)
-        assert count / columns == pytest.approx(patterns[linear.name].sparsity, abs=1e-12)  # nothing for floor to take
+        count = patterns[linear.name].count(columns)
+        assert count / columns == patterns[linear.name].sparsity  # nothing to be rounded
         assert abs(count - shares[linear.name] * columns) < 1
         total += count * rows
     wanted = sum(shares[linear.name] * linear.weight_OI.numel() for linear in linears)
@@ -218,12 +218,16 @@ def test_choices_become_the_patterns_of_linears():
         assert float((weight == 0).float().mean()) == kinds.get(value, value)
 
 
-def test_a_linear_that_the_loss_depends_on_keeps_more():
-    """Layer 1 adds next to nothing to the hidden states, so it is layer 0 that is kept."""
+def with_an_idle_layer():
+    """Layer 1 adds next to nothing to the hidden states, so it is layer 0 that is to be kept; and what it predicts."""
     model = tiny_llama(layers=2)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         model.get_parameter(f"model.layers.1.{name}.weight").data *= 1e-3
-    batches = [model.generate(torch.arange(4)[:, None] + n, max_length=32, do_sample=False) for n in range(4)]
+    return model, [model.generate(torch.arange(4)[:, None] + n, max_length=32, do_sample=False) for n in range(4)]
+
+
+def test_a_linear_that_the_loss_depends_on_keeps_more():
+    model, batches = with_an_idle_layer()
     report = prune_model(model, batches, "wanda", 0.6, allocation=LeastLoss(rounds=3))
     means = [
         sum(row.sparsity * row.shape[0] * row.shape[1] for row in report.linears if f".{n}." in row.name)
@@ -232,6 +236,18 @@ def test_a_linear_that_the_loss_depends_on_keeps_more():
     assert means[0] < means[1]
     losses = [float(loss) for loss in report.allocation.story.removeprefix("held-out loss ").split(", then ")]
     assert min(losses) < losses[0]
+
+
+def test_reach_goes_part_of_the_way_from_an_even_split():
+    def patterns(reach):
+        report = prune_model(*with_an_idle_layer(), "wanda", 0.6, allocation=LeastLoss(rounds=3, reach=reach))
+        assert report.sparsity == pytest.approx(0.6, abs=1 / 32)
+        return report.allocation.patterns
+
+    half, whole = patterns(0.5), patterns(1.0)
+    assert max(abs(sparsity - 0.6) for sparsity in whole.values()) > 0.1
+    for name, sparsity in whole.items():
+        assert half[name] - 0.6 == pytest.approx((sparsity - 0.6) / 2, abs=1 / 16), name
 
 
 def test_experts_of_a_kind_are_pruned_alike():
@@ -295,6 +311,9 @@ def test_calibration_is_asked_for(llama):
         (lambda: ATP(math.nan), "beta must be a finite number, or left out to be chosen, got nan"),
         (lambda: ATP(True), "beta must be"),
         (lambda: LeastLoss(step=0.3), r"step must be in \(0, 0\.25\], got 0\.3"),
+        (lambda: LeastLoss(reach=1.5), r"reach must be in \(0, 1\], got 1\.5"),
+        (lambda: LeastLoss(reach=0), "reach must be a finite number above 0, got 0"),
+        (lambda: LeastLoss(reach=0.5, choices=["dense", "2:4"]), "reach is for sparsities: between choices there is"),
         (lambda: LeastLoss(rounds=0), "rounds must be"),
         (lambda: LeastLoss(sequences=0), "sequences must be"),
         (lambda: LeastLoss(choices=["2:4"]), "choices must be two or more different patterns"),

@@ -46,30 +46,36 @@ class LeastLoss(Allocator):
         rounds: How often to measure and split at most, >= 1.
         sequences: Calibration sequences to measure on, >= 1; as many others, of a quarter of the calibration set that
             is held out, judge the splits.
+        reach: How much of the way from an even split to that one is gone, in (0, 1]. With ``dense_target`` later layers
+            make up for part of what earlier ones lose, which the trials do not know: half of the way is better there.
 
     Raises:
         ValueError: If a setting is out of range.
 
     Examples:
         >>> LeastLoss()
-        LeastLoss(choices=None, step=0.05, rounds=4, sequences=8)
+        LeastLoss(choices=None, step=0.05, rounds=4, sequences=8, reach=1.0)
     """
 
     choices: Sequence[str] | None = None
     step: float = 0.05
     rounds: int = 4
     sequences: int = 8
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
-        positive_number("step", self.step)
-        if self.step > 0.25:
-            raise ValueError(f"step must be in (0, 0.25], got {self.step!r}")
+        for name, most in (("step", 0.25), ("reach", 1)):
+            positive_number(name, value := getattr(self, name))
+            if value > most:
+                raise ValueError(f"{name} must be in (0, {most}], got {value!r}")
         whole_number("rounds", self.rounds, 1)
         whole_number("sequences", self.sequences, 1)
         if self.choices is not None:
             object.__setattr__(self, "choices", [*self.choices])  # as it is written
             if len({*map(_choice, self.choices)}) < max(2, len(self.choices)):
                 raise ValueError(f"choices must be two or more different patterns, got {[*self.choices]}")
+            if self.reach != 1:
+                raise ValueError(f"reach is for sparsities: between choices there is nothing, got {self.reach!r}")
 
     def check(self, task: Task) -> None:
         """Refuse what cannot be split.
@@ -122,7 +128,8 @@ class LeastLoss(Allocator):
         _, best, slopes = min(tried, key=lambda each: each[0])
         patterns = _by_name(units, best)
         if not self.choices:
-            patterns = dict(exact(task.linears, {name: pattern.sparsity for name, pattern in patterns.items()}))
+            shares = {name: asked + self.reach * (pattern.sparsity - asked) for name, pattern in patterns.items()}
+            patterns = dict(exact(task.linears, shares))
         story = "held-out loss " + ", then ".join(f"{loss:.3f}" for loss, _, _ in tried)
         return self.allotment(patterns, story, "loss / sparsity", _by_name(units, slopes))
 
