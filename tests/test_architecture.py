@@ -18,7 +18,8 @@ PACKAGE = Path(wanda_lightning.__file__).parent
 ROOMS = {
     "moved": set(),
     "arguments": set(),
-    "sparsity": {"arguments"},
+    "lowest_scores": set(),
+    "sparsity": {"arguments", "lowest_scores"},
     "atomic_files": set(),
     "terminal": set(),
     "solvers": {"sparsity"},
@@ -50,8 +51,8 @@ ROOMS = {
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [
-    "arguments", "sparsity", "atomic_files", "solvers", "statistics", "methods", "model", "calibration", "allocation",
-    "report", "training", "engine", "export",
+    "arguments", "lowest_scores", "sparsity", "atomic_files", "solvers", "statistics", "methods", "model",
+    "calibration", "allocation", "report", "training", "engine", "export",
 ]  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"}
 

@@ -10,6 +10,7 @@ from wanda_lightning.sparsity import (
     max_kept_per_group,
     parse_pattern,
     sparsity_of,
+    zero_where_pruned,
 )
 
 
@@ -54,6 +55,26 @@ def test_ties_are_broken_by_position():
     for scores, kept in zip(score.tolist(), mask.tolist(), strict=True):
         order = sorted(range(1000), key=lambda i: (scores[i], i))
         assert {i for i in range(1000) if not kept[i]} == set(order[:500])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_pruned_is_plus_0_and_what_is_kept_stays_as_it_was(dtype):
+    weight = torch.tensor([-1.5, 2.0, -0.0, math.nan, -math.inf, 3.0], dtype=dtype)
+    mask = torch.tensor([False, True, False, False, False, True])
+    by_hand = torch.where(mask, weight, torch.zeros((), dtype=dtype))
+    zero_where_pruned(weight, mask)
+    assert weight.tolist() == by_hand.tolist()
+    assert not weight.signbit().any()
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_scores_of_any_sign_are_sorted(low, rows):
+    score = low + torch.rand(rows, 300, generator=torch.Generator().manual_seed(0))
+    score[:, 7] = torch.inf
+    mask = Unstructured(0.4).mask(score)
+    for scores, kept in zip(score.tolist(), mask.tolist(), strict=True):
+        assert {i for i in range(300) if not kept[i]} == {*sorted(range(300), key=lambda i: scores[i])[:120]}
 
 
 def test_checks_find_a_wrong_mask():

@@ -4,7 +4,6 @@ Masks are boolean, True = kept. N:M means N *kept* of every M consecutive inputs
 Shapes: G comparison groups, N scores in a group, O out features, I in features.
 """
 
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -14,6 +13,10 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.arguments import is_whole
+from wanda_lightning.lowest_scores import prune_lowest
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes, the integers that are as long as a float."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Unstructured:
         Returns:
             Boolean mask of the same shape, True = kept.
         """
-        return _prune_lowest(score_GN, self.count(score_GN.shape[-1]))
+        return prune_lowest(score_GN, self.count(score_GN.shape[-1]))
 
     def count(self, weights: int) -> int:
         """Say how many of so many weights go, rounded down; of 100 with 0.58, whose float64 is a little less, 58."""
@@ -93,7 +96,7 @@ class SemiStructured:
         Returns:
             Boolean mask of the same shape, True = kept.
         """
-        return _prune_lowest(score_GN.reshape(-1, self.m), self.m - self.n).view(score_GN.shape)
+        return prune_lowest(score_GN.reshape(-1, self.m), self.m - self.n).view(score_GN.shape)
 
     def count(self, weights: int) -> int:
         """Say how many of so many weights go."""
@@ -194,6 +197,18 @@ def sparsity_of(tensor: Tensor) -> float:
     return 1 - int(torch.count_nonzero(tensor != 0)) / max(tensor.numel(), 1)  # booleans are counted faster
 
 
+def zero_where_pruned(weight: Tensor, mask: Tensor) -> None:
+    """Set weights to 0 where a mask has False, in place.
+
+    The bits are multiplied by 1 or 0: several times as fast on a CPU as ``masked_fill_``, and no -0 or NaN comes of it.
+
+    Args:
+        weight: Weights, any floating dtype of 16 bits or more.
+        mask: True = kept, the same shape.
+    """
+    weight.view(INTEGERS[weight.element_size()]).mul_(mask)
+
+
 def max_kept_per_group(mask_OI: Tensor, m: int) -> int:
     """Count the kept weights of the fullest group of m consecutive inputs; n:m holds for every n from there on."""
     return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
@@ -211,38 +226,3 @@ def _meant(value: object) -> str:
     if not percent and not isinstance(value, str):
         return ""
     return f"; write {number / 100 if percent else number:g} to prune {number if percent else 100 * number:g} %"
-
-
-def _prune_lowest(score_GN: Tensor, count: int) -> Tensor:
-    """Mask out exactly ``count`` lowest scores of each row; among equal scores the first positions go."""
-    if count == 0:
-        return torch.ones_like(score_GN, dtype=torch.bool)
-    threshold_G1 = _kth_lowest(score_GN, count)
-    pruned_GN = score_GN <= threshold_G1
-    if int(pruned_GN.count_nonzero()) != count * threshold_G1.numel():
-        tie_GN = score_GN == threshold_G1
-        surplus_G1 = pruned_GN.sum(-1, keepdim=True) - count
-        pruned_GN &= ~tie_GN | (tie_GN.cumsum(-1) <= tie_GN.sum(-1, keepdim=True) - surplus_G1)
-    return ~pruned_GN
-
-
-def _kth_lowest(score_GN: Tensor, count: int) -> Tensor:
-    """Find the ``count``-th lowest score of each row, shape (groups, 1), in whichever way is the fastest."""
-    if score_GN.shape[-1] <= 8:
-        # Bubble sort, as far as it is needed: a few operations along the many rows.
-        columns = list(score_GN.unbind(-1))
-        for _ in range(count - 1):
-            for j in range(len(columns) - 1, 0, -1):
-                columns[j], columns[j - 1] = columns[j].maximum(columns[j - 1]), columns[j].minimum(columns[j - 1])
-            del columns[0]
-        return functools.reduce(torch.minimum, columns).unsqueeze(-1)
-    if score_GN.shape[0] == 1 and score_GN.dtype == torch.float32:
-        # Floats that are not negative sort like their bits: a histogram of the leading 17 leaves few to choose from.
-        bits_N = score_GN[0].contiguous().view(torch.int32)
-        if int(bits_N.min()) >= 0:
-            leading_N = bits_N >> 15
-            up_to = leading_N.bincount().cumsum(0)
-            at = int(torch.searchsorted(up_to, count))
-            count -= int(up_to[at - 1]) if at else 0
-            score_GN = score_GN[:, leading_N == at]
-    return score_GN.kthvalue(count, dim=-1, keepdim=True).values

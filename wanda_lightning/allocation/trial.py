@@ -19,7 +19,7 @@ from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import device_of, is_offloaded
-from wanda_lightning.sparsity import Pattern
+from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 ROWS = 256
@@ -97,7 +97,7 @@ class Trials:
         if norms.tokens:
             self._method.prune(weight_OI, norms, pattern)
         else:  # an expert that no token reached, see prune_linear
-            weight_OI.masked_fill_(~pattern.mask(weight_OI.float().abs()), 0)
+            zero_where_pruned(weight_OI, pattern.mask(weight_OI.float().abs()))
         return weight_OI
 
     def lost(self, linears: Sequence[PrunableLinear], pattern: Pattern) -> float:

@@ -15,7 +15,7 @@ from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.weight_magnitudes import Magnitudes
-from wanda_lightning.sparsity import Pattern, sparsity_of
+from wanda_lightning.sparsity import Pattern, sparsity_of, zero_where_pruned
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 
@@ -77,7 +77,7 @@ def prune_linear(
     tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
     if unseen:
         mask_OI = pattern.mask(weight_OI.float().abs())
-        weight_OI.masked_fill_(~mask_OI, 0)
+        zero_where_pruned(weight_OI, mask_OI)
         tolerance = 1 / weight_OI.shape[1]
     else:
         given = statistic
@@ -89,7 +89,7 @@ def prune_linear(
             raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
     pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
     seconds = time.perf_counter() - started
-    assert not ((weight_OI != 0) > mask_OI).any(), f"{linear.name} has weights where its mask has none"
+    assert not ((weight_OI != 0) > mask_OI).count_nonzero(), f"{linear.name} has weights where its mask has none"
     magnitudes = Magnitudes()
     magnitudes.count(linear.weight_OI, mask_OI)
     row = LinearReport(

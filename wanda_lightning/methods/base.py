@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.methods.refinement import refined
-from wanda_lightning.sparsity import Pattern
+from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputStatistic
 
 
@@ -84,5 +84,5 @@ class ScoreMethod(PruningMethod):
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Remove the lowest-scored weights in place and return the mask (True = kept)."""
         mask_OI = self.mask(self.score(weight_OI, statistic), pattern)
-        weight_OI.masked_fill_(~mask_OI, 0)
+        zero_where_pruned(weight_OI, mask_OI)
         return mask_OI
