@@ -194,7 +194,7 @@ def as_pattern(pattern: Pattern | str | float) -> Pattern:
 
 def sparsity_of(tensor: Tensor) -> float:
     """Measure the fraction of zeros (of a weight) or of pruned entries (of a mask)."""
-    return 1 - int(torch.count_nonzero(tensor != 0)) / max(tensor.numel(), 1)  # booleans are counted faster
+    return 1 - int(torch.count_nonzero(tensor.bool())) / max(tensor.numel(), 1)  # booleans are counted faster
 
 
 def zero_where_pruned(weight: Tensor, mask: Tensor) -> None:

@@ -89,7 +89,7 @@ def prune_linear(
             raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
     pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
     seconds = time.perf_counter() - started
-    assert not ((weight_OI != 0) > mask_OI).count_nonzero(), f"{linear.name} has weights where its mask has none"
+    assert not (weight_OI.bool() > mask_OI).any(), f"{linear.name} has weights where its mask has none"
     magnitudes = Magnitudes()
     magnitudes.count(linear.weight_OI, mask_OI)
     row = LinearReport(

@@ -80,7 +80,7 @@ def prune_with_scores(
             _remove(w_BO, inverse_BB, pruned_IO[block])
 
     _for_each_block(weight_OI, factor, block_size, prune_block)
-    return ~pruned_IO.t()
+    return pruned_IO.logical_not_().t().contiguous()
 
 
 @torch.inference_mode()  # the many small operations cost a tenth less than under no_grad; nothing made here leaves
