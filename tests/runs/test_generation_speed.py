@@ -72,8 +72,9 @@ def test_the_models_take_turns(folders, calls):
     prompts = [(model, shape) for model, shape in calls if shape[1] > 1]
     shapes = [(1, 16), (3, 16), (1, 20)]
     warm = [*product(folders, shapes)]
-    rounds = [(model, shape) for shape in shapes for model in folders]
-    assert prompts == warm + 2 * rounds
+    there = [(model, shape) for shape in shapes for model in folders]
+    back = [(model, shape) for shape in shapes for model in reversed(folders)]
+    assert prompts == warm + there + back
     assert len([shape for _, shape in calls if shape == (3, 1)]) == 4 * 3 * 3  # tokens, models, rounds with the first
 
 

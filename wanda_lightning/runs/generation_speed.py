@@ -1,6 +1,7 @@
 """``wanda-lightning speed A B ...``: how fast models generate on the machine at hand, measured in turns.
 
-Turns (A B A B ...) make the machine's other work fall on all models alike: what compares is the ratio within a round.
+Turns (A B B A ...) make the machine's other work, and what a model leaves in the caches for the next, fall on all
+models alike: what compares is the ratio within a round.
 """
 
 import time
@@ -84,7 +85,8 @@ def measure_speed(
         for model in loaded
     ]
     rates: list[dict[str, list[float]]] = [{what: [] for what in inputs} for _ in loaded]
-    turns = [(what, number) for _ in range(rounds) for what in inputs for number in range(len(loaded))]
+    numbers = [*range(len(loaded))]
+    turns = [(what, number) for n in range(rounds) for what in inputs for number in numbers[:: -1 if n % 2 else 1]]
     for what, number in track(
         turns, "measuring in turns", console=Console(stderr=True), transient=True, disable=not progress
     ):
