@@ -78,6 +78,16 @@ def test_the_models_take_turns(folders, calls):
     assert len([shape for _, shape in calls if shape == (3, 1)]) == 4 * 3 * 3  # tokens, models, rounds with the first
 
 
+def test_weights_are_copied_out_of_their_files(folders, monkeypatch):
+    """Mapped files are laid out in memory differently from one another: copies of a model differed by a twentieth."""
+    model = tiny_llama(tie_word_embeddings=True)
+    before = [weight.data for weight in model.parameters()]
+    monkeypatch.setattr(generation_speed, "load_model", lambda *_: model)
+    measure_speed(folders[:1], **SMALL)
+    assert {weight.data_ptr() for weight in before}.isdisjoint(weight.data_ptr() for weight in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_what_the_models_are(folders):
     report = measure_speed(folders, **SMALL | {"rounds": 1}, device="cpu")
     models = [tiny_llama(intermediate_size=width) for width in (64, 64, 32)]

@@ -124,6 +124,8 @@ def _load(pretrained: str, dtype: str, device: torch.device) -> "PreTrainedModel
 
     with quiet_if_small(pretrained):
         model: Any = load_model(pretrained, dtype).eval().to(device)
+    for parameter in model.parameters():  # out of the file's pages: the kernel lays out those of some files better
+        parameter.data = parameter.data.clone()
     # Its own might draw at random, or stop before the end.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model
