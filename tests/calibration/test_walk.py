@@ -286,8 +286,10 @@ def test_what_only_one_token_overflows_in_float16_is_found_before_the_first_visi
 def test_a_few_tokens_show_whether_a_float32_overflows(dtype, padding, tokens):
     ids = torch.ones(3, 64, dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": ids} if padding else ids
-    first = LanguageModelFeed(tiny_llama().to(getattr(torch, dtype))).first(batch)
-    assert {tensor.shape for tensor in first.values()} == {(1, tokens)}
+    feed = LanguageModelFeed(tiny_llama().to(getattr(torch, dtype)))
+    assert {tensor.shape for tensor in feed.first(batch).values()} == {(1, tokens)}
+    with torch.autocast("cpu", torch.float16):
+        assert {tensor.shape for tensor in feed.first(batch).values()} == {(1, 64)}
 
 
 @torch.no_grad()

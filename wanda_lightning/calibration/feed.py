@@ -115,8 +115,10 @@ class LanguageModelFeed(Feed):
 
     def first(self, batch: Any) -> Any:
         """Return the first sequence of a batch; where neither float16 nor padding asks for more, its first tokens."""
-        inputs = self.tensors(batch)
-        tokens = FEW if len(inputs) == 1 and cast(Any, self.model).dtype != torch.float16 else None
+        inputs, device = self.tensors(batch), self.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        half = autocast or cast(Any, self.model).dtype == torch.float16
+        tokens = None if half or len(inputs) > 1 else FEW
         return {name: tensor[:1, :tokens] for name, tensor in inputs.items()}
 
     @contextmanager
