@@ -24,7 +24,8 @@ ALLOCATIONS = {
     "OWL": OWL(),
     "ATP": ATP(),
     "LeastLoss": LeastLoss(),
-    "half of LeastLoss": LeastLoss(reach=0.5),
+    "LeastLoss, half": LeastLoss(reach=0.5),
+    "LeastLoss, all": LeastLoss(reach=1),
 }
 
 

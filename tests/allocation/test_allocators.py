@@ -313,7 +313,6 @@ def test_calibration_is_asked_for(llama):
         (lambda: LeastLoss(step=0.3), r"step must be in \(0, 0\.25\], got 0\.3"),
         (lambda: LeastLoss(reach=1.5), r"reach must be in \(0, 1\], got 1\.5"),
         (lambda: LeastLoss(reach=0), "reach must be a finite number above 0, got 0"),
-        (lambda: LeastLoss(reach=0.5, choices=["dense", "2:4"]), "reach is for sparsities: between choices there is"),
         (lambda: LeastLoss(rounds=0), "rounds must be"),
         (lambda: LeastLoss(sequences=0), "sequences must be"),
         (lambda: LeastLoss(choices=["2:4"]), "choices must be two or more different patterns"),
