@@ -99,6 +99,11 @@ def test_whatever_others_raise_while_they_read_is_about_what_was_named(reader, e
     assert "cannot be read" in explained(raised(error, "__main__", "wanda_lightning.cli", reader, "library.files"))
 
 
+def test_what_lightning_says_of_a_checkpoint_is_about_what_was_named():
+    error = KeyError("checkpoint contains only the model")
+    assert "checkpoint contains only the model" in explained(raised(error, "wanda_lightning.cli", READING[-1]))
+
+
 @pytest.mark.parametrize(
     "modules",
     [
