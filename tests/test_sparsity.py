@@ -32,6 +32,7 @@ def test_a_fraction_of_whole_numbers_prunes_whole_numbers(weights):
         for sparsity in (asked / weights, math.nextafter(asked / weights, 0)):
             assert Unstructured(sparsity).count(weights) == asked
         assert Unstructured((asked + 0.99) / weights).count(weights) == asked
+        assert Unstructured(asked / weights).count(weights * 576) == asked * 576  # of a whole matrix, as ADMM has it
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8), (3, 5), (1, 2)])
