@@ -71,5 +71,4 @@ def _while_reading(error: Exception) -> bool:
     """Whether a package of others raised this while it read a model, a data set, a task or a checkpoint for us."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     callers = [module for module in modules if module.startswith(("wanda_lightning.", *READERS))]
-    raised_here = bool(modules) and modules[-1].startswith("wanda_lightning.")
-    return bool(callers) and callers[-1].startswith(READERS) and not raised_here
+    return bool(callers) and callers[-1].startswith(READERS) and not modules[-1].startswith("wanda_lightning.")

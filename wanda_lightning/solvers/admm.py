@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.solvers.precision import full_float32
-from wanda_lightning.sparsity import Pattern, Unstructured
+from wanda_lightning.sparsity import Pattern, Unstructured, zero_where_pruned
 
 STAGES = 8
 """In so many rho rises."""
@@ -70,7 +70,8 @@ def prune_with_admm(
             z_less_u_OI = torch.where(mask_OI, sum_OI, -sum_OI)
             torch.addmm(fit_OI, z_less_u_OI, inverse_II, alpha=stage_rho, out=v_OI)
     kept_OI = (v_OI + u_OI) / scale_I
-    weight_OI.copy_(torch.where(dead_I, weight_OI, kept_OI.to(weight_OI.dtype)).masked_fill_(~mask_OI, 0))
+    weight_OI.copy_(torch.where(dead_I, weight_OI, kept_OI.to(weight_OI.dtype)))
+    zero_where_pruned(weight_OI, mask_OI)
     return mask_OI
 
 
