@@ -158,5 +158,7 @@ def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:
         ValueError: If there are such, with the linear's name.
     """
     for name, gathered in statistics.items():
-        if not torch.isfinite(gathered.total).all():
+        # The squares on the diagonal of a Hessian bound what is beside it.
+        squares_I = gathered.total if gathered.total.ndim == 1 else gathered.total.diagonal()
+        if not torch.isfinite(squares_I).all():
             raise ValueError(f"the inputs of {name} are NaN or infinite: {OVERFLOW}")
