@@ -234,7 +234,7 @@ def test_a_linear_that_the_loss_depends_on_keeps_more():
         for n in range(2)
     ]
     assert means[0] < means[1]
-    losses = [float(loss) for loss in report.allocation.story.removeprefix("held-out loss ").split(", then ")]
+    losses = [float(loss) for loss in report.allocation.story.split(";")[0][len("held-out loss ") :].split(", then ")]
     assert min(losses) < losses[0]
 
 
@@ -248,6 +248,17 @@ def test_reach_goes_part_of_the_way_from_an_even_split():
     assert max(abs(sparsity - 0.6) for sparsity in whole.values()) > 0.1
     for name, sparsity in whole.items():
         assert half[name] - 0.6 == pytest.approx((sparsity - 0.6) / 2, abs=1 / 16), name
+
+
+@pytest.mark.parametrize(("dense_target", "usual", "other"), [(False, 0.75, 0.5), (True, 0.5, 0.75)])
+def test_how_far_it_goes_depends_on_whether_later_linears_make_up_for_earlier_ones(dense_target, usual, other):
+    def allotment(**reach):
+        allocation, model, batches = LeastLoss(rounds=2, **reach), *with_an_idle_layer()
+        report = prune_model(model, batches, "sparsegpt", 0.6, allocation=allocation, dense_target=dense_target)
+        return report.allocation
+
+    assert allotment().patterns == allotment(reach=usual).patterns != allotment(reach=other).patterns
+    assert allotment().story.endswith(f"; {usual:.0%} of the way to the best split")
 
 
 def test_experts_of_a_kind_are_pruned_alike():

@@ -46,6 +46,7 @@ class Task:
         team: Those that have the other parts of it; all of them have to find the same.
         activations: Where hidden states wait between two layers.
         feed: Runs the model on a batch; None for a language model.
+        dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Task:
     team: Team
     activations: Place = "device"
     feed: Feed | None = None
+    dense_target: bool = False
 
     @property
     def linears(self) -> list[PrunableLinear]:

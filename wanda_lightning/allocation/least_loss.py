@@ -21,6 +21,9 @@ MOST = 0.95
 LEAST = 0.1
 """Of the mean growth of the loss per weight: so much any linear is taken to cost, whatever was measured."""
 
+REACH, REACH_TO_DENSE = 0.75, 0.5
+"""How much of the way to the best split is gone, without and with a dense target."""
+
 Value = TypeVar("Value")
 Unit = list[PrunableLinear]
 """Linears that are pruned alike: one, or all the experts of one kind in a layer."""
@@ -46,27 +49,29 @@ class LeastLoss(Allocator):
         rounds: How often to measure and split at most, >= 1.
         sequences: Calibration sequences to measure on, >= 1; as many others, of a quarter of the calibration set that
             is held out, judge the splits.
-        reach: How much of the way from an even split to that one is gone, in (0, 1]; not with choices. The slopes are
-            measured on few tokens, so the whole way is too far; with ``dense_target``, where later layers make up for
-            part of what earlier ones lose and the trials do not know, half of it is enough.
+        reach: How much of the way from an even split to that one is gone, in (0, 1]; not with choices. Default: 0.75,
+            for the slopes are measured on few tokens; with ``dense_target`` 0.5, for later layers make up for part of
+            what earlier ones lose, and the trials do not know.
 
     Raises:
         ValueError: If a setting is out of range.
 
     Examples:
         >>> LeastLoss()
-        LeastLoss(choices=None, step=0.05, rounds=4, sequences=8, reach=0.75)
+        LeastLoss(choices=None, step=0.05, rounds=4, sequences=8, reach=None)
     """
 
     choices: Sequence[str] | None = None
     step: float = 0.05
     rounds: int = 4
     sequences: int = 8
-    reach: float = 0.75
+    reach: float | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("step", 0.25), ("reach", 1)):
-            positive_number(name, value := getattr(self, name))
+        for name, value, most in (("step", self.step, 0.25), ("reach", self.reach, 1)):
+            if value is None:
+                continue
+            positive_number(name, value)
             if value > most:
                 raise ValueError(f"{name} must be in (0, {most}], got {value!r}")
         whole_number("rounds", self.rounds, 1)
@@ -126,10 +131,12 @@ class LeastLoss(Allocator):
                     break
         _, best, slopes = min(tried, key=lambda each: each[0])
         patterns = _by_name(units, best)
-        if not self.choices:
-            shares = {name: asked + self.reach * (pattern.sparsity - asked) for name, pattern in patterns.items()}
-            patterns = dict(exact(task.linears, shares))
         story = "held-out loss " + ", then ".join(f"{loss:.3f}" for loss, _, _ in tried)
+        if not self.choices:
+            reach = self.reach or (REACH_TO_DENSE if task.dense_target else REACH)
+            shares = {name: asked + reach * (pattern.sparsity - asked) for name, pattern in patterns.items()}
+            patterns = dict(exact(task.linears, shares))
+            story += f"; {reach:.0%} of the way to the best split"
         return self.allotment(patterns, story, "loss / sparsity", _by_name(units, slopes))
 
     def _options(self, asked: float) -> list[Pattern]:

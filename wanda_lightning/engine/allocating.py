@@ -76,4 +76,4 @@ def task_of(
 ) -> Task:
     """Say what an allocator is to decide."""
     processes = processes or Processes.alone()
-    return Task(model, plan.layers, plan.method, plan.pattern, batches, processes, activations, feed)
+    return Task(model, plan.layers, plan.method, plan.pattern, batches, processes, activations, feed, plan.dense_target)

@@ -6,7 +6,7 @@ USUAL = {
     "ADMM": "steps=40, rho=1.0, damping=0.01, refine=10",
     "ATP": "beta=None",
     "Ablate": "selection='wanda', schedule='sequential', block_size=128, damping=0.01",
-    "LeastLoss": "choices=None, step=0.05, rounds=4, sequences=8, reach=0.75",
+    "LeastLoss": "choices=None, step=0.05, rounds=4, sequences=8, reach=None",
     "Magnitude": "",
     "OWL": "factor=5.0, spread=0.08",
     "RIA": "power=0.5",
