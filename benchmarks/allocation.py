@@ -24,7 +24,6 @@ ALLOCATIONS = {
     "OWL": OWL(),
     "ATP": ATP(),
     "LeastLoss": LeastLoss(),
-    "LeastLoss, half": LeastLoss(reach=0.5),
     "LeastLoss, all": LeastLoss(reach=1),
 }
 

@@ -22,6 +22,14 @@ def test_norm_is_the_l2_norm_over_all_tokens():
     assert norm_of(x).tokens == 15
 
 
+@pytest.mark.parametrize(("tokens", "features"), [(300, 2**12), (3, InputNorm.cached + 1)])
+def test_norm_of_more_inputs_than_are_squared_at_a_time(tokens, features):
+    x = inputs(tokens, features)
+    expected = torch.linalg.vector_norm(x.double(), dim=0)
+    torch.testing.assert_close(norm_of(x).compute().double(), expected, rtol=1e-6, atol=0)
+    assert norm_of(x).tokens == tokens
+
+
 def test_norm_does_not_depend_on_how_tokens_are_split():
     x = inputs(4, 6, 8)
     whole = norm_of(x).compute()
