@@ -22,7 +22,7 @@ def test_norm_is_the_l2_norm_over_all_tokens():
     assert norm_of(x).tokens == 15
 
 
-@pytest.mark.parametrize(("tokens", "features"), [(300, 2**12), (3, InputNorm.cached + 1)])
+@pytest.mark.parametrize(("tokens", "features"), [(2500, 2**12), (2, InputNorm.at_once + 1)])
 def test_norm_of_more_inputs_than_are_squared_at_a_time(tokens, features):
     x = inputs(tokens, features)
     expected = torch.linalg.vector_norm(x.double(), dim=0)
