@@ -60,6 +60,11 @@ class InputStatistic(ABC):
         """What is to be added up over processes."""
         return [self.total]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no input was NaN or infinite, and no sum has overflowed."""
+        return bool(self.total.isfinite().all())
+
     def summed(self, tokens: int, owner: int | None = None, rank: int | None = None) -> None:
         """Note that ``total`` is now the sum over all processes.
 
@@ -164,6 +169,11 @@ class InputHessian(InputStatistic):
         """Return H = 2/T X^T X, symmetric, shape (in_features, in_features)."""
         lower_II = self.total.tril()
         return (lower_II + lower_II.tril(-1).t()).mul_(2 / max(self.tokens, 1))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the sums of squares are finite: they bound what is beside the diagonal."""
+        return bool(self.total.diagonal().isfinite().all())
 
     def norm(self) -> InputNorm:
         """Return what an :class:`InputNorm` would hold after the same inputs: the diagonal of the sums."""

@@ -234,7 +234,8 @@ def test_a_linear_that_the_loss_depends_on_keeps_more():
         for n in range(2)
     ]
     assert means[0] < means[1]
-    losses = [float(loss) for loss in report.allocation.story.split(";")[0][len("held-out loss ") :].split(", then ")]
+    story = report.allocation.story.partition(";")[0].removeprefix("held-out loss ")
+    losses = [float(loss) for loss in story.split(", then ")]
     assert min(losses) < losses[0]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.collector import Collector
@@ -158,7 +157,5 @@ def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:
         ValueError: If there are such, with the linear's name.
     """
     for name, gathered in statistics.items():
-        # The squares on the diagonal of a Hessian bound what is beside it.
-        squares_I = gathered.total if gathered.total.ndim == 1 else gathered.total.diagonal()
-        if not torch.isfinite(squares_I).all():
+        if not gathered.is_finite:
             raise ValueError(f"the inputs of {name} are NaN or infinite: {OVERFLOW}")
