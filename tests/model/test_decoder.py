@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_llama
 from torch import nn
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import SparseGPT, Wanda
@@ -149,6 +150,8 @@ def test_the_language_model_is_found_inside_any_module(llama):
 
 def test_sequence_limit(llama):
     assert max_sequence_length(llama) == 128
+    xlnet = XLNetLMHeadModel(XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=32, vocab_size=32))
+    assert max_sequence_length(xlnet) is None  # takes any length, which its config calls -1
 
 
 # Wrappers: the same weights must be pruned in the same way.

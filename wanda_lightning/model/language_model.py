@@ -81,7 +81,8 @@ def max_sequence_length(model: nn.Module) -> int | None:
     config: Any = model.config
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if longest is None or longest > 0 else None  # XLNet says -1
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
