@@ -44,6 +44,28 @@ def positive_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
+def positive_up_to(name: str, value: object, most: float, what: str = "number") -> None:
+    """Refuse what is not a number above 0, or too large.
+
+    Args:
+        name: What users call the value.
+        value: What they gave.
+        most: The largest that is accepted.
+        what: What the number is.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> positive_up_to("keep", 1.5, 1, "fraction of the neurons")
+        Traceback (most recent call last):
+            ...
+        ValueError: keep must be a fraction of the neurons in (0, 1], got 1.5
+    """
+    if not _is_finite(value) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a {what} in (0, {most:g}], got {value!r}")
+
+
 def number_not_below_0(name: str, value: object) -> None:
     """Refuse what is not a finite number of at least 0.
 

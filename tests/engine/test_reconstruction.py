@@ -265,8 +265,8 @@ def test_same_inputs_give_the_same_bytes():
         ({"epochs": 1.5}, "epochs must be a whole number"),
         ({"lr": 0}, "lr must be a finite number above 0"),
         ({"lr": float("nan")}, "lr must be a finite number above 0"),
-        ({"held_out": 0}, "held_out must be a finite number above 0"),
-        ({"held_out": 0.6}, r"held_out must be in \(0, 0.5\], got 0.6"),
+        ({"held_out": 0}, r"held_out must be a number in \(0, 0.5\], got 0"),
+        ({"held_out": 0.6}, r"held_out must be a number in \(0, 0.5\], got 0.6"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.arguments import positive_number, whole_number
+from wanda_lightning.arguments import positive_number, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import held_out_batches
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.calibration.free_memory import free_memory
@@ -53,9 +53,7 @@ class Reconstruction:
     def __post_init__(self) -> None:
         whole_number("epochs", self.epochs, 1)
         positive_number("lr", self.lr)
-        positive_number("held_out", self.held_out)
-        if self.held_out > 0.5:
-            raise ValueError(f"held_out must be in (0, 0.5], got {self.held_out}")
+        positive_up_to("held_out", self.held_out, 0.5)
 
     def split(self, batches: int) -> tuple[list[int], list[int]]:
         """Say which of so many batches are trained on, and which are held out.

@@ -12,7 +12,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.arguments import number_not_below_0, whole_number
+from wanda_lightning.arguments import number_not_below_0, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place
@@ -192,9 +192,8 @@ def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: fl
     Raises:
         ValueError: If one is.
     """
-    for name, value, of in (("keep", keep, "neurons"), ("attention_keep", attention_keep, "key/value groups")):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
-            raise ValueError(f"{name} must be a fraction of the {of} in (0, 1], got {value!r}")
+    positive_up_to("keep", keep, 1, "fraction of the neurons")
+    positive_up_to("attention_keep", attention_keep, 1, "fraction of the key/value groups")
     if choice not in get_args(NeuronChoice):
         raise ValueError(f"choice must be one of {', '.join(get_args(NeuronChoice))}, got {choice!r}")
     if multiple is not None:

@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, V vocabulary, N predicted tokens.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanda_lightning.arguments import number_not_below_0
+from wanda_lightning.arguments import number_not_below_0, positive_number
 from wanda_lightning.training.hidden_states import hidden_state_error
 
 
@@ -44,8 +43,7 @@ class Distillation:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        positive_number("temperature", self.temperature)
         number_not_below_0("hidden_states", self.hidden_states)
 
     def loss(self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
