@@ -1,6 +1,6 @@
 import pytest
 
-from wanda_lightning.arguments import is_whole, whole_number
+from wanda_lightning.arguments import is_finite, is_whole, whole_number
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
@@ -13,3 +13,11 @@ def test_what_is_no_whole_number_is_refused_by_name(value):
 def test_whole_numbers_pass():
     assert is_whole(1, 1)
     whole_number("rows", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"), [(0, True), (-1.5, True), (10**400, True), (float("nan"), False), (float("-inf"), False),
+                          (True, False), ("1", False), (None, False)],
+)  # fmt: skip
+def test_what_a_finite_number_is(value, is_one):
+    assert is_finite(value) == is_one

@@ -9,6 +9,11 @@ def is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def is_finite(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a number, and finite; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
 def whole_number(name: str, value: object, least: int) -> None:
     """Refuse what is no whole number, or too small.
 
@@ -40,7 +45,7 @@ def positive_number(name: str, value: object) -> None:
     Raises:
         ValueError: If it is not, with its name and what was given.
     """
-    if not _is_finite(value) or value <= 0:
+    if not is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
@@ -62,7 +67,7 @@ def positive_up_to(name: str, value: object, most: float, what: str = "number") 
             ...
         ValueError: keep must be a fraction of the neurons in (0, 1], got 1.5
     """
-    if not _is_finite(value) or not 0 < value <= most:
+    if not is_finite(value) or not 0 < value <= most:
         raise ValueError(f"{name} must be a {what} in (0, {most:g}], got {value!r}")
 
 
@@ -76,9 +81,5 @@ def number_not_below_0(name: str, value: object) -> None:
     Raises:
         ValueError: If it is not, with its name and what was given.
     """
-    if not _is_finite(value) or value < 0:
+    if not is_finite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

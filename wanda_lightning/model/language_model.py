@@ -82,7 +82,7 @@ def max_sequence_length(model: nn.Module) -> int | None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
-    return longest if longest is None or longest > 0 else None  # XLNet says -1
+    return longest if longest and longest > 0 else None  # XLNet says -1
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
