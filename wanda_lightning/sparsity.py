@@ -194,7 +194,12 @@ def as_pattern(pattern: Pattern | str | float) -> Pattern:
 
 def sparsity_of(tensor: Tensor) -> float:
     """Measure the fraction of zeros (of a weight) or of pruned entries (of a mask)."""
-    return 1 - int(torch.count_nonzero(tensor.bool())) / max(tensor.numel(), 1)  # booleans are counted faster
+    return 1 - nonzeros(tensor) / max(tensor.numel(), 1)
+
+
+def nonzeros(tensor: Tensor) -> int:
+    """Count what is not zero; as booleans, which are counted faster, and which float8 can be turned into."""
+    return int(torch.count_nonzero(tensor.bool()))
 
 
 def zero_where_pruned(weight: Tensor, mask: Tensor) -> None:

@@ -100,7 +100,8 @@ def check_finite(linears: Iterable[PrunableLinear]) -> None:
         ValueError: If there are such, with the linear's name.
     """
     for linear in linears:
-        if not torch.isfinite(linear.weight_OI).all():
+        extremes = torch.stack(torch.aminmax(linear.weight_OI))  # which NaN spreads to: many times as fast as a mask
+        if not extremes.isfinite().all():
             raise ValueError(f"{linear.name} has NaN or infinite weights")
 
 

@@ -14,7 +14,7 @@ from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
 from wanda_lightning.report.pruning_report import PruningReport
-from wanda_lightning.sparsity import Pattern, SemiStructured, sparsity_of
+from wanda_lightning.sparsity import Pattern, SemiStructured, nonzeros, sparsity_of
 
 Lists = str | Sequence[str] | None
 
@@ -204,9 +204,4 @@ class ZeroCount:
 
 def _count_kept(module: nn.Module) -> int:
     """Count the weights in memory that are not zero."""
-    kept = 0
-    for parameter in module.parameters():
-        if not parameter.is_meta:
-            countable = parameter.float() if parameter.is_floating_point() and parameter.itemsize == 1 else parameter
-            kept += int(torch.count_nonzero(countable))  # which torch has not for float8
-    return kept
+    return sum(nonzeros(parameter) for parameter in module.parameters() if not parameter.is_meta)
