@@ -72,6 +72,8 @@ def test_when_it_prunes():
         ({"end": 2}, "end of a gradual schedule must be a whole number of at least 3, got 2"),
         ({"every": 0}, "every of a gradual schedule must be a whole number of at least 1, got 0"),
         ({"curve": "square"}, "curve must be one of cubic, linear, got 'square'"),
+        ({"start": "1"}, "start of a gradual schedule must be a whole number of at least 0, got '1'"),
+        ({"initial": "none"}, r"initial must be a sparsity in \[0, 1\), got 'none'"),
         ({"initial": 1.0}, r"initial must be a sparsity in \[0, 1\), got 1.0"),
     ],
 )

@@ -141,7 +141,8 @@ def test_copies_of_the_module_share_the_teacher(tmp_path, tiny_model_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
+        ({"alpha": 1.5}, r"alpha must be a number in \[0, 1\], got 1.5"),
+        ({"alpha": "half"}, r"alpha must be a number in \[0, 1\], got 'half'"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be a finite number above 0, got nan"),
     ],

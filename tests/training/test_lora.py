@@ -226,7 +226,15 @@ def test_names_that_match_nothing_are_refused(tiny_model_folder):
         CausalLM(str(tiny_model_folder), lora=LoraSettings(target_modules=["query_key_value"])).configure_model()
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"rank": 0}, "rank must be"), ({"dropout": 1.0}, "dropout must")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be"),
+        ({"alpha": 0}, "alpha must be a finite number above 0, got 0"),
+        ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ({"dropout": "5%"}, r"dropout must be a number in \[0, 1\), got '5%'"),
+    ],
+)
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LoraSettings(**settings)

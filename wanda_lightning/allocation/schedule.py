@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import is_finite, whole_number
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
 
@@ -46,11 +46,12 @@ class Gradual:
     regrow: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("start", 0), ("end", self.start + 1), ("every", 1)):
-            whole_number(f"{name} of a gradual schedule", getattr(self, name), least)
+        whole_number("start of a gradual schedule", self.start, 0)
+        whole_number("end of a gradual schedule", self.end, self.start + 1)
+        whole_number("every of a gradual schedule", self.every, 1)
         if self.curve not in get_args(Curve):
             raise ValueError(f"curve must be one of {', '.join(get_args(Curve))}, got {self.curve!r}")
-        if not 0 <= self.initial < 1:
+        if not is_finite(self.initial) or not 0 <= self.initial < 1:
             raise ValueError(f"initial must be a sparsity in [0, 1), got {self.initial!r}")
 
     def sparsity(self, step: int, final: float) -> float:

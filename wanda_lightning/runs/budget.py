@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from wanda_lightning.arguments import number_not_below_0
+
 Kind = Literal["increase", "drop", "rise", "bytes"]
 PERPLEXITY, BYTES = "perplexity", "bytes"
 SURE = 2.0  # differences within so many standard errors are called noise
@@ -119,7 +121,7 @@ def budget_of(
         The budget.
 
     Raises:
-        ValueError: If there is no budget or more than one, or it is no number from 0 on.
+        ValueError: If there is no budget or more than one, or it is negative, infinite or no number.
     """
     given: dict[Kind, float | None] = {
         "increase": max_perplexity_increase, "bytes": max_bytes, "drop": max_drop, "rise": max_rise,
@@ -133,6 +135,5 @@ def budget_of(
             + (", ".join(f"{name}={value}" for name, value in asked.items() if value is not None) or "none")
         )
     ((kind, most),) = found
-    if not 0 <= most < math.inf:
-        raise ValueError(f"a budget must be a number from 0 on, got {most}")
+    number_not_below_0("a budget", most)
     return Budget(metric or (BYTES if kind == "bytes" else PERPLEXITY), kind, most)

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import is_finite, positive_number, whole_number
 
 Merge = Literal["none", "masked"]
 
@@ -22,7 +22,7 @@ class LoraSettings:
 
     Args:
         rank: Rank r of B A, >= 1.
-        alpha: B A is scaled by alpha / r.
+        alpha: B A is scaled by alpha / r, > 0.
         dropout: Fraction of the adapters' inputs that is dropped while training, in [0, 1).
         target_modules: Names of the linears that get an adapter.
         merge: What is saved after training: ``"none"`` the pruned model and the adapter, in folders of their own;
@@ -41,8 +41,9 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         whole_number("rank", self.rank, 1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        positive_number("alpha", self.alpha)
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         if self.merge not in get_args(Merge):
             raise ValueError(
                 f"merge must be none (the adapter is saved alone) or masked ((W + B A) * M), got {self.merge!r}: any "
