@@ -71,7 +71,7 @@ def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
     path = write_jsonl(tmp_path / f"documents.{suffix}", PARAGRAPHS, field="story")
     source = open_source(str(path), text_field="story")
     assert "".join(texts(source).values()) == "\n\n".join(PARAGRAPHS)
-    with pytest.raises(ValueError, match=r"line 1 has no text in field 'text': it has story, id"):
+    with pytest.raises(ValueError, match=r"line 1 has no text_field 'text', it has story, id"):
         open_source(str(path)).text("train")
 
 
@@ -79,10 +79,10 @@ def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
     ("content", "message"),
     [
         (b'{"text": "a"}\n\n{oops\n', "line 3 is not JSON"),
-        (b'{"text": "a"}\n{"other": "b"}\n', "line 2 has no text"),
-        (b'{"text": "a"}\n{"text": 3}\n', "line 2 has no text"),
+        (b'{"text": "a"}\n{"other": "b"}\n', "line 2 has no text_field 'text', it has other"),
+        (b'{"text": "a"}\n{"text": 3}\n', "line 2 has neither text nor messages .* in field 'text': 3"),
         (b'{"text": null}\n{"text": null}\n', "null in all 2 records"),
-        (b"[1, 2]\n", "line 1 has no text"),
+        (b"[1, 2]\n", "line 1 has no text_field 'text'"),
         (b'{"text": "\xff"}\n', "not UTF-8"),
     ],
 )
@@ -139,7 +139,9 @@ def test_a_slice_of_a_split(tmp_path):
     assert open_source(str(tmp_path / "rows"), train_split="train[:2]").text("train") == "\n\n".join(PARAGRAPHS[:2])
 
 
-@pytest.mark.parametrize(("rows", "message"), [([1, 2], "not text"), ([None, None], "null in all 2 records")])
+@pytest.mark.parametrize(
+    ("rows", "message"), [([1, 2], "neither text nor messages"), ([None, None], "null in all 2 records")]
+)
 def test_rows_without_text_are_an_error(tmp_path, rows, message):
     datasets.Dataset.from_dict({"text": rows}).save_to_disk(tmp_path / "rows")
     with pytest.raises(ValueError, match=message):

@@ -126,7 +126,7 @@ def test_held_out_windows_are_of_the_source_and_seen_by_nobody_else(tokenizer, f
 def test_held_out_documents_are_those_behind_calibration(tokenizer):
     documents = [f"{letter} " * 90 for letter in "abcdefg"]
     data = TextDataModule(tokenizer=tokenizer, num_samples=3, sequence_length=8)
-    data._source = SimpleNamespace(text=lambda split: iter(documents))
+    data._source = SimpleNamespace(text=lambda split, tokenizer: iter(documents))
     assert ["".join(set(tokenizer.decode(w).split())) for w in stack(data.calibration_dataloader())] == [*"abc"]
     assert ["".join(set(tokenizer.decode(w).split())) for w in stack(data.held_out_dataloader(2))] == [*"de"]
 
@@ -160,7 +160,7 @@ def test_the_global_generators_are_left_alone(tokenizer):
 def test_text_is_read_only_when_asked_for(tokenizer, monkeypatch):
     data = TextDataModule(tokenizer=tokenizer, num_samples=2, sequence_length=LENGTH)
     asked = []
-    monkeypatch.setattr(data._source, "text", lambda split: asked.append(split) or "x " * 1000)
+    monkeypatch.setattr(data._source, "text", lambda split, tokenizer: asked.append(split) or "x " * 1000)
     data.prepare_data()
     data.setup("fit")
     assert asked == []

@@ -1,5 +1,7 @@
 """Text that needs no download: what every CPython carries."""
 
+from transformers import PreTrainedTokenizerBase
+
 from wanda_lightning.data.source import SHARES, Source, Split
 
 
@@ -13,7 +15,7 @@ class BuiltinText(Source):
     def __init__(self, whole: bool = False):
         self.whole = whole
 
-    def text(self, split: Split) -> str:
+    def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """Return the topics of a split, in alphabetical order."""
         topics = self._topics()
         parts: dict[Split, list[str]] = {part: [] for part in SHARES}

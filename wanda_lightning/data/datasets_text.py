@@ -4,14 +4,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from wanda_lightning.data.conversation import Document, is_conversation, joined
 from wanda_lightning.data.source import WITHOUT_HUB, Source, Split, divide, without_nulls
 
 
 class DatasetText(Source):
     """A data set of the `datasets` library: on the hub, or a local folder of data files or of ``save_to_disk``.
 
-    Its documents are joined to one text: blank lines between them, or ``train_separator``. Code that comes with a data
-    set is never run.
+    Its documents are joined to one text: blank lines between them, or ``train_separator``. They may be conversations.
+    Code that comes with a data set is never run.
     """
 
     def __init__(
@@ -31,11 +34,11 @@ class DatasetText(Source):
         """Download the data set into the cache of `datasets`."""
         self._load()
 
-    def text(self, split: Split) -> str:
+    def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
         """Return the documents of a split as one text."""
         evaluation = split == "evaluation"
         documents = self._documents(self.evaluation_split if evaluation else self.train_split)
-        text = ("\n\n" if evaluation else self.train_separator).join(documents)
+        text = joined(documents, "\n\n" if evaluation else self.train_separator, tokenizer, self.name)
         return text if self.whole or self.train_split != self.evaluation_split else divide(text, split)
 
     def _load(self) -> Mapping[str, Any]:
@@ -52,7 +55,7 @@ class DatasetText(Source):
             raise ValueError(f"the folder {self.name!r} is no data set that can be read: {error}") from error
         return {"train": loaded} if isinstance(loaded, Dataset) else loaded
 
-    def _documents(self, split: str) -> list[str]:
+    def _documents(self, split: str) -> list[Document]:
         splits = self._load()
         # "train[:1%]" is the library's own syntax for a part of a split.
         name, bracket, _ = split.partition("[")
@@ -67,8 +70,11 @@ class DatasetText(Source):
                 f"{self.name!r} has no text_field {self.text_field!r}, it has {', '.join(rows.column_names)}"
             )
         documents = rows[self.text_field][:]
-        if not all(isinstance(document, str | None) for document in documents):
-            raise ValueError(f"{self.name!r} has rows whose field {self.text_field!r} is not text")
+        if not all(isinstance(document, str | None) or is_conversation(document) for document in documents):
+            raise ValueError(
+                f"{self.name!r} has rows whose field {self.text_field!r} holds neither text nor messages with role and "
+                "content"
+            )
         return without_nulls(documents, self.name, self.text_field)
 
 
@@ -85,7 +91,7 @@ class C4(Source):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def text(self, split: Split) -> str | Iterable[str]:
+    def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str | Iterable[str]:
         """Return documents in random order for calibration, and joined with spaces for training and evaluation."""
         if split == "evaluation":
             rows = self._stream("validation", "en/c4-validation.00000-of-00008.json.gz")

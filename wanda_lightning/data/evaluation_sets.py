@@ -40,7 +40,7 @@ def evaluation_sets(
         evaluation: A source, several, or several by name. None is the evaluation part of ``calibration_source``.
         calibration_source: The source of calibration and training. Where it is among the others, its own evaluation
             part is meant.
-        text_field: The field of a JSON line, or the column of a data set, that holds the text.
+        text_field: The field of a JSON line, or the column of a data set, that holds the text or conversations.
         evaluation_split: Split of a data set.
 
     Returns:

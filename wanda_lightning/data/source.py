@@ -8,6 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
+from transformers import PreTrainedTokenizerBase
+
+from wanda_lightning.data.conversation import Document
+
 log = logging.getLogger(__name__)
 
 Split = Literal["calibration", "train", "evaluation"]
@@ -31,8 +35,13 @@ class Source(ABC):
         """Download what is not there yet; called on one process only."""
 
     @abstractmethod
-    def text(self, split: Split) -> str | Iterable[str]:
-        """Return one long text, or documents from each of which one window is to be taken."""
+    def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str | Iterable[str]:
+        """Return one long text, or documents from each of which one window is to be taken.
+
+        Args:
+            split: The part of the text.
+            tokenizer: Its chat template makes text of conversations; not needed where the source holds text.
+        """
 
 
 def divide(text: str, split: Split) -> str:
@@ -46,16 +55,16 @@ def divide(text: str, split: Split) -> str:
     return text[position(first) if first else 0 : position(last)]
 
 
-def without_nulls(documents: Iterable[str | None], name: str, field: str) -> list[str]:
+def without_nulls(documents: Iterable[Document | None], name: str, field: str) -> list[Document]:
     """Leave out the documents that are null, and say how many there were.
 
     Args:
-        documents: Texts, and None in place of those that are null.
+        documents: Texts or conversations, and None in place of those that are null.
         name: Name of the source, for messages.
         field: The field that holds the text, for messages.
 
     Returns:
-        The texts.
+        The documents.
 
     Raises:
         ValueError: If all documents are null.

@@ -25,7 +25,7 @@ def open_source(
         name: ``"builtin"``; the path of a .txt, .md, .jsonl or .json file; ``"wikitext2"``; ``"c4"``; a local folder
             that holds a data set; or the name of a data set on the hub.
         whole: Do not divide a text that has no splits of its own: every split is all of it.
-        text_field: The field of a JSON line, or the column of a data set, that holds the text.
+        text_field: The field of a JSON line, or the column of a data set, that holds the text or conversations.
         config_name: Configuration of a data set that has several.
         train_split: Split of a data set for calibration and training.
         evaluation_split: Split of a data set for evaluation. Where it is the same as ``train_split``, the split is

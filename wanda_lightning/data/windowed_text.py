@@ -44,7 +44,7 @@ def windowed_text(
     Raises:
         ValueError: If the text is too short.
     """
-    text = source.text(split)
+    text = source.text(split, tokenizer)
     if not isinstance(text, str):
         return document_windows(text, tokenizer, num_samples, sequence_length, seed), None
     token_ids_L = tokenize(tokenizer, text)
@@ -88,10 +88,10 @@ def held_out_windows(
     Raises:
         ValueError: If the text is too short.
     """
-    calibration = source.text("calibration")
+    calibration = source.text("calibration", tokenizer)
     if not isinstance(calibration, str):
         return document_windows(calibration, tokenizer, num_samples + max_windows, sequence_length, seed)[num_samples:]
-    text = source.text("train")
+    text = source.text("train", tokenizer)
     between = num_samples if text == calibration else 0
     return windows_between(tokenize(tokenizer, str(text)), between, sequence_length, seed, max_windows)
 
