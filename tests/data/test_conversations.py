@@ -75,8 +75,8 @@ def test_windows_are_of_the_tokens_of_that_text(tmp_path, chat_tokenizer):
     assert len(data.calibration_dataloader()) == 4
 
 
-def test_text_may_stand_between_conversations(tmp_path, chat_tokenizer):
-    path = write(tmp_path / "mixed.jsonl", [CONVERSATIONS[3], "Some text.\n", CONVERSATIONS[4]])
+def test_text_and_empty_conversations_may_stand_between_others(tmp_path, chat_tokenizer):
+    path = write(tmp_path / "mixed.jsonl", [CONVERSATIONS[3], "Some text.\n", [], CONVERSATIONS[4]])
     source = open_source(path, text_field="messages", whole=True)
     assert source.text("train", chat_tokenizer) == TEXTS[3] + "Some text.\n" + TEXTS[4]
 
@@ -90,7 +90,7 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path, tokenizer):
 
 def test_what_the_template_does_not_take_is_named(tmp_path, chat_tokenizer):
     path = write(tmp_path / "chat.jsonl", [CONVERSATIONS[0], [{"role": "tool", "content": "4"}]])
-    with pytest.raises(ValueError, match=r"record 2: .*chat template does not take this conversation: no tools here"):
+    with pytest.raises(ValueError, match=r"document 2: .*chat template does not take this conversation: no tools here"):
         open_source(path, text_field="messages").text("train", chat_tokenizer)
 
 

@@ -38,12 +38,12 @@ def joined(documents: Iterable[Document], separator: str, tokenizer: PreTrainedT
             f"{name} holds conversations, and the tokenizer has no chat template that makes text of them: take the "
             "tokenizer of an instruction-tuned model, or data that hold text"
         )
-    return "".join(_text(document, tokenizer, f"{name}, record {n}") for n, document in enumerate(every, 1))
+    return "".join(_text(document, tokenizer, f"{name}, document {n}") for n, document in enumerate(every, 1))
 
 
 def _text(document: Document, tokenizer: Any, place: str) -> str:
-    if isinstance(document, str):
-        return document
+    if isinstance(document, str) or not document:  # a conversation of which nothing is there
+        return str(document or "")
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
     except TemplateError as error:
