@@ -101,7 +101,7 @@ def test_it_ends_with_the_model_that_prune_makes(trained, tmp_path):
 def test_the_evaluation_set_is_not_read_before_the_end(trained, tmp_path, monkeypatch):
     events = []
     text, prune_and_evaluate = BuiltinText.text, trials.prune_and_evaluate
-    monkeypatch.setattr(BuiltinText, "text", lambda self, split: events.append(split) or text(self, split))
+    monkeypatch.setattr(BuiltinText, "text", lambda self, split, tokenizer: events.append(split) or text(self, split))
     monkeypatch.setattr(
         "wanda_lightning.runs.search.prune_and_evaluate", lambda *args: (prune_and_evaluate(*args), events.append(1))[0]
     )

@@ -53,8 +53,7 @@ class TextDataModule(LightningDataModule):
         calibration_batch_size: Calibration windows in a batch.
         batch_size: Training and evaluation windows in a batch.
         max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
-        text_field: Field of a JSON line, or column of a data set, that holds the text; or conversations, as lists of
-            messages with ``role`` and ``content``, of which the tokenizer's chat template makes text.
+        text_field: Field or column that holds the text, or conversations: lists of messages with role and content.
         config_name: Configuration of the data set in ``source``, if it has several.
         train_split: Split of a data set for calibration and training; "train[:1%]" takes the first hundredth.
         evaluation_split: Split of a data set for evaluation. Where it equals ``train_split``, the split is divided as a
