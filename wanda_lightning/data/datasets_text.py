@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from wanda_lightning.data.conversation import Document, is_conversation, joined
-from wanda_lightning.data.source import WITHOUT_HUB, Source, Split, divide, without_nulls
+from wanda_lightning.data.documents import Document, is_document, joined
+from wanda_lightning.data.source import WITHOUT_HUB, Source, Split, divide
 
 
 class DatasetText(Source):
@@ -38,7 +38,7 @@ class DatasetText(Source):
         """Return the documents of a split as one text."""
         evaluation = split == "evaluation"
         documents = self._documents(self.evaluation_split if evaluation else self.train_split)
-        text = joined(documents, "\n\n" if evaluation else self.train_separator, tokenizer, self.name)
+        text = joined(documents, "\n\n" if evaluation else self.train_separator, tokenizer, self.name, self.text_field)
         return text if self.whole or self.train_split != self.evaluation_split else divide(text, split)
 
     def _load(self) -> Mapping[str, Any]:
@@ -55,7 +55,7 @@ class DatasetText(Source):
             raise ValueError(f"the folder {self.name!r} is no data set that can be read: {error}") from error
         return {"train": loaded} if isinstance(loaded, Dataset) else loaded
 
-    def _documents(self, split: str) -> list[Document]:
+    def _documents(self, split: str) -> list[Document | None]:
         splits = self._load()
         # "train[:1%]" is the library's own syntax for a part of a split.
         name, bracket, _ = split.partition("[")
@@ -70,12 +70,12 @@ class DatasetText(Source):
                 f"{self.name!r} has no text_field {self.text_field!r}, it has {', '.join(rows.column_names)}"
             )
         documents = rows[self.text_field][:]
-        if not all(isinstance(document, str | None) or is_conversation(document) for document in documents):
+        if not all(map(is_document, documents)):
             raise ValueError(
                 f"{self.name!r} has rows whose field {self.text_field!r} holds neither text nor messages with role and "
                 "content"
             )
-        return without_nulls(documents, self.name, self.text_field)
+        return documents
 
 
 class C4(Source):

@@ -3,16 +3,11 @@
 Nothing is read or downloaded before a split of it is asked for.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
-
-from wanda_lightning.data.conversation import Document
-
-log = logging.getLogger(__name__)
 
 Split = Literal["calibration", "train", "evaluation"]
 
@@ -53,28 +48,3 @@ def divide(text: str, split: Split) -> str:
 
     first, last = SHARES[split]
     return text[position(first) if first else 0 : position(last)]
-
-
-def without_nulls(documents: Iterable[Document | None], name: str, field: str) -> list[Document]:
-    """Leave out the documents that are null, and say how many there were.
-
-    Args:
-        documents: Texts or conversations, and None in place of those that are null.
-        name: Name of the source, for messages.
-        field: The field that holds the text, for messages.
-
-    Returns:
-        The documents.
-
-    Raises:
-        ValueError: If all documents are null.
-    """
-    every = list(documents)
-    kept = [document for document in every if document is not None]
-    if every and not kept:
-        raise ValueError(f"{name} has no text in field {field!r}: it is null in all {len(every)} records")
-    if len(kept) < len(every):
-        log.warning(
-            "%s: %d of %d records have null for %s and are left out", name, len(every) - len(kept), len(every), field
-        )
-    return kept

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from wanda_lightning.data.conversation import Document, is_conversation, joined
-from wanda_lightning.data.source import Source, Split, divide, without_nulls
+from wanda_lightning.data.documents import Document, is_document, joined
+from wanda_lightning.data.source import Source, Split, divide
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".json")
@@ -26,8 +26,7 @@ class FileText(Source):
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text: {error}") from None
         if self.path.suffix.lower() in JSON_SUFFIXES:
-            documents = without_nulls(self._documents(text), str(self.path), self.text_field)
-            text = joined(documents, "\n\n", tokenizer, str(self.path))
+            text = joined(self._documents(text), "\n\n", tokenizer, str(self.path), self.text_field)
         return text if self.whole else divide(text, split)
 
     def _documents(self, lines: str) -> Iterable[Document | None]:
@@ -42,7 +41,7 @@ class FileText(Source):
                 fields = ", ".join(record) if isinstance(record, dict) else "no fields"
                 raise ValueError(f"{self.path} line {number} has no text_field {self.text_field!r}, it has {fields}")
             document = record[self.text_field]
-            if not isinstance(document, str | None) and not is_conversation(document):
+            if not is_document(document):
                 raise ValueError(
                     f"{self.path} line {number} has neither text nor messages with role and content in field "
                     f"{self.text_field!r}: {repr(document)[:100]}"
