@@ -1,6 +1,6 @@
 import pytest
 
-from wanda_lightning.arguments import is_finite, is_whole, whole_number
+from wanda_lightning.arguments import is_finite, is_fraction, is_whole, whole_number
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
@@ -21,3 +21,13 @@ def test_whole_numbers_pass():
 )  # fmt: skip
 def test_what_a_finite_number_is(value, is_one):
     assert is_finite(value) == is_one
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])
+def test_fractions(value):
+    assert is_fraction(value)
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), False, "0.5", None])
+def test_what_is_no_fraction(value):
+    assert not is_fraction(value)

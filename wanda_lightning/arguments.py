@@ -14,6 +14,11 @@ def is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+def is_fraction(value: object) -> TypeGuard[float]:
+    """Tell whether a value is a number in [0, 1), as a sparsity is; True and False are none."""
+    return is_finite(value) and 0 <= value < 1
+
+
 def whole_number(name: str, value: object, least: int) -> None:
     """Refuse what is no whole number, or too small.
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import is_finite, is_whole
+from wanda_lightning.arguments import is_fraction, is_whole
 from wanda_lightning.lowest_scores import prune_lowest
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +33,7 @@ class Unstructured:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if not is_finite(self.sparsity) or not 0 <= self.sparsity < 1:
+        if not is_fraction(self.sparsity):
             raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}{_meant(self.sparsity)}")
 
     def mask(self, score_GN: Tensor) -> Tensor:

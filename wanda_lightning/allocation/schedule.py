@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
-from wanda_lightning.arguments import is_finite, whole_number
+from wanda_lightning.arguments import is_fraction, whole_number
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
 
@@ -51,7 +51,7 @@ class Gradual:
         whole_number("every of a gradual schedule", self.every, 1)
         if self.curve not in get_args(Curve):
             raise ValueError(f"curve must be one of {', '.join(get_args(Curve))}, got {self.curve!r}")
-        if not is_finite(self.initial) or not 0 <= self.initial < 1:
+        if not is_fraction(self.initial):
             raise ValueError(f"initial must be a sparsity in [0, 1), got {self.initial!r}")
 
     def sparsity(self, step: int, final: float) -> float:

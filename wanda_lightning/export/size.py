@@ -13,7 +13,7 @@ from wanda_lightning.checkpoints.tensor_files import Entry, weight_files
 from wanda_lightning.export.bitmask import SHAPES, compressed_file_size, parts_of, size_of
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import stored_parameters
-from wanda_lightning.sparsity import Pattern
+from wanda_lightning.sparsity import Pattern, nonzeros
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -42,7 +42,7 @@ class CompressedSize:
         stored = [(name, values) for name, values in stored_parameters(model) if name in names.values()]
         self._names = names
         self._stored = [
-            (Entry(name, TYPES.get(values.dtype, "F32"), values.shape, values.nbytes), int(values.count_nonzero()))
+            (Entry(name, TYPES.get(values.dtype, "F32"), values.shape, values.nbytes), nonzeros(values))
             for name, values in sorted(stored, key=lambda each: (-each[1].itemsize, each[0]))
         ]
 

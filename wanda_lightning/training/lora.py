@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from wanda_lightning.arguments import is_finite, positive_number, whole_number
+from wanda_lightning.arguments import is_fraction, positive_number, whole_number
 
 Merge = Literal["none", "masked"]
 
@@ -42,7 +42,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         whole_number("rank", self.rank, 1)
         positive_number("alpha", self.alpha)
-        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_fraction(self.dropout):
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         if self.merge not in get_args(Merge):
             raise ValueError(
