@@ -52,6 +52,7 @@ METHODS = {
     "ADMM, permuted": ADMM(),
     "SparseGPT, dense target (balanced)": SparseGPT(shrinkage=0.3),
     "ADMM, dense target (best)": ADMM(damping=0.3),
+    "SparseGPT, dense target, permuted": SparseGPT(shrinkage=0.3),
     "SparseGPT, dense target, reconstruction": SparseGPT(shrinkage=0.3),
 }
 DENSE_TARGET = {"dense_target": True}
@@ -59,6 +60,7 @@ SETTINGS = {  # as in the recipes
     **{name: {"permute": True} for name in ("Wanda, permuted", "SparseGPT, permuted", "ADMM, permuted")},
     "SparseGPT, dense target (balanced)": DENSE_TARGET,
     "ADMM, dense target (best)": DENSE_TARGET,
+    "SparseGPT, dense target, permuted": {**DENSE_TARGET, "permute": True},
     "SparseGPT, dense target, reconstruction": {**DENSE_TARGET, "reconstruction": Reconstruction(epochs=8, lr=1e-3)},
 }
 
