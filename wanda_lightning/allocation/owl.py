@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
 from wanda_lightning.arguments import positive_number
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import in_memory
 from wanda_lightning.report.allotment import Allotment
+from wanda_lightning.solvers.precision import longest_float
 from wanda_lightning.statistics import InputStatistic
 
 
@@ -64,5 +63,5 @@ class OWL(Allocator):
         with in_memory(layer.module):
             scores = [Wanda().score(linear.weight_OI, norms[linear.name]) for linear in layer.linears]
         weights = sum(score_OI.numel() for score_OI in scores)
-        mean = sum(float(score_OI.sum(dtype=torch.float64)) for score_OI in scores) / weights
+        mean = sum(float(score_OI.sum(dtype=longest_float(score_OI.device))) for score_OI in scores) / weights
         return 100 * sum(int((score_OI > self.factor * mean).sum()) for score_OI in scores) / weights

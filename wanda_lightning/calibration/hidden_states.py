@@ -82,8 +82,11 @@ class HiddenStates:
         Returns:
             What fills it again.
         """
+        stays = ("cpu", "mps") if self.place == "cpu" else ("mps",)  # torch cannot free storages of Apple's GPUs
+        if self.place == "device" or tensor.device.type in stays:
+            return _nothing
         storage = tensor.untyped_storage()
-        if self.place == "device" or (self.place == "cpu" and tensor.device.type == "cpu") or not storage.resizable():
+        if not storage.resizable():
             return _nothing
         size = storage.nbytes()
         values = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Types of device that may have autocast on, each for itself."""
+
 
 class Resumable:
     """A call that may pause itself.
@@ -72,7 +75,7 @@ class _Modes:
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
         self._autocast = {
-            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES
         }
 
     def enter(self) -> None:

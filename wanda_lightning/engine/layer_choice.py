@@ -22,6 +22,7 @@ from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
+from wanda_lightning.solvers.precision import longest_float
 
 
 class LayerChooser:
@@ -92,8 +93,8 @@ class LayerChooser:
 
     def _mean(self, values: Iterator[Tensor]) -> float:
         """Average values (N,) over all batches of all processes."""
-        sums = [torch.stack([each.double().sum(), each.new_tensor(each.numel()).double()]).cpu() for each in values]
-        total = torch.stack(sums).sum(0)
+        sums = [(float(each.sum(dtype=longest_float(each.device))), each.numel()) for each in values]
+        total = torch.tensor(sums, dtype=torch.float64).sum(0)
         device = next(self.model.parameters()).device
         total = total.to(device) if device.type == "cuda" else total
         self.processes.sum([total])

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, D hidden size.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from typing_extensions import override
 
+from wanda_lightning.solvers.precision import longest_float
+
 CHUNK = 128  # tokens whose logits are made, or upcast, at a time
 
 
 class Perplexity(Metric):
     """exp of the mean cross-entropy of the next token, over all tokens of all batches and processes.
 
-    Cross-entropy is computed in float32 whatever the logits' dtype, and summed in float64.
+    Cross-entropy is computed in float32 whatever the logits' dtype, and summed in float64; on the CPU where the device
+    has no float64.
 
     Examples:
         >>> metric = Perplexity()
@@ -53,7 +57,8 @@ class Perplexity(Metric):
         for given_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT, strict=True):  # flattened they would be copied
             for given, labels in zip(given_TV.split(CHUNK), labels_T.split(CHUNK), strict=True):
                 logits = given if head is None else head(given[None])[0].to(labels.device)
-                self.nll += F.cross_entropy(logits.float(), labels, reduction="sum").double()
+                nll = F.cross_entropy(logits.float(), labels, reduction="sum")
+                self.nll += nll.to(self.nll.device).double()
         self.tokens += (labels_BT != -100).sum()
 
     @torch.no_grad()
@@ -95,7 +100,13 @@ class Perplexity(Metric):
     @override
     def compute(self) -> Tensor:
         """Return the perplexity, float64."""
-        return torch.exp(self.nll / self.tokens)
+        return torch.exp(self.nll / self.tokens.to(self.nll.device))
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> nn.Module:
+        """Move, or whatever else ``fn`` does to a tensor."""
+        has_float64 = longest_float(fn(torch.zeros(1, device=self.device)).device) == torch.float64
+        return super()._apply(fn, exclude_state if has_float64 else [*exclude_state, "nll"])
 
 
 def _is_sharded(head: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
+from wanda_lightning.solvers.precision import longest_float
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
@@ -67,7 +68,8 @@ def _variant_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
     the share of its row's total that lies at or below it. Pruning the lowest of these numbers is exact.
     """
     sorted_OI, order_OI = score_OI.sort(dim=-1, stable=True)
-    total_O1 = sorted_OI.double().sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    share_OI = sorted_OI.double().cumsum(dim=-1).div_(total_O1)
+    dtype = longest_float(score_OI.device)
+    total_O1 = sorted_OI.sum(dim=-1, keepdim=True, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
+    share_OI = sorted_OI.cumsum(dim=-1, dtype=dtype).div_(total_O1)
     kept_sorted_OI = pattern.mask(share_OI.reshape(1, -1)).view(share_OI.shape)
     return torch.empty_like(kept_sorted_OI).scatter_(-1, order_OI, kept_sorted_OI)

@@ -12,16 +12,19 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wanda_lightning.model.convolutions import is_conv2d
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear, own_modules, prunable_linears
 from wanda_lightning.model.neurons import Layout, Neurons, keep_neurons
 from wanda_lightning.model.offload import device_of
+from wanda_lightning.model.replaced import replaced
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +174,8 @@ def can_go(
             each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
         unread = _first(module(*args, **kwargs))
         keep_neurons(group, kept)
-        smaller = _first(as_built(module)(*args, **kwargs))
+        with replaced(F, "scaled_dot_product_attention", partial(_attend, F.scaled_dot_product_attention)):
+            smaller = _first(as_built(module)(*args, **kwargs))
     except (RuntimeError, ValueError, IndexError) as reason:
         log.debug("%s does not read neurons: %s", group[0].reader.name, reason)
         return False
@@ -179,6 +183,13 @@ def can_go(
     return smaller.shape == unread.shape and bool(
         (smaller - unread).abs().max() <= close < (whole - unread).abs().max()
     )
+
+
+def _attend(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Refuse keys of no head: torch 2.11 divides by their number, which ends the process."""
+    if not key.numel():
+        raise ValueError("its attention has no key left")
+    return attend(query, key, *args, **kwargs)
 
 
 def _in_float32(value: Any) -> Any:

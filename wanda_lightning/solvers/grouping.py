@@ -10,6 +10,7 @@ Shapes: O out features, I in features, G groups.
 import torch
 from torch import Tensor
 
+from wanda_lightning.solvers.precision import longest_float
 from wanda_lightning.sparsity import SemiStructured
 
 ENOUGH = 1e-2
@@ -50,7 +51,8 @@ def grouped(score_OI: Tensor, pattern: SemiStructured) -> Tensor:
 
 
 def _lost(score_OI: Tensor, order_GM: Tensor, pattern: SemiStructured) -> Tensor:
-    return score_OI[:, order_GM].sort(-1).values[..., : pattern.m - pattern.n].sum((0, 2), dtype=torch.float64)
+    lowest_OGP = score_OI[:, order_GM].sort(-1).values[..., : pattern.m - pattern.n]
+    return lowest_OGP.sum((0, 2), dtype=longest_float(score_OI.device))
 
 
 def _least_sums(one_OG: Tensor, other_OG: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Full float32 matrix products, whatever the user allows elsewhere."""
+"""Full float32 matrix products, whatever the user allows elsewhere, and long sums in the longest floats there are."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def longest_float(device: torch.device) -> torch.dtype:
+    """Return float64; float32 on Apple's GPUs, which have nothing longer."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager
