@@ -22,23 +22,24 @@ ROOMS = {
     "sparsity": {"arguments", "lowest_scores"},
     "atomic_files": set(),
     "terminal": set(),
-    "solvers": {"sparsity"},
-    "statistics": {"solvers"},
-    "methods": {"arguments", "sparsity", "statistics", "solvers"},
+    "precision": set(),
+    "solvers": {"precision", "sparsity"},
+    "statistics": {"precision", "solvers"},
+    "methods": {"arguments", "precision", "sparsity", "statistics", "solvers"},
     "model": {"sparsity"},
-    "calibration": {"model", "solvers", "statistics"},
+    "calibration": {"model", "precision", "solvers", "statistics"},
     "report": {"model", "atomic_files"},
-    "allocation": {"arguments", "calibration", "model", "methods", "report", "sparsity", "statistics"},
+    "allocation": {"arguments", "calibration", "model", "methods", "precision", "report", "sparsity", "statistics"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
-        "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "report", "solvers",
+        "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "precision", "report", "solvers",
         "sparsity", "statistics",
     },
     "checkpoints": {"model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
     "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
     "data": {"arguments", "checkpoints", "model"},
-    "evaluation": {"arguments", "checkpoints", "data", "model", "terminal"},
+    "evaluation": {"arguments", "checkpoints", "data", "model", "precision", "terminal"},
     "callbacks": {
         "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods",
         "model", "report", "sparsity", "terminal", "training",
@@ -51,7 +52,7 @@ ROOMS = {
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [
-    "arguments", "lowest_scores", "sparsity", "atomic_files", "solvers", "statistics", "methods", "model",
+    "arguments", "lowest_scores", "sparsity", "atomic_files", "precision", "solvers", "statistics", "methods", "model",
     "calibration", "allocation", "report", "training", "engine", "export",
 ]  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"}

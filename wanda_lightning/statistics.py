@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers.factor import Factor, factorize
-from wanda_lightning.solvers.precision import full_float32
 
 
 class InputStatistic(ABC):

@@ -8,8 +8,8 @@ from wanda_lightning.arguments import positive_number
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import in_memory
+from wanda_lightning.precision import longest_float
 from wanda_lightning.report.allotment import Allotment
-from wanda_lightning.solvers.precision import longest_float
 from wanda_lightning.statistics import InputStatistic
 
 

@@ -13,7 +13,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.collector import real_inputs
 from wanda_lightning.calibration.input_drift import InputDrift, held_out_for_target
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.solvers.precision import full_float32
+from wanda_lightning.precision import full_float32
 from wanda_lightning.statistics import InputStatistic
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.batches import held_out_batches
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers.dense_target import Moments, fit_to_dense
 from wanda_lightning.solvers.factor import Factor, factorize
-from wanda_lightning.solvers.precision import full_float32
 from wanda_lightning.statistics import InputHessian, InputStatistic
 
 SHRINKAGE = 0.3

@@ -22,7 +22,7 @@ from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
-from wanda_lightning.solvers.precision import longest_float
+from wanda_lightning.precision import longest_float
 
 
 class LayerChooser:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from typing_extensions import override
 
-from wanda_lightning.solvers.precision import longest_float
+from wanda_lightning.precision import longest_float
 
 CHUNK = 128  # tokens whose logits are made, or upcast, at a time
 
@@ -99,8 +99,9 @@ class Perplexity(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """Return the perplexity, float64."""
-        return torch.exp(self.nll / self.tokens.to(self.nll.device))
+        """Return the perplexity, float64 where the device has that."""
+        device = self.tokens.device
+        return torch.exp(self.nll / self.tokens.to(self.nll.device)).to(longest_float(device)).to(device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> nn.Module:

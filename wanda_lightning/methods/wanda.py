@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
-from wanda_lightning.solvers.precision import longest_float
+from wanda_lightning.precision import longest_float
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 

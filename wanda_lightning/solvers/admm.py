@@ -18,7 +18,7 @@ Shapes: O out features, I in features.
 import torch
 from torch import Tensor
 
-from wanda_lightning.solvers.precision import full_float32
+from wanda_lightning.precision import full_float32
 from wanda_lightning.sparsity import Pattern, Unstructured, zero_where_pruned
 
 STAGES = 8

@@ -11,7 +11,7 @@ Shapes: O out features, I in features.
 import torch
 from torch import Tensor
 
-from wanda_lightning.solvers.precision import full_float32
+from wanda_lightning.precision import full_float32
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers.factor import Factor
-from wanda_lightning.solvers.precision import full_float32
 
 
 class Moments(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanda_lightning.solvers.precision import full_float32
+from wanda_lightning.precision import full_float32
 
 MAX_DAMPING = 1.0
 """Damping is not raised above this; with the diagonal doubled the problem is no longer the user's."""

@@ -10,7 +10,7 @@ Shapes: O out features, I in features, G groups.
 import torch
 from torch import Tensor
 
-from wanda_lightning.solvers.precision import longest_float
+from wanda_lightning.precision import longest_float
 from wanda_lightning.sparsity import SemiStructured
 
 ENOUGH = 1e-2
@@ -57,7 +57,7 @@ def _lost(score_OI: Tensor, order_GM: Tensor, pattern: SemiStructured) -> Tensor
 
 def _least_sums(one_OG: Tensor, other_OG: Tensor) -> Tensor:
     """Sum the lower ones of each column of one matrix and each of another over the rows."""
-    return torch.stack([torch.minimum(one_OG[:, [g]], other_OG).sum(0) for g in range(one_OG.shape[1])])
+    return torch.stack([torch.minimum(one_OG[:, g : g + 1], other_OG).sum(0) for g in range(one_OG.shape[1])])
 
 
 def _exchanged(loss_GG: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ def _exchanged(loss_GG: Tensor) -> Tensor:
         now_G = loss_GG.diagonal()
         gain_GG = now_G[:, None] + now_G - loss_GG - loss_GG.t()
         most_G, partner_G = gain_GG.max(1)
-        agreed_G = (partner_G[partner_G] == groups) & (most_G > 1e-6 * now_G.mean())
+        least_G = 1e-6 * (now_G.mean() + now_G + now_G[partner_G])  # more than rounding feigns: so this comes to an end
+        agreed_G = (partner_G[partner_G] == groups) & (most_G > least_G)
         if not agreed_G.any():
             return inputs_G
         swap_G = torch.where(agreed_G, partner_G, groups)

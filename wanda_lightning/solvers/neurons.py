@@ -18,8 +18,8 @@ Shapes: O out features, I in features, K kept, R removed, B of a block.
 import torch
 from torch import Tensor
 
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers.factor import Factor, factorize
-from wanda_lightning.solvers.precision import full_float32
 
 BLOCK = 32
 """Columns whose updates wait."""

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers.factor import Factor
-from wanda_lightning.solvers.precision import full_float32
 from wanda_lightning.sparsity import Pattern, SemiStructured
 
 SUB_BLOCK = 16

@@ -1,0 +1,149 @@
+"""All runs on an Apple GPU, which has no float64, as it does on the CPU. The GPU is a stand-in: see apple_gpu.py."""
+
+import pytest
+import torch
+from apple_gpu import APPLE_GPU, apple_gpu, values_of
+from helpers import SomebodysData, SomebodysModule, few_windows, sparsities, tiny_llama, token_batches, trainer
+from lightning.fabric.accelerators import mps
+
+from wanda_lightning import (
+    ADMM,
+    ATP,
+    OWL,
+    RIA,
+    Ablate,
+    CausalLM,
+    LeastLoss,
+    Magnitude,
+    Reconstruction,
+    SparseFinetuning,
+    SparseGPT,
+    SparseGPTPruning,
+    Wanda,
+    WandaPruning,
+    WidthPruning,
+    prune_depth,
+    prune_model,
+    prune_width,
+)
+from wanda_lightning.engine import checks
+from wanda_lightning.evaluation import Perplexity
+
+BATCHES = token_batches(batches=3)
+
+
+@pytest.fixture(autouse=True)
+def has_apple_gpu(monkeypatch):
+    """Weights of another class than torch's own would be refused as quantised; Lightning finds the GPU."""
+    monkeypatch.setattr(checks, "_check_stored", lambda linear: None)
+    monkeypatch.setattr(mps.MPSAccelerator, "is_available", staticmethod(lambda: True))
+    with apple_gpu():
+        yield
+
+
+def values(model) -> list[torch.Tensor]:
+    return [values_of(parameter) for parameter in model.parameters()]
+
+
+def test_the_stand_in_refuses_what_the_gpu_cannot_do():
+    here = torch.ones(2, device=APPLE_GPU)
+    with pytest.raises(TypeError, match="float64"):
+        here.double()
+    with pytest.raises(TypeError, match="float64"):
+        torch.zeros(2, dtype=torch.float64, device=APPLE_GPU)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + torch.ones(2)
+    with pytest.raises(NotImplementedError, match="mode"):
+        here.mode()
+    assert (here + 1).device == APPLE_GPU
+    assert (here + 1).tolist() == [2, 2]
+    assert type(here.cpu().double()) is torch.Tensor
+
+
+@pytest.mark.parametrize("pattern", [0.5, "2:4"])
+@pytest.mark.parametrize("method", [Magnitude(), Wanda(), RIA(), SparseGPT(), Ablate()], ids=str)
+def test_methods(method, pattern):
+    here, on_cpu = tiny_llama().to(APPLE_GPU), tiny_llama()
+    prune_model(here, BATCHES, method, pattern)
+    prune_model(on_cpu, BATCHES, method, pattern)
+    for ours, expected in zip(values(here), values(on_cpu), strict=True):
+        assert torch.equal(ours == 0, expected == 0)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (Wanda(variant=True), {}),
+        (Wanda(refine=3), {}),
+        (Wanda(), {"exact_error": True}),
+        (Wanda(), {"true_sequential": False}),
+        (Wanda(), {"activations": "cpu"}),
+        (Wanda(), {"activations": "disk"}),
+        (Wanda(), {"allocation": OWL()}),
+        (Wanda(), {"allocation": ATP()}),
+        (Wanda(), {"allocation": LeastLoss()}),
+        (SparseGPT(), {"dense_target": True}),
+        (SparseGPT(), {"reconstruction": Reconstruction(epochs=1)}),
+        (SparseGPT(), {"pattern": "2:4", "permute": True}),
+        (ADMM(), {}),
+    ],
+    ids=str,
+)
+def test_settings(method, settings):
+    """Where rounding decides more, as with ADMM, errors are compared in place of weights."""
+    settings = {"pattern": 0.5, **settings}
+    here = prune_model(tiny_llama().to(APPLE_GPU), BATCHES, method, **settings)
+    on_cpu = prune_model(tiny_llama(), BATCHES, method, **settings)
+    assert here.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-3)
+    assert [row.error for row in here.linears] == pytest.approx([row.error for row in on_cpu.linears], rel=0.1)
+
+
+def test_smaller_models():
+    here, on_cpu = tiny_llama().to(APPLE_GPU), tiny_llama()
+    for model in (here, on_cpu):
+        prune_width(model, BATCHES, 0.5, attention_keep=0.5)
+        prune_depth(model, BATCHES, 1)
+        prune_depth(model, BATCHES, 1, choice="loss")
+    for ours, expected in zip(values(here), values(on_cpu), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_perplexity_is_summed_in_float64_all_the_same():
+    model, ids, metric = tiny_llama(), BATCHES[0], Perplexity()
+    metric.update_from(model, {"input_ids": ids}, ids)
+    expected = metric.compute()
+    metric.reset()
+    metric.to(APPLE_GPU).update_from(model.to(APPLE_GPU), {"input_ids": ids.to(APPLE_GPU)}, ids.to(APPLE_GPU))
+    assert metric.tokens.device == APPLE_GPU
+    assert metric.compute().device == APPLE_GPU
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
+    metric.to("cpu").update_from(tiny_llama(), {"input_ids": ids}, ids)
+    assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "settings"),
+    [
+        ([WandaPruning(0.5)], {}),
+        ([SparseGPTPruning(0.5)], {"precision": "bf16-mixed"}),
+        ([WandaPruning(0.5), SparseFinetuning()], {}),
+        ([WidthPruning(0.5), WandaPruning(0.5)], {}),
+    ],
+)
+def test_a_trainer_takes_it(callbacks, settings, tmp_path):
+    module, data = SomebodysModule(), SomebodysData()
+    run = trainer(tmp_path, *callbacks, accelerator="mps", devices=1, **settings)
+    run.fit(module, data)
+    assert run.strategy.root_device == APPLE_GPU
+    assert sparsities(module) == {0.5}
+
+
+def test_validation_before_and_after(tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder))
+    module.configure_model()
+    run = trainer(tmp_path, WandaPruning(0.5), accelerator="mps", devices=1)
+    (before,) = run.validate(module, few_windows(), verbose=False)
+    run.fit(module, few_windows())
+    (after,) = run.validate(module, few_windows(), verbose=False)
+    assert before["val/perplexity"] != after["val/perplexity"]
