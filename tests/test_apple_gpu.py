@@ -13,7 +13,10 @@ from wanda_lightning import (
     RIA,
     Ablate,
     CausalLM,
+    Distillation,
+    Gradual,
     LeastLoss,
+    LoraSettings,
     Magnitude,
     Reconstruction,
     SparseFinetuning,
@@ -128,6 +131,7 @@ def test_perplexity_is_summed_in_float64_all_the_same():
         ([WandaPruning(0.5)], {}),
         ([SparseGPTPruning(0.5)], {"precision": "bf16-mixed"}),
         ([WandaPruning(0.5), SparseFinetuning()], {}),
+        ([WandaPruning(0.5, schedule=Gradual(0, 2))], {}),
         ([WidthPruning(0.5), WandaPruning(0.5)], {}),
     ],
 )
@@ -139,8 +143,11 @@ def test_a_trainer_takes_it(callbacks, settings, tmp_path):
     assert sparsities(module) == {0.5}
 
 
-def test_validation_before_and_after(tiny_model_folder, tmp_path):
-    module = CausalLM(str(tiny_model_folder))
+@pytest.mark.parametrize(
+    "settings", [{}, {"distillation": Distillation(hidden_states=1.0)}, {"lora": LoraSettings(rank=2)}], ids=str
+)
+def test_validation_before_and_after(settings, tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder), **settings)
     module.configure_model()
     run = trainer(tmp_path, WandaPruning(0.5), accelerator="mps", devices=1)
     (before,) = run.validate(module, few_windows(), verbose=False)
