@@ -60,3 +60,30 @@ def test_a_failed_write_leaves_what_was_there(where, older, tmp_path, monkeypatc
     assert names(tmp_path) == (["model"] if older else [])
     if older:
         assert names(tmp_path / "model") == ["old.txt"]
+
+
+def test_windows_opens_no_folders_and_flushes_only_what_may_be_written(tmp_path, monkeypatch):
+    may_be_written, opened, flush = set(), os.open, os.fsync
+
+    def open_on_windows(path, flags, *rest, **settings):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        handle = opened(path, flags, *rest, **settings)
+        may_be_written.discard(handle)
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            may_be_written.add(handle)
+        return handle
+
+    def flush_on_windows(handle):
+        if handle not in may_be_written:
+            raise OSError(9, "Bad file descriptor")
+        flush(handle)
+
+    monkeypatch.setattr(os, "open", open_on_windows)
+    monkeypatch.setattr(os, "fsync", flush_on_windows)
+    write_text(tmp_path / "report.md", "a line\n")
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "inner").mkdir()
+        (unfinished / "inner" / "config.json").write_text("{}")
+    assert (tmp_path / "report.md").read_bytes() == b"a line\n"
+    assert names(tmp_path / "model" / "inner") == ["config.json"]
