@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from pkgutil import resolve_name
 
 from wanda_lightning.cli.commands import COMMANDS
@@ -29,6 +30,8 @@ options:
 
 def main() -> None:
     """Run the command; mistakes of the user are one short message and exit code 2, failures exit with 1."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a file or pipe on Windows knows few of the characters that models say
+        sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -43,3 +44,14 @@ def test_retries_of_the_hub_are_not_shown(monkeypatch, caplog):
         main()
     logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
     assert not [record for record in caplog.records if "Retrying" in record.getMessage()]
+
+
+def test_a_pipe_that_knows_few_characters(tiny_model_folder, monkeypatch):
+    """As on Windows; what the model says holds others, too."""
+    monkeypatch.setattr(
+        sys, "argv", ["wanda-lightning", "generate", str(tiny_model_folder), "Omega is Ω", "--tokens=2"]
+    )
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), encoding="cp1252"))
+    main()
+    sys.stdout.seek(0)
+    assert sys.stdout.read().startswith("Omega is ?")
