@@ -93,6 +93,8 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:  # C++ code fills it
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device)
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):  # and what a list in an index becomes
+            args = (args[0], tuple(torch.tensor(each) if isinstance(each, list) else each for each in args[1]))
         return func(*args, **kwargs)
 
 

@@ -5,6 +5,7 @@ import torch
 from apple_gpu import APPLE_GPU, apple_gpu, values_of
 from helpers import SomebodysData, SomebodysModule, few_windows, sparsities, tiny_llama, token_batches, trainer
 from lightning.fabric.accelerators import mps
+from test_families import build
 
 from wanda_lightning import (
     ADMM,
@@ -72,6 +73,15 @@ def test_methods(method, pattern):
     for ours, expected in zip(values(here), values(on_cpu), strict=True):
         assert torch.equal(ours == 0, expected == 0)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Falcon (ALiBi)", "Mixtral", "GPT-OSS", "Mamba 2", "Qwen3-Next"])
+def test_families(family):
+    here, on_cpu = build(family).to(APPLE_GPU), build(family)
+    for model in (here, on_cpu):
+        prune_model(model, token_batches(batches=2, vocab=60), Wanda(), 0.5)
+    for ours, expected in zip(values(here), values(on_cpu), strict=True):
+        assert torch.equal(ours == 0, expected == 0)
 
 
 @pytest.mark.parametrize(
