@@ -1,15 +1,11 @@
 """Depth pruning: what is left computes as if the layers that went had passed everything on."""
 
 import copy
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from sizes import LAYER_TYPES, SIZE, VOCABULARY
 from test_families import FAMILIES
 

@@ -1,14 +1,10 @@
 """Width pruning: the model is an ordinary, narrower one, and is chosen and fitted as it says."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import mixtral, tiny_llama, token_batches
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from sizes import VOCABULARY
 from test_families import build
 

@@ -1,14 +1,10 @@
 """Key/value groups: what is left is the attention that an ordinary config describes, chosen and fitted as it says."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from sizes import VOCABULARY
 from test_families import build
 
