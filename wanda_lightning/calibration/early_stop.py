@@ -1,7 +1,7 @@
 """Leaving a layer once the last module of interest has its input: its product and what follows are not needed."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -32,8 +32,10 @@ class EarlyStop:
         """Bracket one forward with inputs of a shape; it ends after the last call."""
         self._shape = shape
         self._calls.clear()
-        with suppress(_AllInputsSeenError):
+        try:
             yield
+        except _AllInputsSeenError as stop:
+            stop.__traceback__ = None  # from Python 3.12 on a circle: it holds frames of contextlib, and they hold it
         if self._works and len(self._calls) == self._number == len(set(self._calls)):
             self._once_each.add(shape)
 
