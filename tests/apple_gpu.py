@@ -6,7 +6,7 @@ machines; where C++ code makes a tensor beside such a one, it asks for the meta 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 APPLE_GPU = torch.device("mps", 0)
@@ -35,6 +35,11 @@ def apple_gpu() -> Iterator[None]:
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+def without_apple_gpu() -> AbstractContextManager[None]:
+    """Let there be none for a while, and a meta device of its own again: models are loaded by way of that."""
+    return _disable_current_modes()
 
 
 def values_of(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from apple_gpu import APPLE_GPU, apple_gpu, values_of
+from apple_gpu import APPLE_GPU, apple_gpu, values_of, without_apple_gpu
 from helpers import SomebodysData, SomebodysModule, few_windows, sparsities, tiny_llama, token_batches, trainer
 from lightning.fabric.accelerators import mps
 from test_families import build
@@ -160,7 +160,8 @@ def test_a_trainer_takes_it(callbacks, settings, tmp_path):
 )
 def test_validation_before_and_after(settings, tiny_model_folder, tmp_path):
     module = CausalLM(str(tiny_model_folder), **settings)
-    module.configure_model()
+    with without_apple_gpu():
+        module.configure_model()
     run = trainer(tmp_path, WandaPruning(0.5), accelerator="mps", devices=1)
     (before,) = run.validate(module, few_windows(), verbose=False)
     run.fit(module, few_windows())
