@@ -51,9 +51,7 @@ class _AppleTensor(Tensor):
     @staticmethod
     def __new__(cls, on_cpu: Tensor) -> "_AppleTensor":
         if on_cpu.dtype in (torch.float64, torch.complex128):
-            raise TypeError(
-                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
-            )
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         layout = {"strides": on_cpu.stride(), "storage_offset": on_cpu.storage_offset()}
         with torch.inference_mode(False):  # where a tensor of another class cannot be made
             return Tensor._make_wrapper_subclass(cls, on_cpu.size(), dtype=on_cpu.dtype, device="meta", **layout)
@@ -68,10 +66,10 @@ class _AppleTensor(Tensor):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != APPLE_GPU.type:
             return super().to(*args, copy=copy, **kwargs)
+        if dtype in (None, self.dtype) and not copy:
+            return self
         layout = {name: value for name, value in kwargs.items() if name == "memory_format"}
-        return (
-            self if dtype in (None, self.dtype) and not copy else super().to(dtype or self.dtype, copy=copy, **layout)
-        )
+        return super().to(dtype or self.dtype, copy=copy, **layout)
 
     def new_tensor(self, data: Any, dtype: torch.dtype | None = None) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype).to(APPLE_GPU)
