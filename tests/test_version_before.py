@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def test_the_config_of_a_run_is_a_recipe(tmp_path):
     done = run(["prune", "-c", str(tmp_path / "config.yaml"), *root, *two_passes])
     before = json.loads((BEFORE / "run" / "pruning.json").read_text())
     assert done.trainer.pruning_callback.report.sparsity == before["sparsity"]
+    if before["environment"]["python"].rpartition(".")[0] != platform.python_version().rpartition(".")[0]:
+        pytest.skip("the built-in text, Python's documentation, is another one")
     again = load_file(tmp_path / "again" / "model" / "model.safetensors")
     stored = load_file(BEFORE / "run" / "model" / "model.safetensors")
     assert all(torch.equal(again[name] != 0, tensor != 0) for name, tensor in stored.items())
