@@ -82,11 +82,9 @@ class HiddenStates:
         Returns:
             What fills it again.
         """
-        stays = ("cpu", "mps") if self.place == "cpu" else ("mps",)  # torch cannot free storages of Apple's GPUs
-        if self.place == "device" or tensor.device.type in stays:
-            return _nothing
-        storage = tensor.untyped_storage()
-        if not storage.resizable():
+        # It may be there already, and torch cannot free storages of Apple's GPUs.
+        stays = self.place == "device" or tensor.device.type in (self.place, "mps")
+        if stays or not (storage := tensor.untyped_storage()).resizable():
             return _nothing
         size = storage.nbytes()
         values = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
