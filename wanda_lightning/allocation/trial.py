@@ -4,21 +4,20 @@ Shapes: B batch, T tokens, V vocabulary, O out features, I in features.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from wanda_lightning.allocation.allocator import Task
-from wanda_lightning.calibration.batches import Batch, model_inputs, tensors_of
+from wanda_lightning.calibration.batches import Batch, tensors_of
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW
+from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.model.offload import device_of, is_offloaded
+from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
@@ -133,8 +132,9 @@ class Trials:
         self._now = dict(patterns)
         sums = torch.zeros(2, dtype=torch.float64)
         with self._task.team.together(), torch.no_grad():
-            for loss, tokens in _losses(self._task.model, batches):
-                sums += torch.tensor([float(loss), tokens])
+            torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
+            for losses_N in token_losses(self._task.model, batches):
+                sums += torch.tensor([float(losses_N.sum()), len(losses_N)])
         mean = self._mean(sums)[0]
         return mean if math.isfinite(mean) else math.inf
 
@@ -168,11 +168,13 @@ class Trials:
         weights = list(dict.fromkeys(linear.weight for linear in linears))
         sums = torch.zeros(len(linears) + 2, dtype=torch.float64)
         with self._task.team.together(), torch.enable_grad(), only_requiring_grad(self._task.model, weights):
-            for loss, tokens in _losses(self._task.model, batches):
+            torch.clear_autocast_cache()
+            for losses_N in token_losses(self._task.model, batches):
+                loss = losses_N.sum()
                 found = torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks of those who train it
                 gradients = dict(zip(weights, found, strict=True))
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
-                sums += torch.tensor([*parts, float(loss.detach()), tokens], dtype=torch.float64)
+                sums += torch.tensor([*parts, float(loss.detach()), len(losses_N)], dtype=torch.float64)
         *parts, middle = self._mean(sums)
         if not all(map(math.isfinite, parts)):
             raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")
@@ -183,28 +185,14 @@ class Trials:
         sums = sums.to(self._task.linears[0].weight.device, torch.float32)
         self._task.team.sum([sums])
         *totals, tokens = sums.tolist()
-        return [total / max(1.0, tokens) for total in totals]
+        if not tokens:
+            raise ValueError(NOTHING_PREDICTED)
+        return [total / tokens for total in totals]
 
 
 def cheap(method: PruningMethod) -> PruningMethod:
     """Return the method itself if it needs no more than norms, else Wanda."""
     return method if method.statistic in (None, InputNorm) else Wanda()
-
-
-def _losses(model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, int]]:
-    """Run the model over sequences, one by one; yield the sum of the cross-entropies of their tokens, and how many."""
-    device = device_of(cast(Any, model).get_input_embeddings())
-    torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
-    for batch in batches:
-        inputs = model_inputs(batch, model)
-        for row in range(len(inputs["input_ids"])):
-            one = {name: tensor[row : row + 1].to(device) for name, tensor in inputs.items()}
-            next_T = one["input_ids"][0, 1:]
-            if "attention_mask" in one:
-                next_T = next_T.masked_fill(one["attention_mask"][0, 1:] == 0, -100)
-            logits_TV = model(**one, use_cache=False).logits[0, :-1].float()
-            labels_T = next_T.to(logits_TV.device)
-            yield functional.cross_entropy(logits_TV, labels_T, reduction="sum"), int((labels_T != -100).sum())
 
 
 def _inner(linear: PrunableLinear, gradient: Tensor | None, step_OI: Tensor) -> float:

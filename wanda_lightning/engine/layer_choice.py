@@ -1,6 +1,6 @@
 """Which decoder layers go: by how they turn the hidden states, or by the loss without them.
 
-Shapes: B batch, T tokens, D hidden size, V vocabulary, N real tokens.
+Shapes: B batch, T tokens, D hidden size, N real tokens.
 """
 
 from collections import deque
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Batch, model_inputs
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import Progress
@@ -84,7 +85,7 @@ class LayerChooser:
                 with ExitStack() as stack:
                     for each in (*gone, layer):
                         stack.enter_context(replaced(modules[each], "forward", stand_in[each]))
-                    losses[layer] = self._mean(_losses(self.model, batches))
+                    losses[layer] = self._mean(token_losses(self.model, batches))
             figures |= losses
             gone = self._first_that_may([{*gone, layer} for layer in _ascending(losses)])
         for _ in shown:
@@ -99,6 +100,8 @@ class LayerChooser:
         total = total.to(device) if device.type == "cuda" else total
         self.processes.sum([total])
         self.tokens = int(total[1])
+        if not self.tokens:
+            raise ValueError(NOTHING_PREDICTED)
         return float(total[0] / total[1])
 
     def _collect(self, ascending: Sequence[int]) -> set[int]:
@@ -139,7 +142,8 @@ def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, 
         for module in modules:
             handle = module.register_forward_hook(lambda module, _, out: given.update({module: out}))
             hooks.callback(handle.remove)
-        _logits(model, {name: tensor[:1] for name, tensor in batch.items()})
+        device = device_of(cast(Any, model).get_input_embeddings())
+        model(**{name: tensor[:1].to(device) for name, tensor in batch.items()}, use_cache=False)
 
     def stand_in(out: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -149,21 +153,3 @@ def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, 
         return forward
 
     return [stand_in(given[module]) for module in modules]
-
-
-def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    device = device_of(cast(Any, model).get_input_embeddings())
-    return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
-
-
-def _losses(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Iterator[Tensor]:
-    """Yield the loss of every predicted token, (N,), a sequence at a time: logits are large."""
-    for batch in batches:
-        for row in range(len(batch["input_ids"])):
-            inputs = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-            logits_BTV = _logits(model, inputs)
-            labels_BT = inputs["input_ids"].to(logits_BTV.device)
-            if "attention_mask" in inputs:
-                labels_BT = labels_BT.masked_fill(inputs["attention_mask"].to(labels_BT.device) == 0, -100)
-            losses_N = F.cross_entropy(logits_BTV[0, :-1].float(), labels_BT[0, 1:], reduction="none")
-            yield losses_N[labels_BT[0, 1:] != -100]

@@ -13,6 +13,7 @@ from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
+from wanda_lightning.model.next_tokens import inputs_and_labels
 from wanda_lightning.report.shrinking import hidden_states_kept
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
@@ -131,10 +132,11 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of the next token, or what distillation makes of it."""
+        inputs, labels_BT = inputs_and_labels(batch)
         if self.teacher is not None:
-            loss = self.teacher.loss(self, batch, _labels(batch))
+            loss = self.teacher.loss(self, inputs, labels_BT)
         else:
-            loss = self(**batch, labels=_labels(batch)).loss
+            loss = self(**inputs, labels=labels_BT).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -189,7 +191,7 @@ class CausalLM(LightningModule):
         while len(self.perplexities) <= index:
             self.perplexities.append(Perplexity().to(self.device))
         metric = cast(Perplexity, self.perplexities[index])
-        metric.update_from(self.model, batch, _labels(batch))
+        metric.update_from(self.model, *inputs_and_labels(batch))
         own = _name_of_set(self.trainer, index)
         self.log(
             f"{name}/{own}" if own else name,
@@ -237,9 +239,3 @@ def _name_of_set(trainer: Any, index: int) -> str:
     batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
     are_several = isinstance(batches, list) and len(batches) > 1
     return names[index] if names else str(index) if are_several else ""
-
-
-def _labels(batch: dict[str, Tensor]) -> Tensor:
-    """Predict every token but padding."""
-    ids_BT = batch["input_ids"]
-    return ids_BT.masked_fill(batch["attention_mask"] == 0, -100) if "attention_mask" in batch else ids_BT

@@ -108,9 +108,9 @@ class Teacher:
         loss = self.distillation.loss(learnt.logits, teacher.logits, labels_BT)
         if not weight:
             return loss
-        return loss + weight * hidden_state_error(
-            learnt.hidden_states, teacher.hidden_states, labels_BT != -100, self.kept
-        )
+        mask_BT = inputs.get("attention_mask")
+        real_BT = torch.ones_like(labels_BT, dtype=torch.bool) if mask_BT is None else mask_BT != 0
+        return loss + weight * hidden_state_error(learnt.hidden_states, teacher.hidden_states, real_BT, self.kept)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor], **asked: bool) -> Any:

@@ -1,0 +1,31 @@
+"""Which tokens of a batch a language model is asked to predict. Shapes: B batch, T tokens."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional as F
+
+NOT_PREDICTED = -100
+"""The label of a token that does not count, in torch's cross-entropy and in transformers."""
+
+
+def inputs_and_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Tell what a model is called with from what it is to predict.
+
+    Padding is not predicted, and nothing is predicted from padding: the first token of a sequence does not count, on
+    whichever side it is padded.
+
+    Args:
+        batch: ``input_ids`` and, where given, ``attention_mask`` and ``labels``, each (B, T), and other inputs.
+
+    Returns:
+        The batch without labels; and labels, its own or its ``input_ids``, shape (B, T), each to be predicted at the
+        token before it, as transformers has them; -100 = not to be counted.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels_BT = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
+    if batch.get("attention_mask") is None:
+        return inputs, labels_BT
+    real_BT = batch["attention_mask"] != 0
+    follows_real_BT = F.pad(real_BT[:, :-1], (1, 0), value=True)
+    return inputs, labels_BT.masked_fill(~(real_BT & follows_real_BT), NOT_PREDICTED)
