@@ -63,6 +63,15 @@ def test_the_shares_of_owl_are_those_of_a_plain_computation():
     assert len({row.sparsity for row in report.linears}) > 1
 
 
+@pytest.mark.parametrize("sparsity", [0.2, 0.7])
+@pytest.mark.parametrize("small", [(1, 2), (0, 1)])
+def test_every_beta_that_atp_tries_suits_layers_of_different_sizes(sparsity, small):
+    """Two of three layers have one small matrix that is pruned."""
+    ignore = [f"*layers.{layer}.{part}*" for layer in small for part in ("mlp", "self_attn.[qko]")]
+    report = prune_model(tiny_llama(), token_batches(), "wanda", sparsity, ignore=ignore, allocation=ATP())
+    assert report.sparsity == pytest.approx(sparsity, abs=0.01)
+
+
 def test_the_progression_of_atp():
     model = tiny_llama(layers=4)
     report = prune_model(model, token_batches(), "wanda", 0.5, allocation=ATP(0.08))

@@ -194,7 +194,8 @@ def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dic
     """Round sparsities so that whole numbers of weights go from every row, and the total does not suffer.
 
     Each is rounded up or down. What that adds or takes is carried over to the next linear, from those with many rows to
-    those with few, so that the sum over all linears is off by half a weight in each row of one linear at most.
+    those with few, so that the sum over all linears is off by half a weight in each row of one linear at most. A row
+    keeps one weight at least, which is more than asked for where it has fewer than 1 / (1 - sparsity).
 
     Args:
         linears: The linears.

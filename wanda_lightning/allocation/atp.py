@@ -19,11 +19,12 @@ SEQUENCES = 8
 class ATP(Allocator):
     """Let the sparsity of decoder layers be an arithmetic progression (arXiv:2502.14770, section 4.3).
 
-    Layer i of L is pruned to S - beta (L - 1) / 2 + beta (i - 1): errors of early layers grow on the way through the
-    later ones, so the early ones keep more. All linears of a layer are pruned alike.
+    Layer i of L is pruned to S - beta (L - 1) / 2 + beta (i - 1), or with layers of different sizes to what keeps the
+    total at S: errors of early layers grow on the way through the later ones, so the early ones keep more. All linears
+    of a layer are pruned alike.
 
     Args:
-        beta: What is added from one layer to the next; the largest that is possible is 2 min(S, 1 - S) / (L - 1).
+        beta: What is added from one layer to the next, below 2 min(S, 1 - S) / (L - 1) for layers of equal size.
             Default: the one of six, from 0 up, with which the pruned model predicts calibration text best that was
             held out. They are tried with Wanda, or with the method itself if that needs no Hessian.
 
@@ -73,8 +74,7 @@ class ATP(Allocator):
         """
         if self.beta is not None:
             return self.allotment(self._patterns(task, self.beta))
-        largest = 2 * min(task.pattern.sparsity, 1 - task.pattern.sparsity) / max(1, len(task.pruned_layers) - 1)
-        betas = [largest * share for share in TRIED]
+        betas = [_largest_beta(task) * share for share in TRIED]
         judged_on = first_sequences(held_out(task.batches), SEQUENCES)
         with Trials(task, task.input_norms(first_sequences(fitted(task.batches), SEQUENCES))) as trials:
             losses = [trials.loss(self._patterns(task, beta), judged_on) for beta in betas]
@@ -87,3 +87,12 @@ class ATP(Allocator):
         steps = [beta * place for place in range(len(layers))]
         middle = weighted_mean(steps, layers)
         return layer_shares(task, [task.pattern.sparsity + step - middle for step in steps], f"{self}")
+
+
+def _largest_beta(task: Task) -> float:
+    """Find the step with which the first layer stays dense, or the last one loses all."""
+    last = len(task.pruned_layers) - 1
+    if not last:
+        return 0.0
+    middle = weighted_mean(range(last + 1), task.pruned_layers)
+    return min(task.pattern.sparsity / middle, (1 - task.pattern.sparsity) / (last - middle))
