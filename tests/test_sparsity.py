@@ -78,6 +78,20 @@ def test_scores_of_any_sign_are_sorted(low, rows):
         assert {i for i in range(300) if not kept[i]} == {*sorted(range(300), key=lambda i: scores[i])[:120]}
 
 
+@pytest.mark.parametrize("shape", [(5, 40), (1, 400), (7, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_same_scores_go_where_only_deterministic_operators_are_allowed(monkeypatch, shape, dtype):
+    """On CUDA kthvalue is none of them, whatever its indices are used for."""
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = Unstructured(0.5).mask(score)
+    monkeypatch.setattr(torch.Tensor, "kthvalue", None, raising=False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(Unstructured(0.5).mask(score), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_checks_find_a_wrong_mask():
     mask = torch.ones(2, 8, dtype=torch.bool)
     with pytest.raises(AssertionError):
@@ -115,6 +129,13 @@ def test_parse_pattern():
     assert parse_pattern("1:4").sparsity == 0.75
     for pattern in ("2:4", "4:8", "unstructured"):
         assert str(parse_pattern(pattern)) == pattern
+
+
+@pytest.mark.parametrize("m", range(2, 17))
+def test_an_n_of_m_pattern_agrees_with_its_own_sparsity(m):
+    for n in range(1, m):
+        for sparsity in ((m - n) / m, 1 - n / m):
+            assert parse_pattern(f"{n}:{m}", sparsity) == SemiStructured(n, m)
 
 
 def test_parse_pattern_refuses_a_contradiction():
@@ -165,6 +186,10 @@ def test_a_pattern_in_every_form(given, pattern):
         (1, r"must be a number in \[0, 1\), got 1$"),
         (-0.5, "got -0.5$"),
         (float("nan"), "got nan$"),
+        ("-1", "got '-1'$"),
+        ("nan", "got 'nan'$"),
+        ("150", 'YAML reads an unquoted 2:30 as this number, write pattern: "2:30"$'),
+        ("1", "got '1'$"),
         ("half", '"unstructured" or "n:m" such as "2:4", got \'half\'$'),
         (None, r"a sparsity such as 0.5, .* or SemiStructured\(2, 4\), got None"),
         (True, "got True$"),

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import is_fraction, is_whole
+from wanda_lightning.arguments import is_finite, is_fraction, is_whole
 from wanda_lightning.lowest_scores import prune_lowest
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -84,8 +84,8 @@ class SemiStructured:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights pruned, ``1 - n / m``."""
-        return 1 - self.n / self.m
+        """Fraction of weights pruned."""
+        return (self.m - self.n) / self.m
 
     def mask(self, score_GN: Tensor) -> Tensor:
         """Keep the ``n`` highest of every ``m`` consecutive scores; ties go by position.
@@ -155,7 +155,8 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
         hint += _meant(pattern)
         raise ValueError(f'pattern must be "unstructured" or "n:m" such as "2:4", got {pattern!r}{hint}')
     semi_structured = SemiStructured(int(kept), int(size))
-    if sparsity is not None and sparsity != semi_structured.sparsity:
+    agrees = sparsity is None or (is_finite(sparsity) and math.isclose(sparsity, semi_structured.sparsity))
+    if not agrees:
         raise ValueError(
             f"pattern {pattern} keeps {kept} of every {size} weights, a sparsity of {semi_structured.sparsity:g}, "
             f"got sparsity={sparsity!r}: leave sparsity out, or use pattern='unstructured'"
@@ -227,7 +228,6 @@ def _meant(value: object) -> str:
         number = float(cast(Any, value))
     except (TypeError, ValueError):
         return ""
-    percent = 1 < number < 100
-    if not percent and not isinstance(value, str):
-        return ""
-    return f"; write {number / 100 if percent else number:g} to prune {number if percent else 100 * number:g} %"
+    if 1 < number < 100:
+        return f"; write {number / 100:g} to prune {number:g} %"
+    return f"; write {number:g} to prune {100 * number:g} %" if 0 <= number < 1 and isinstance(value, str) else ""
