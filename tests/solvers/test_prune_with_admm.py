@@ -108,3 +108,11 @@ def test_gpu_agrees_with_cpu(pattern):
     on_cpu, on_gpu = dense.clone(), dense.cuda()
     mask = prune_with_admm(on_cpu, hessian, pattern)
     assert (prune_with_admm(on_gpu, hessian.cuda(), pattern).cpu() == mask).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("steps", "stages"), [(1, 1), (2, 2), (7, 7), (8, 8), (40, 8)])
+def test_rho_rises_to_its_value_however_few_the_steps(monkeypatch, steps, stages):
+    rhos, inverse = [], admm._inverse
+    monkeypatch.setattr(admm, "_inverse", lambda matrix, rho: rhos.append(rho) or inverse(matrix, rho))
+    prune_with_admm(random(10, 24), hessian_of(24, 200), Unstructured(0.5), steps, rho=0.5)
+    assert rhos == pytest.approx([0.5 * admm.RISE ** (-n / 7) for n in reversed(range(stages))])

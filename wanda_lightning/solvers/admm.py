@@ -22,7 +22,7 @@ from wanda_lightning.precision import full_float32
 from wanda_lightning.sparsity import Pattern, Unstructured, zero_where_pruned
 
 STAGES = 8
-"""In so many rho rises."""
+"""In so many rho rises; in the last of them where there are fewer steps."""
 RISE = 30
 """By this factor, from the first stage to the last."""
 
@@ -54,11 +54,11 @@ def prune_with_admm(
     scale_I = norm_I.masked_fill(dead_I, 1)
     correlation_II = (hessian_II / scale_I).div_(scale_I.unsqueeze(1) * (1 + damping)).fill_diagonal_(1)
     v_OI = weight_OI.to(hessian_II) * norm_I
-    u_OI, last_rho = torch.zeros_like(v_OI), None
+    u_OI, last_rho, stages = torch.zeros_like(v_OI), None, min(STAGES, steps)
     with full_float32(hessian_II.device):
         target_OI = v_OI @ correlation_II
         for step in range(steps):
-            stage_rho = rho * RISE ** (step * STAGES // steps / (STAGES - 1) - 1)
+            stage_rho = rho * RISE ** ((STAGES - stages + step * stages // steps) / (STAGES - 1) - 1)
             if stage_rho != last_rho:
                 inverse_II = _inverse(correlation_II, stage_rho)
                 fit_OI = target_OI @ inverse_II
