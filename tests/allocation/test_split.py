@@ -50,6 +50,16 @@ def test_sizes_without_a_common_divisor_are_rounded():
     assert sum(gain[option] for gain, option in zip(gains, picked, strict=True)) == pytest.approx(total, rel=1e-3)
 
 
+def test_what_may_be_more_is_never_less():
+    rng = random.Random(0)
+    sizes = [rng.randrange(10**7, 10**8) * 2 + 1 for _ in range(40)]
+    gains = [[size * place for place in range(5)] for size in sizes]
+    for total in range(2 * sum(sizes), 2 * sum(sizes) + 100):
+        costs = [[place * rng.random() for place in range(5)] for _ in sizes]
+        picked = cheapest_split(costs, gains, total, over=True)
+        assert sum(gain[option] for gain, option in zip(gains, picked, strict=True)) >= total
+
+
 def test_what_cannot_be_reached_is_refused():
     with pytest.raises(ValueError, match="no choice reaches a total of 5: the most that there is to gain is 4"):
         cheapest_split([[0, 1], [0, 1]], [[0, 2], [0, 2]], 5, over=True)

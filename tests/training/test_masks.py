@@ -28,6 +28,15 @@ def test_gradients_and_weights_are_masked_where_the_weight_was_zero(dtype):
     assert torch.equal(weight, kept)
 
 
+def test_a_gradient_that_overflows_counts_only_where_the_weight_was_kept():
+    weight = half_zero()
+    masks = WeightMasks({"w": weight})
+    weight.grad = torch.full_like(weight, float("inf"))
+    weight.grad[:, 1::2] = 1.0
+    masks.mask_gradients()
+    assert torch.equal(weight.grad, (weight != 0).float())
+
+
 def test_dense_weights_need_no_mask_and_a_mask_is_one_byte_a_weight():
     masks = WeightMasks({"dense": nn.Parameter(torch.ones(8, 8)), "pruned": half_zero(8, 8)})
     ((name, _, mask),) = masks.masks

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 FINEST = 100_000
-"""Units that the total is counted in at most: odd shapes are rounded to it, which costs up to 0.001 % of the total."""
+"""Units that the total is counted in at most: odd shapes are rounded to it, by up to half a unit for each part."""
 
 
 def cheapest_split(
@@ -34,7 +34,7 @@ def cheapest_split(
     most = sum(max(options) for options in gains)
     if most / unit > FINEST:
         unit = -(-most // FINEST)
-    counts = [[round(gain / unit) for gain in options] for options in gains]
+    counts = [[gain // unit if over else round(gain / unit) for gain in options] for options in gains]
     size = sum(max(options) for options in counts) + 1
     wanted = min(-(-total // unit) if over else round(total / unit), size - 1)
     least = torch.full((size,), math.inf, dtype=torch.float64)

@@ -15,7 +15,7 @@ from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.stacks import lists_in
-from wanda_lightning.sparsity import Pattern, sparsity_of
+from wanda_lightning.sparsity import Pattern, sparsity_of, zero_where_pruned
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +52,14 @@ class WeightMasks:
         """Drop the gradients of pruned weights: they count in no norm and enter no momentum."""
         for _, weight, mask in self.masks:
             if weight.grad is not None:
-                _keep(_local(weight.grad), mask)
+                zero_where_pruned(_local(weight.grad), mask)
 
     @torch.no_grad()
     def mask_weights(self) -> None:
         """Set pruned weights to zero again, whatever an optimizer's momentum or weight decay made of them."""
         for _, weight, mask in self.masks:
             if weight.requires_grad:  # no optimizer has touched the others, such as those below adapters
-                _keep(_local(weight), mask)
+                zero_where_pruned(_local(weight), mask)
 
     @torch.no_grad()
     def mask_copies(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
@@ -71,7 +71,7 @@ class WeightMasks:
         for _, weight, mask in self.masks:
             if weight in copies:
                 copy = _local(copies[weight])
-                _keep(copy, mask.to(copy.device))
+                zero_where_pruned(copy, mask.to(copy.device))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -179,7 +179,3 @@ def _local(tensor: Tensor) -> Tensor:
     """Return the values that this process holds, outside autograd; writing to them changes the tensor."""
     values = tensor.detach()
     return cast(Any, values).to_local() if hasattr(values, "to_local") else values
-
-
-def _keep(values: Tensor, mask: Tensor) -> None:
-    values.mul_(mask.view(torch.uint8))  # by way of bytes: three times as fast on a CPU as by booleans
