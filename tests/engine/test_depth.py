@@ -1,6 +1,7 @@
 """Depth pruning: what is left computes as if the layers that went had passed everything on."""
 
 import copy
+import math
 from contextlib import ExitStack
 
 import pytest
@@ -162,6 +163,14 @@ def test_nothing_is_removed_if_nothing_is_asked_for(llama, choice):
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     assert prune_depth(llama, BATCHES, 0, choice=choice).title == "unchanged"
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("choice", ["influence", "contiguous", "loss"])
+def test_a_model_that_overflows_loses_no_layer(llama, choice):
+    llama.model.layers[2].mlp.down_proj.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"NaN.*the model overflows on this calibration set"):
+        prune_depth(llama, BATCHES, 1, choice=choice)
+    assert len(llama.model.layers) == 3
 
 
 @pytest.mark.parametrize(

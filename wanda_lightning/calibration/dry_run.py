@@ -121,7 +121,13 @@ class _Recorder:
     ) -> Any:
         """Return the hidden states as they came."""
         if index == 0 and len(self.hidden_BTD) == 1:
+            version = hidden._version
             out = forward(*args, **kwargs)
+            if hidden._version != version:
+                raise ValueError(
+                    "decoder layers change in place what enters them, and calibration calls them again with it: "
+                    "write x = x + y in them, not x += y"
+                )
             self._extra_outputs = tuple(out[1:]) if isinstance(out, tuple | list) else None
         if index == self._last and len(self.hidden_BTD) > 1:
             raise _DryRunDoneError

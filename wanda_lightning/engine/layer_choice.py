@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, D hidden size, N real tokens.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch, model_inputs
-from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
+from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
 from wanda_lightning.calibration.walk import walk
@@ -102,7 +103,10 @@ class LayerChooser:
         self.tokens = int(total[1])
         if not self.tokens:
             raise ValueError(NOTHING_PREDICTED)
-        return float(total[0] / total[1])
+        mean = float(total[0] / total[1])
+        if math.isnan(mean):
+            raise ValueError(f"what the layers are chosen by is NaN: {OVERFLOW}")
+        return mean
 
     def _collect(self, ascending: Sequence[int]) -> set[int]:
         """Take the first layers that may go together."""
