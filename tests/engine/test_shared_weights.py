@@ -3,9 +3,14 @@
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
+from safetensors.torch import save_file
 from torch import nn
 
-from wanda_lightning import Magnitude, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning import ATP, Magnitude, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.engine.measured_sparsity import report_as_found, sparsity_now
+from wanda_lightning.export.bitmask import compressed_file_size
+from wanda_lightning.export.size import CompressedSize
 
 FIRST, AGAIN = "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"
 
@@ -84,3 +89,48 @@ def test_embeddings_are_never_pruned_by_way_of_a_linear():
     model.model.layers[0].mlp.up_proj.weight = model.model.embed_tokens.weight
     with pytest.raises(ValueError, match=r"up_proj shares its weight with model\.embed_tokens\.weight"):
         prune_model(model, token_batches(vocab=64), Wanda(), Unstructured(0.5))
+
+
+def with_a_shared_mlp():
+    """Two of three layers have one MLP."""
+    model = tiny_llama(layers=3, hidden_size=64, intermediate_size=256)
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    return model
+
+
+def zeros_of_each_matrix(model):
+    weights = [weight for name, weight in model.named_parameters() if "_proj" in name]  # each once
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+@pytest.mark.parametrize("sparsity", [0.6, 0.617])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), Magnitude()], ids=str)
+@pytest.mark.parametrize("split", [ATP(beta=0.1), {"mlp.*": 0.7}], ids=str)
+def test_its_weights_count_once(split, method, sparsity):
+    model = with_a_shared_mlp()
+    report = prune_model(model, token_batches(), method, sparsity, allocation=split)
+    found, is_pruned = report_as_found(model, method, Unstructured(sparsity), Selection(allocation=split))
+    every = zeros_of_each_matrix(model)
+    assert (report.sparsity, found.sparsity, sparsity_now(model, [report])) == pytest.approx((every, every, every))
+    assert is_pruned
+
+
+def test_a_layer_that_has_nothing_of_its_own_is_shown_with_what_it_shares():
+    model = tiny_llama(layers=3)
+    model.model.layers[2] = model.model.layers[0]
+    report = prune_model(model, token_batches(), Wanda(), 0.5, allocation={"*layers.[02].*": 0.25, "*layers.1.*": 0.75})
+    header, rows = [*report.tables()][-1]
+    sparsities = {row[0]: row[header.index("sparsity")] for row in rows}
+    assert sparsities == {"model.layers.0": "25.00%", "model.layers.1": "75.00%", "model.layers.2": "25.00%"}
+    assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5])
+def test_the_size_of_the_file_is_calculated_with_it_once(tmp_path, sparsity):
+    model = with_a_shared_mlp()
+    size, (layers, patterns) = CompressedSize(model), Selection().choose(model, Unstructured(sparsity))
+    expected = size.expected((linear, patterns[linear.name]) for layer in layers for linear in layer.linears)
+    prune_model(model, token_batches(), Wanda(), sparsity)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(parameters, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert expected == compressed_file_size(tmp_path / "model.safetensors")

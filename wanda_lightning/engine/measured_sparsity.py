@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.engine.shared_weights import without_repeats
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.linears import PrunableLinear
@@ -51,7 +52,8 @@ def report_as_found(
     """
     report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
     decoder, patterns = selection.choose(model, pattern)
-    met, tolerance = any(own.sparsity > 0 for own in patterns.values()), 0.0
+    decoder, repeats = without_repeats(model, decoder, patterns)
+    met = any(own.sparsity > 0 for own in patterns.values())
     for layer in decoder:
         report.not_pruned |= layer.left_dense
         for linear in layer.linears:
@@ -62,18 +64,20 @@ def report_as_found(
             if (sparsity := sparsity_of(weight_OI)) == 1:
                 continue
             report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity, 0.0))
-            tolerance = max(tolerance, method.tolerance(shape))
             alike = selection.allocator is None
             met = met and (not alike or _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape)))
-    if selection.allocator is not None:  # how it would split them nobody knows yet
-        met = met and report.sparsity >= pattern.sparsity - tolerance
+    report.repeat(repeats)
+    if selection.allocator is not None:  # how it would split them nobody knows yet, but in whole weights of a row
+        met = met and report.sparsity >= pattern.sparsity - 1 / min((row.shape[1] for row in report.linears), default=1)
     report.whole_model_sparsity = measure_whole_model(model)
     return report, met and bool(report.linears)
 
 
 def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: Lists = None) -> float:
     """Measure the fraction of zeros in the linears that reports say were pruned; 0 without a report."""
-    weights = [linear.weight_OI for report in reports for linear in linears_of(model, report, layers)]
+    repeated = {row.name for report in reports for row in report.linears if row.same_as}
+    linears = [linear for report in reports for linear in linears_of(model, report, layers)]
+    weights = [linear.weight_OI for linear in linears if name_without_adapters(linear.name) not in repeated]
     if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
         return mean_sparsity([row for report in reports for row in report.linears])
     zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)

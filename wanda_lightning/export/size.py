@@ -54,15 +54,15 @@ class CompressedSize:
         fused experts, which are saved one by one, have longer headers.
 
         Args:
-            linears: What is to be pruned, and to what.
+            linears: What is to be pruned, and to what; several may have one matrix.
 
         Returns:
             The bytes.
         """
+        matrices = {(self._names[id(x.weight)], x.expert, x.projection): (x.weight_OI.shape, p) for x, p in linears}
         pruned: Counter[str] = Counter()
-        for linear, pattern in linears:
-            rows, columns = linear.weight_OI.shape
-            pruned[self._names[id(linear.weight)]] += rows * pattern.count(columns)
+        for (name, _, _), ((rows, columns), pattern) in matrices.items():
+            pruned[name] += rows * pattern.count(columns)
         entries: list[Entry] = []
         shapes: dict[str, list[int]] = {}
         for stored, nonzero in self._stored:

@@ -30,6 +30,7 @@ class LinearReport:
         damping: For second-order methods, the damping that was used; it is larger than asked for if that failed.
         dense_target: How far W had been moved before it was pruned, in [0, 1]: 1 is to where it gives what it gives in
             the dense model, as far as it can, and 0 not at all. None where that was not asked for.
+        same_as: The linear that has this matrix, too, and was pruned; None for one with a matrix of its own.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LinearReport:
     damping: float | None = None
     passes: int | None = None
     dense_target: float | None = None
+    same_as: str | None = None
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "LinearReport":
@@ -63,9 +65,10 @@ def mean_error(rows: list[LinearReport]) -> float | None:
 
 
 def mean_sparsity(rows: list[LinearReport]) -> float:
-    """Return the fraction of zeros over all weights of the rows."""
-    weights = [row.shape[0] * row.shape[1] for row in rows]
-    return sum(w * row.sparsity for w, row in zip(weights, rows, strict=True)) / max(1, sum(weights))
+    """Return the fraction of zeros over all weights of the rows; a matrix that several have counts once."""
+    matrices = {row.same_as or row.name: row for row in rows}.values()
+    weights = [row.shape[0] * row.shape[1] for row in matrices]
+    return sum(w * row.sparsity for w, row in zip(weights, matrices, strict=True)) / max(1, sum(weights))
 
 
 def order_of(rows: list[LinearReport]) -> str:

@@ -182,7 +182,11 @@ class PruningReport:
     def repeat(self, repeats: Iterable[tuple[str, str, str]]) -> None:
         """Add rows of linears whose matrix another linear has: their name, their layer, and that other linear."""
         rows = {row.name: row for row in self.linears}
-        self.linears += [replace(rows[first], name=name, layer=layer, seconds=0.0) for name, layer, first in repeats]
+        self.linears += [
+            replace(rows[first], name=name, layer=layer, seconds=0.0, same_as=first)
+            for name, layer, first in repeats
+            if first in rows
+        ]
 
     def costs(self) -> dict[str, float]:
         """Return seconds by phase; what is left of the whole time comes last, as ``"other"``."""
