@@ -13,7 +13,7 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
-from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
+from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning, begin_averages
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
@@ -131,6 +131,7 @@ class PruningCallback(SparseFinetuning):
         self.run.files.begin(trainer, pl_module)
         if not (trainer.strategy.restore_checkpoint_after_setup and trains):
             self.run.prune(trainer, pl_module)
+            begin_averages(trainer, pl_module)  # which the sanity check of the validation looks at
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +165,7 @@ class PruningCallback(SparseFinetuning):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the sparsity of the linears that were pruned, 0 before that; only the first pruning callback logs."""
+        """Log the sparsity of the linears that were pruned, by this run or before it; only the first callback logs."""
         if self is pruning_callbacks(trainer)[0]:
             pl_module.log("sparsity", sparsity_of_run(trainer, pl_module), sync_dist=True)
 
@@ -177,6 +178,7 @@ class PruningCallback(SparseFinetuning):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the results of earlier runs as they are, and let others go on with the layers that are finished."""
+        super().on_exception(trainer, pl_module, exception)
         self.run.files.abandon()
 
     @override
@@ -238,8 +240,8 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
-    """Measure the fraction of zeros in the linears that the callbacks of a Trainer have pruned; 0 before that."""
+    """Measure the fraction of zeros in the linears of a Trainer's callbacks that were pruned; 0 before that."""
     model, callbacks = find_model(module), pruning_callbacks(trainer)
-    reports = [callback.report for callback in callbacks if callback.run.is_pruned(model)]
+    reports = [callback.run.report_of(model) for callback in callbacks]
     lists = lists_in(model, callbacks[0].layers)
     return sparsity_now(model, [report for report in reports if report is not None], lists)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -18,6 +19,7 @@ from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBa
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model
+from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.plumbing.unfinished_layers import keeping_layers
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.engine.processes import Processes
@@ -155,7 +157,7 @@ def shrinking_of(trainer: Trainer, module: LightningModule) -> Shrinking | None:
 def save(trainer: Trainer, module: LightningModule) -> None:
     """Write the report of all callbacks into the folder of the run, if the model is smaller already."""
     folder, shrinking = run_folder(trainer), shrinking_of(trainer, module)  # all processes must ask for them
-    if shrinking is not None and trainer.is_global_zero:
+    if shrinking is not None and trainer.is_global_zero and keeps_files(trainer):
         shrinking.save(folder)
 
 
@@ -165,6 +167,12 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     due = [callback for callback in callbacks if not callback.is_done(model)]
     if not prunes or not due:
         return
+    averaging = [x for x in cast(Any, trainer).callbacks if isinstance(x, WeightAveraging | StochasticWeightAveraging)]
+    if averaging:
+        raise ValueError(
+            f"{type(averaging[0]).__name__} has copied the weights before they are made smaller: do that in a run "
+            "without it, save the model, and train the saved one"
+        )
     trainer.strategy.model_to_device()
     for callback in due:
         callback.check(model)
@@ -172,10 +180,11 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     with keeping_layers(trainer, folder, [callback.resume for callback in callbacks]) as journals:
         for callback in due:
             callback.look_again(model)
+            batches = callback.calibration.of(trainer)  # which may draw from the random numbers of training
             with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
                 callback.report = callback.prune(
                     model,
-                    callback.calibration.of(trainer),
+                    batches,
                     processes=Processes(),
                     progress=partial(progress, trainer, asked_to_end),
                     **journals[callbacks.index(callback)],
@@ -224,7 +233,7 @@ def check_folder(trainer: Trainer) -> None:
     Raises:
         ValueError: If the folder holds such a report.
     """
-    callbacks = shape_callbacks(trainer)
+    callbacks = shape_callbacks(trainer) if keeps_files(trainer) else []
     file = run_folder(trainer) / SHRINKING if callbacks else None
     if file is None or not file.exists() or any(callback.overwrite for callback in callbacks):
         return

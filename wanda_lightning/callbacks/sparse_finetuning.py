@@ -4,9 +4,11 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
@@ -70,6 +72,7 @@ class SparseFinetuning(Callback):
             masks: Masks of some of its weights.
         """
         self._masks = masks
+        begin_averages(trainer, pl_module)
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):
@@ -84,6 +87,12 @@ class SparseFinetuning(Callback):
         """
         if self._masks is not None:
             self._masks.check()
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop the gradients of pruned weights before a module that steps by itself clips them."""
+        if self._masks is not None and not pl_module.automatic_optimization:
+            self._masks.mask_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -112,10 +121,38 @@ class SparseFinetuning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks, also after an interrupted run; the masks stay, for checks of what is saved later."""
+        """Remove the hooks; the masks stay, for checks of what is saved later."""
+        self._forget_hooks()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the hooks after an interrupted run, which is not torn down."""
+        self._forget_hooks()
+
+    def _forget_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the hooks, which are the optimizers' and cannot be pickled."""
+        return {**self.__dict__, "_hooks": []}
+
+
+@torch.no_grad()
+def begin_averages(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give averages that no step has entered yet the weights as they are now; they were copied before the pruning.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module, pruned.
+    """
+    weights = dict(pl_module.named_parameters())
+    for callback in getattr(trainer, "callbacks", []):
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel) and not average.n_averaged:
+            for name, copy in average.module.named_parameters():
+                copy.copy_(weights[name])
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

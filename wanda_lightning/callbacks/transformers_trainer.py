@@ -80,4 +80,4 @@ class KeepZeros(TrainerCallback):
 
 def _mask_gradient(weight: nn.Parameter, mask: Tensor) -> Any:
     """Drop gradients as they come: the Trainer clips before it tells its callbacks that it is about to step."""
-    return weight.register_hook(lambda gradient: gradient * mask)
+    return weight.register_hook(lambda gradient: gradient.where(mask, 0))

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DistributedSampler
 
 from wanda_lightning.arguments import is_whole, whole_number
 from wanda_lightning.calibration.batches import count
@@ -145,14 +146,21 @@ def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[
 
 def _share(loader: Any, trainer: Trainer) -> Iterator[Any]:
     """Return this process's share of a loader, of several one after the other, or of a CombinedLoader in its mode."""
+    first, every = trainer.global_rank, trainer.world_size
+    if isinstance(getattr(loader, "sampler", None), DistributedSampler):  # which has shared it already
+        first, every = 0, 1
     loaders = loaders_in(loader)
     if isinstance(loader, CombinedLoader):
         loader = each_batch(loader, loader)
     elif loaders is not None:
         loader = chain.from_iterable(loaders)
-    if hasattr(loader, "__len__") and 0 < len(loader) < trainer.world_size:
+    if hasattr(loader, "__len__") and 0 < len(loader) < every:
         raise ValueError(
             f"{len(loader)} calibration batches cannot be shared by {trainer.world_size} processes: use more "
             "samples, a smaller calibration_batch_size, or fewer devices"
         )
-    return islice(iter(loader), trainer.global_rank, None, trainer.world_size)
+    return _every(loader, first, every)
+
+
+def _every(loader: Any, first: int, step: int) -> Iterator[Any]:
+    yield from islice(loader, first, None, step)  # begun when it is read: a loader draws a random number then

@@ -17,7 +17,7 @@ from wanda_lightning.model.language_model import find_model, is_language_model
 from wanda_lightning.model.replaced import replaced
 
 CALIBRATION_STEP = "calibration_step"
-"""The method that a LightningModule may have for this: ``calibration_step(batch, batch_idx)``."""
+"""The method that a LightningModule may have for this, with the arguments of a ``validation_step``."""
 
 
 def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
@@ -30,12 +30,20 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
     Returns:
         Its ``calibration_step``; else None where its model is a language model, which is called with token ids; else
         its ``validation_step``; else its ``forward``.
+
+    Raises:
+        ValueError: If it has none of them.
     """
     step: Callable[..., Any] | None = getattr(module, CALIBRATION_STEP, None)
     if step is None and is_language_model(find_model(module)):
         return None
     if step is None and is_overridden("validation_step", module):
         step = module.validation_step
+    if step is None and not is_overridden("forward", module):
+        raise ValueError(
+            f"nothing says how {type(module).__name__} runs its model on a calibration batch: give it a "
+            f"{CALIBRATION_STEP}(batch, batch_idx), a validation_step, or a forward"
+        )
 
     def forward(_: nn.Module, batch: Any) -> Any:
         batch = trainer.precision_plugin.convert_input(batch)
@@ -43,8 +51,10 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         if step is None:
             return call_with(module, batch)
-        numbered = {"batch_idx": 0} if is_param_in_hook_signature(step, "batch_idx", min_args=2) else {}
-        return step(batch, **numbered)
+        numbers = [0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
+        if numbers and is_param_in_hook_signature(step, "dataloader_idx", min_args=3):
+            numbers.append(0)
+        return step(batch, *numbers)  # by position, as Lightning does: names are the user's
 
     return forward
 

@@ -84,6 +84,13 @@ class PruningRun:
             self.regrows or self.results.is_of(model, lists_in(model, self.asked.layers))
         )
 
+    def report_of(self, model: nn.Module) -> PruningReport | None:
+        """Return what was pruned, by this run, or before it where the weights came with zeros."""
+        if self.is_pruned(model):
+            return self.results.report
+        found, met = _look_at(model, self.asked)
+        return found if _was_pruned(found, met) else None
+
     @property
     def regrows(self) -> bool:
         """Whether pruned weights are trained until the next pruning of the schedule."""
@@ -173,7 +180,8 @@ class PruningRun:
     def add_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Put the metrics of a validation into the report, under the stage that the weights are in."""
         self.look_again(trainer, module)
-        metrics, said = metrics_of(trainer), samples_of(trainer, module, self.asked.prompts)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        said = samples_of(trainer, module, self.asked.prompts)
         self.results.add_evaluation(self.stage(module), metrics, said, trainer, self.asked.folder(trainer))
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
@@ -200,11 +208,13 @@ class PruningRun:
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
         needs_batches = needs_batches or _selection(model, self.asked).needs_batches or None
+        # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
+        batches = asked.calibration.of(trainer) if needs_batches else None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
         with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
-                asked.calibration.of(trainer) if needs_batches else None,
+                batches,
                 asked.method,
                 pattern,
                 **{name: getattr(asked, name) for name in HANDED_ON},
@@ -236,8 +246,3 @@ def _selection(model: nn.Module, asked: "PruningCallback") -> Selection:
 
 def _was_pruned(found: PruningReport, met: bool) -> bool:
     return met or found.sparsity >= NOTABLE
-
-
-def metrics_of(trainer: Trainer) -> dict[str, float]:
-    """Return what the last validation gave."""
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}

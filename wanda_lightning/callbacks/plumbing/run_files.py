@@ -11,7 +11,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import (
     describe_settings,
     name_of,
 )
-from wanda_lightning.callbacks.plumbing.run_report import RunReport
+from wanda_lightning.callbacks.plumbing.run_report import RunReport, keeps_files
 from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.model.language_model import find_model
@@ -55,17 +55,22 @@ class RunFiles:
             now["calibration"] = describe_calibration(trainer)
         else:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
-        if not self.asked.overwrite:
+        if not self.asked.overwrite and keeps_files(trainer):
             self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
         self.results.begin(folder)
 
     def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
-        """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results."""
+        """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results.
+
+        Training has added its losses to them, a checkpoint may have brought them to a new folder, and what regrew is
+        dense again.
+        """
         until_saved = self._unfinished is not None and self._unfinished.until_saved
         if self.asked.resume is None and not until_saved and not is_on_disk(find_model(module)):
             self.forget_layers(trainer)
         folder = self.asked.folder(trainer)  # every process must ask for it
-        if self.end_run() and (report := self.results.report) is not None:
+        self.results.save(trainer, folder)
+        if self.end_run() and (report := self.results.report) is not None and keeps_files(trainer):
             rank_zero_info(report.summary)
             rank_zero_info(f"The report is in {folder}: report.html, pruning.md, pruning.json")
 

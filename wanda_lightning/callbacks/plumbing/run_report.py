@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class RunReport:
 
     def write(self, file: Path, write: Callable[[], None], trainer: Trainer) -> None:
         """Write a file on the first process, now or in the end; in the end only the last version is written."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not keeps_files(trainer):
             return
         if self._held is None:
             write()
@@ -160,6 +160,11 @@ class RunReport:
         if self.report is not None:
             self.report.evaluations, self.report.samples = self.evaluations, self.samples
             self.report.training = self.training
+
+
+def keeps_files(trainer: Trainer) -> bool:
+    """Whether the results of a run are kept; those of a ``fast_dev_run`` are not."""
+    return not cast(Any, trainer).fast_dev_run
 
 
 def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
