@@ -52,6 +52,14 @@ def bert():
     return BertForSequenceClassification(BertConfig(vocab_size=100, **SIZE)), batches
 
 
+def deberta():
+    """An encoder that nowhere says that it is none of a language model."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    batches = [{**_text(seed), "token_type_ids": _tokens(2, 9, seed=seed) % 2} for seed in (1, 2)]
+    return DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=100, type_vocab_size=2, **SIZE)), batches
+
+
 def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -207,6 +215,7 @@ def keywords():
 
 STACKS = {
     bert: ["bert.encoder.layer"],
+    deberta: ["deberta.encoder.layer"],
     t5: ["encoder.block", "decoder.block"],
     bart: ["model.encoder.layers", "model.decoder.layers"],
     whisper: ["model.encoder.layers", "model.decoder.layers"],

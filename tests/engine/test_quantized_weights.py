@@ -1,5 +1,6 @@
 """Models in memory that hold quantised weights are refused, with the linear's name, before anything changes."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,21 @@ def test_other_dtypes(dtype):
     up = model.get_submodule(UP)
     up.weight = torch.nn.Parameter(up.weight.detach().to(dtype), requires_grad=False)
     refused(model, rf"{UP} holds {dtype}, .*prune before quantising")
+
+
+def test_packed_integers_are_not_taken_for_a_thin_matrix():
+    model = tiny_llama()
+    up = model.get_submodule(UP)
+    up.weight = torch.nn.Parameter(torch.zeros(up.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+    refused(model, rf"{UP} holds torch.uint8, .*prune before quantising")
+
+
+def test_what_torch_itself_has_quantised():
+    model = tiny_llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        model.model.layers[1].mlp = torch.ao.quantization.quantize_dynamic(model.model.layers[1].mlp, {torch.nn.Linear})
+    refused(model, r"model\.layers\.1\.mlp\.gate_proj is quantised")
 
 
 class Own(torch.Tensor):

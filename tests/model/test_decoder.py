@@ -249,3 +249,29 @@ def test_hooks_of_accelerate_that_keep_weights_in_place_stay(llama, batches, pru
     prune_model(dispatched, batches, SparseGPT(), SemiStructured(2, 4))
     assert agrees(dispatched, pruned)
     assert [layer.forward for layer in dispatched.model.layers] == forwards
+
+
+class Grouped(nn.Linear):
+    """Half of the outputs see half of the inputs: the weight is as large as a linear's, and means something else."""
+
+    def forward(self, x):
+        halves = self.weight.view(2, -1, self.in_features).transpose(1, 2)
+        return torch.einsum("...gi,gio->...go", x.unflatten(-2, (-1, 2)), halves).flatten(-2)
+
+
+class Rounded(nn.Linear):
+    """As in quantisation-aware training: another computation, the same matrix."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.mul(64).round() / 64, self.bias)
+
+
+def test_a_class_of_linears_that_parts_its_inputs_is_left_dense(llama):
+    llama.model.layers[0].mlp.up_proj = Grouped(32, 64, bias=False)
+    layer = decoder_layers(llama)[0]
+    assert layer.left_dense == {"model.layers.0.mlp.up_proj.weight": "not in a linear"}
+
+
+def test_a_class_of_linears_with_one_matrix_is_pruned(llama):
+    llama.model.layers[0].mlp.up_proj = Rounded(32, 64, bias=False)
+    assert not decoder_layers(llama)[0].left_dense

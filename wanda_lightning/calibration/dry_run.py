@@ -1,11 +1,11 @@
 """The dry run: what the model passes to each layer of a stack.
 
 The model runs with its layers replaced by recorders, so that masks, positions and whatever else a family computes
-come from its own code. The layers of a language model do not run meanwhile; those of other models do, for what a model
-passes to one layer may be what another gave. Shapes: B batch, T tokens, D hidden size.
+come from its own code. The layers run meanwhile, for what a model passes to one layer may be what another gave; not
+those of a language model, unless they hand something on (see handed_on.py). Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from inspect import signature
 from typing import Any, NamedTuple, cast
@@ -68,8 +68,29 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Argume
 
 
 def hidden_states_of(out: Any) -> Tensor:
-    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them."""
-    return out[0] if isinstance(out, tuple | list) else out
+    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them.
+
+    Args:
+        out: What it gives.
+
+    Returns:
+        The hidden states.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    hidden = out[0] if isinstance(out, tuple | list) and out else out
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"a layer gives {type(out).__name__}: only layers that give hidden states, alone or first in a tuple or "
+            "list, can be pruned layer by layer"
+        )
+    return hidden
+
+
+def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
+    """Put other values into a tuple, named tuple or list."""
+    return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
 
 
 class _DryRunDoneError(Exception):
@@ -87,7 +108,7 @@ class _Recorder:
         self._last = len(layers) - 1
         self._called = 0  # layers in this batch
         self._passed: Tensor | None = None  # what the last of them gave; where they do not run, what it was given
-        self._extra_outputs: tuple[Any, ...] | None = None  # what a layer returns beside them, if it does
+        self._given: Any = None  # what the first layer gave for the first batch, where they do not run
 
     def start_batch(self) -> None:
         self._called = 0
@@ -122,16 +143,16 @@ class _Recorder:
         """Return the hidden states as they came."""
         if index == 0 and len(self.hidden_BTD) == 1:
             version = hidden._version
-            out = forward(*args, **kwargs)
+            self._given = forward(*args, **kwargs)
             if hidden._version != version:
                 raise ValueError(
                     "decoder layers change in place what enters them, and calibration calls them again with it: "
                     "write x = x + y in them, not x += y"
                 )
-            self._extra_outputs = tuple(out[1:]) if isinstance(out, tuple | list) else None
         if index == self._last and len(self.hidden_BTD) > 1:
             raise _DryRunDoneError
-        return hidden if self._extra_outputs is None else (hidden, *self._extra_outputs)
+        given = self._given
+        return hidden if isinstance(given, Tensor) else rebuilt(given, [hidden, *given[1:]])
 
     def _run(
         self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -169,7 +190,11 @@ def is_passed_on(given: Tensor, taken: Tensor) -> bool:
 
 
 def dry_run(
-    feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place = "device"
+    feed: Feed,
+    layers: list[nn.Module],
+    batches: Iterable[Batch],
+    activations: Place = "device",
+    runs_layers: bool = True,
 ) -> tuple[HiddenStates, list[list[Arguments]], list[RealTokens]]:
     """Run the model for what its layers are called with.
 
@@ -178,6 +203,7 @@ def dry_run(
         layers: Layers that it calls one after another.
         batches: Calibration batches.
         activations: Where the hidden states wait for the first layer.
+        runs_layers: Whether the layers run, too: what the model passes to one may be what another gave.
 
     Returns:
         The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real.
@@ -186,7 +212,7 @@ def dry_run(
         ValueError: If a batch cannot be fed to the model, there is none, the layers are not called one by one, or they
             give something else when they are called again with the same.
     """
-    recorder = _Recorder(layers, activations, feed.runs_layers)
+    recorder = _Recorder(layers, activations, runs_layers)
     real: list[RealTokens] = []
     parameters = [*signature(layers[0].forward).parameters]
     with ExitStack() as stack:

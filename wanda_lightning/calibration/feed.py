@@ -30,7 +30,7 @@ class Feed:
     """
 
     runs_layers = True
-    """Whether the layers run in the dry run: what a model passes to one may depend on what another gave."""
+    """Whether the layers run in the dry run in any case: what a model passes to one may be what another gave."""
 
     head: nn.Module | None = None
     """What the model calls behind its layers, where that is known."""

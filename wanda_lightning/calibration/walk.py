@@ -20,6 +20,7 @@ from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run, hidden_states_of
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
+from wanda_lightning.calibration.handed_on import hand_on
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
@@ -72,7 +73,8 @@ def walk(
         batches = chain([first], batches)
     for number, stack in enumerate(stacks):
         modules = [layer.module for layer in stack]
-        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations)
+        runs_layers = feed.runs_layers or (first is not None and hand_on(feed, modules, first))
+        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, runs_layers)
         if first is not None and number == 0:
             _check_activations(model, layers, first, feed)
         dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None

@@ -13,7 +13,7 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
-from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning, begin_averages
+from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
@@ -44,8 +44,7 @@ class PruningCallback(SparseFinetuning):
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
         ignore: Patterns of linears to leave dense.
-        allocation: Where not all are to be pruned alike: sparsities, or ``n:m``, of linears by name pattern; or what
-            splits the sparsity among them by looking at the model, such as ``OWL()``.
+        allocation: Sparsities, or ``n:m``, of some linears by name pattern; or what splits it, such as ``OWL()``.
         layers: Name of the list of layers, such as ``model.layers``, where the rule for it fails, or of several.
         num_samples: How many sequences to take where calibration uses the train dataloader.
         output_dir: Folder of the report. Default: the Trainer's ``log_dir``.
@@ -131,7 +130,6 @@ class PruningCallback(SparseFinetuning):
         self.run.files.begin(trainer, pl_module)
         if not (trainer.strategy.restore_checkpoint_after_setup and trains):
             self.run.prune(trainer, pl_module)
-            begin_averages(trainer, pl_module)  # which the sanity check of the validation looks at
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -72,7 +72,6 @@ class SparseFinetuning(Callback):
             masks: Masks of some of its weights.
         """
         self._masks = masks
-        begin_averages(trainer, pl_module)
         names = dict(pl_module.named_parameters())
         for average in _averages(trainer):
             if not (copies := dict(average.named_parameters())):

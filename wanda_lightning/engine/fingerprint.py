@@ -65,7 +65,7 @@ class HashedBatches:
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._batches or ():
+        for batch in () if self._batches is None else self._batches:
             self._digest.update(hashed(self._feed.tensors(batch)).encode())
             self.kept += [batch] if self._keep else []
             yield batch

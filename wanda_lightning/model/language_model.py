@@ -52,9 +52,10 @@ def is_language_model(model: nn.Module) -> bool:
         return False
     if getattr(plain.config, "is_encoder_decoder", False) or getattr(embeddings, "weight", None) is None:
         return False
-    sees = [module.is_causal for module in plain.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if any(getattr(module, "is_causal", None) is True for module in plain.modules()):
+        return True
     generates = getattr(plain, "can_generate", None)
-    return not sees or any(sees) or (generates is not None and bool(generates()))
+    return generates is not None and bool(generates())
 
 
 def find_model(module: nn.Module) -> nn.Module:

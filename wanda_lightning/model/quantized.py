@@ -4,8 +4,8 @@ from torch import nn
 
 from wanda_lightning.model.linears import is_linear, own_modules
 
-PACKED = ("qweight", "weight_packed", "W_q")
-"""Where GPTQ and AWQ, compressed-tensors, and HQQ keep the weights of what was a linear."""
+PACKED = ("qweight", "weight_packed", "W_q", "_packed_params")
+"""Where GPTQ and AWQ, compressed-tensors, HQQ, and torch itself keep the weights of what was a linear."""
 
 
 def refuse_quantized(model: nn.Module) -> None:

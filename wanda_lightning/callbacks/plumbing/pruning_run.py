@@ -19,6 +19,7 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_model, desc
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.samples import samples_of
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
+from wanda_lightning.callbacks.sparse_finetuning import begin_averages
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.measured_sparsity import (
@@ -100,9 +101,8 @@ class PruningRun:
     def stage(self, module: LightningModule) -> Stage:
         """Name the stage that the weights are in, by looking at them."""
         model = find_model(module)
-        pruned = self.is_pruned(model)
-        came_with_zeros = not pruned and _was_pruned(*_look_at(model, self.asked))
-        return stage_of(module, pruned, self.results.trained, came_with_zeros)
+        pruned, report = self.is_pruned(model), self.report_of(model)
+        return stage_of(module, pruned, self.results.trained, report is not None and not pruned)
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin anew if the weights are others than those that were pruned."""
@@ -223,6 +223,7 @@ class PruningRun:
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),
             )
+        begin_averages(trainer, module)
         self.files.all_finished = True
         report.calibration |= asked.calibration.describe(trainer)
         self._take(report, trainer, module)
