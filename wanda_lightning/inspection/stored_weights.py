@@ -65,7 +65,8 @@ class StoredWeights:
     @property
     def exceptions(self) -> list[StoredLinear]:
         """Linears that do not keep to :attr:`pattern`."""
-        return [linear for linear in self.linears if self.pattern and self.pattern not in linear.patterns]
+        pattern = self.pattern  # which looks at all of them
+        return [linear for linear in self.linears if pattern and pattern not in linear.patterns]
 
     @property
     def contradictions(self) -> list[str]:
