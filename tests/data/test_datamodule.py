@@ -148,6 +148,21 @@ def test_seed_changes_the_choice(tokenizer):
     assert not torch.equal(windows(0), windows(1))
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("seed", 1), ("num_samples", 5), ("sequence_length", 16), ("max_evaluation_windows", 3)],
+)
+def test_settings_may_change_after_windows_were_made(tokenizer, setting, value):
+    def windows(data):
+        return torch.cat([stack(data.calibration_dataloader()), stack(data.val_dataloader())])
+
+    asked = {"tokenizer": tokenizer, "num_samples": 3, "sequence_length": LENGTH, "max_evaluation_windows": 2}
+    data = TextDataModule(**asked)
+    windows(data)
+    setattr(data, setting, value)
+    assert torch.equal(windows(data), windows(TextDataModule(**asked | {setting: value})))
+
+
 def test_the_global_generators_are_left_alone(tokenizer):
     data = TextDataModule(tokenizer=tokenizer, num_samples=3, sequence_length=LENGTH)
     before = torch.get_rng_state(), random.getstate()

@@ -111,7 +111,7 @@ class TextDataModule(LightningDataModule):
         self.evaluation_names = [each.name for each in self._sets] + ["calibration"] * evaluate_calibration
         if len(set(self.evaluation_names)) < len(self.evaluation_names):
             raise ValueError("an evaluation set cannot be named 'calibration' where evaluate_calibration is set")
-        self._fit = ModelFit(sequence_length)
+        self._fit = ModelFit()
         self._windows = KnownWindows()
 
     @override
@@ -130,7 +130,7 @@ class TextDataModule(LightningDataModule):
         Text is read, and a tokenizer loaded, when a dataloader first needs it.
         """
         self._fit.wanted_tokenizer(self.tokenizer, _module(self.trainer))
-        self._fit.check_length(_module(self.trainer))
+        self._fit.check_length(self.sequence_length, _module(self.trainer))
 
     def calibration_dataloader(self) -> DataLoader:
         """Return ``num_samples`` random windows of the calibration part; needs a tokenizer, but no Trainer."""
@@ -207,7 +207,7 @@ class TextDataModule(LightningDataModule):
 
     def _tokenizer_and_length(self) -> tuple[PreTrainedTokenizerBase, int]:
         tokenizer = self._fit.tokenizer(self.tokenizer, _module(self.trainer))
-        return tokenizer, self._fit.length(tokenizer, _module(self.trainer))
+        return tokenizer, self._fit.length(self.sequence_length, tokenizer, _module(self.trainer))
 
 
 def _check(settings: Mapping[str, Any]) -> None:

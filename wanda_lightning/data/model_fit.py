@@ -12,14 +12,9 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 class ModelFit:
-    """Finds a tokenizer and a length for windows.
+    """Finds a tokenizer and a length for windows."""
 
-    Args:
-        sequence_length: Tokens in a window; None for the default, or the model's limit where that is lower.
-    """
-
-    def __init__(self, sequence_length: int | None) -> None:
-        self.sequence_length = sequence_length
+    def __init__(self) -> None:
         self._loaded: tuple[str, PreTrainedTokenizerBase] | None = None
 
     def tokenizer(
@@ -57,20 +52,32 @@ class ModelFit:
             )
         return wanted
 
-    def length(self, tokenizer: PreTrainedTokenizerBase, module: LightningModule | None) -> int:
-        """Return the number of tokens in a window."""
-        limit = self.check_length(module)
-        # A tokenizer's own limit is often wrong or huge, so it only lowers the default.
-        return self.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, limit or tokenizer.model_max_length)
+    def length(self, asked: int | None, tokenizer: PreTrainedTokenizerBase, module: LightningModule | None) -> int:
+        """Return the number of tokens in a window.
 
-    def check_length(self, module: LightningModule | None) -> int | None:
+        Args:
+            asked: The number asked for; None for the default, or the model's limit where that is lower.
+            tokenizer: The tokenizer.
+            module: The module with the model.
+
+        Returns:
+            The number.
+
+        Raises:
+            ValueError: If more are asked for than the model takes.
+        """
+        limit = self.check_length(asked, module)
+        # A tokenizer's own limit is often wrong or huge, so it only lowers the default.
+        return asked or min(DEFAULT_SEQUENCE_LENGTH, limit or tokenizer.model_max_length)
+
+    @staticmethod
+    def check_length(asked: int | None, module: LightningModule | None) -> int | None:
         """Return the model's limit, None where it is not known; refuse windows that are longer."""
         parts = () if module is None else module.modules()
         limits = (max_sequence_length(part) for part in parts if hasattr(part, "config"))
         limit = next((limit for limit in limits if limit), None)  # of the first model, whatever the module calls it
-        if self.sequence_length is not None and limit is not None and self.sequence_length > limit:
+        if asked is not None and limit is not None and asked > limit:
             raise ValueError(
-                f"sequence_length must be at most {limit}, the model's max_position_embeddings, "
-                f"got {self.sequence_length}"
+                f"sequence_length must be at most {limit}, the model's max_position_embeddings, got {asked}"
             )
         return limit

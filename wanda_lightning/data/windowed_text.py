@@ -97,11 +97,11 @@ def held_out_windows(
 
 
 class KnownWindows:
-    """Windows that were made before, for one tokenizer and one length: a datamodule may serve several models."""
+    """Windows made before with the same tokenizer and settings: a datamodule may serve several models, and change."""
 
     def __init__(self) -> None:
         self._windows: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._made_for: tuple[PreTrainedTokenizerBase, int] | None = None
+        self._made_for: tuple[PreTrainedTokenizerBase, int, dict[str, Any]] | None = None
 
     def get(
         self,
@@ -113,9 +113,9 @@ class KnownWindows:
         **settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what :func:`windowed_text` gives for a key, and make it if it is not known."""
-        if self._made_for is None or self._made_for[0] is not tokenizer or self._made_for[1] != sequence_length:
+        if self._made_for != (tokenizer, sequence_length, settings):
             self._windows.clear()
-            self._made_for = tokenizer, sequence_length
+            self._made_for = tokenizer, sequence_length, settings
         if key not in self._windows:
             self._windows[key] = windowed_text(source, split, tokenizer, sequence_length, **settings)
         return self._windows[key]
