@@ -15,9 +15,10 @@ from wanda_lightning.__main__ import main
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="a GPU is worth a line")
 def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
-    shutil.copytree(tiny_model_folder, tmp_path / "tiny")
-    options = ["--num_samples=4", "--sequence_length=16", "--data.max_evaluation_windows=2", "--output=out"]
-    command = [sys.executable, "-m", "wanda_lightning", "prune", "tiny", *options]
+    """The names of its folders are no markup."""
+    shutil.copytree(tiny_model_folder, tmp_path / "tiny[a]")
+    options = ["--num_samples=4", "--sequence_length=16", "--data.max_evaluation_windows=2", "--output=out[b]"]
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "tiny[a]", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -27,11 +28,11 @@ def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
     shown = [line for line in lines if line not in bars]
     assert shown == lines[-len(shown) :]
     assert shown[0] == "Wanda, unstructured, sparsity 0.5"
-    assert shown[1] == "Model: tiny, 44,320 parameters."
+    assert shown[1] == "Model: tiny[a], 44,320 parameters."
     assert any(re.match(r"│ val/perplexity +│ [\d.]+ │ +[\d.]+ │$", line) for line in shown)
     said = [line.split()[0] for line in shown[-10:-1]]
     assert said == ["The", "dense", "pruned", "Once", "dense", "pruned", "Water", "dense", "pruned"]
-    assert shown[-1] == "Results are in out: report.html, model"
+    assert shown[-1] == "Results are in out[b]: report.html, model"
     assert len(shown) <= 20
     assert "\x1b" not in done.stdout
 

@@ -79,6 +79,13 @@ def test_tables_show_the_evaluations_and_every_layer(report):
     assert "error: how much of the output of a linear, a weight matrix" in markdown
 
 
+def test_name_patterns_are_shown_as_they_are(llama):
+    report = prune_model(llama, None, Magnitude(), Unstructured(0.5), targets=["[qk]_proj"])
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report.to_table())
+    assert "│ [qk]_proj    │       6 │" in console.export_text()
+
+
 def test_without_details_the_evaluations_alone_are_shown(report):
     console = Console(width=120, record=True, file=StringIO())
     console.print(report.to_table(details=False))

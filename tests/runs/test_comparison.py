@@ -4,8 +4,10 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from wanda_lightning import __main__
 from wanda_lightning.cli.compare import main
@@ -120,6 +122,14 @@ def test_figures_that_do_not_compare_are_noted(runs):
     plain["calibration"]["sequence_length"] = 32
     file.write_text(json.dumps(plain))
     assert "differ in sequence_length, so their figures do not compare: 16, 32" in Comparison(runs).to_markdown()
+
+
+def test_notes_on_the_terminal_are_no_markup(tmp_path):
+    comparison = Comparison([run(tmp_path / name) for name in "ab"])
+    comparison.runs[0].data["source"] = "[my]text.txt"
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(comparison.to_table())
+    assert f"Note: {comparison.notes()[0]}." in console.export_text()
 
 
 def test_markdown_and_json_hold_the_same(runs, tmp_path):

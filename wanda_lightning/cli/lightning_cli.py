@@ -142,7 +142,7 @@ class PruningCLI(LightningCLI):
             if isinstance(callback, SaveConfigWithResults):
                 callback.replace(self.trainer, self.model)
         if self.trainer.hub_url:
-            Console().print(f"The model is at {self.trainer.hub_url}", soft_wrap=True)
+            Console().print(f"The model is at {self.trainer.hub_url}", markup=False, soft_wrap=True)
         if self.trainer.push_failed:  # which was said; everything is on disk by now
             sys.exit(1)
 
@@ -156,7 +156,7 @@ class PruningCLI(LightningCLI):
         quiet = self.config_init[self.subcommand].quiet
         if self.trainer.comparison and self.trainer.is_global_zero and not quiet:
             Console().print(self.trainer.comparison.to_table())
-            Console().print(f"Results and comparison.png are in {folder}", soft_wrap=True)
+            Console().print(f"Results and comparison.png are in {folder}", markup=False, soft_wrap=True)
 
     def after_search(self) -> None:
         """Show the trials and the report."""
@@ -195,7 +195,7 @@ class PruningCLI(LightningCLI):
                 Console().print(report.to_table(details))
             names = ("report.html", "search.png", "shrinking.html", "model", "adapter")
             there = [name for name in names if (folder / name).exists()]
-            Console().print(f"Results are in {folder}: {', '.join(there)}", soft_wrap=True)
+            Console().print(f"Results are in {folder}: {', '.join(there)}", markup=False, soft_wrap=True)
 
 
 def run(args: ArgsType = None) -> PruningCLI:

@@ -98,6 +98,8 @@ class StoredWeights:
         return ["zeros in layer", "all", *(short if len(set(short)) == len(short) else kinds)], rows
 
     def _findings(self) -> Iterator[str]:
+        from rich.markup import escape
+
         yield f"{self.sparsity:.2%} of the {len(self.linears)} prunable matrices are zeros."
         if self.pattern is None:
             yield "They keep to no n:m pattern."
@@ -106,13 +108,13 @@ class StoredWeights:
         else:
             yield f"{self.pattern}, [yellow]but for {len(self.exceptions)}[/yellow]: {_some(map(str, self.exceptions))}"
         if self.report is not None:
-            yield f"The report beside them says: {self.report.title}."
+            yield f"The report beside them says: {escape(self.report.title)}."
             for stage, metrics in self.report.evaluations.items():
                 yield f"  {stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             if self.contradictions:
                 yield f"[red]Fewer zeros than reported[/red] in {_some(self.contradictions)}"
         elif self.card:
-            yield f"The model card says: {self.card}."
+            yield f"The model card says: {escape(self.card)}."
         where = f"{self.files} file{'s' if self.files > 1 else ''}, {self.nbytes / 1e6:,.1f} MB"
         if self.check.loads_whole:
             yield f"Loads with transformers: every weight is there, of the right shape ({where})."

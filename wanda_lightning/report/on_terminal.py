@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def to_table(report: "PruningReport", details: bool) -> "Group":
     """Lay a report out; see :meth:`PruningReport.to_table`."""
     from rich.console import Group
+    from rich.markup import escape
 
     evaluation, said = report.evaluation_table(), samples_table(report.samples)
     others = [table for table in report.tables() if table not in (evaluation, said)] if details else []
@@ -23,8 +24,8 @@ def to_table(report: "PruningReport", details: bool) -> "Group":
     return Group(
         *(terminal_table(*table) for table in reversed(others)),
         *error,
-        f"[bold]{report.title}[/bold]",
-        *([f"Model: {report.model_name}."] if report.model else []),
+        f"[bold]{escape(report.title)}[/bold]",
+        *([f"Model: {escape(report.model_name)}."] if report.model else []),
         *([terminal_table(*evaluation)] if evaluation else []),
         report.summary,
         *_said(report.samples, whole=details),

@@ -16,12 +16,13 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: C
 def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "Table":
     """Return a table for a rich console; long names may break behind a slash."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for number, name in enumerate(header):
-        table.add_column(name.replace("/", "/\u200b"), justify="left" if number in left else "right")
+        table.add_column(Text(name.replace("/", "/\u200b")), justify="left" if number in left else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # rich would take [qk]_proj for markup
     return table
 
 

@@ -135,10 +135,10 @@ class Comparison:
     def to_table(self) -> Any:
         """Return the table for a rich console."""
         from rich.console import Group
+        from rich.text import Text
 
-        return Group(
-            terminal_table(*self.table(), left=TEXT), *(f"[yellow]Note: {note}.[/yellow]" for note in self.notes())
-        )
+        notes = [Text(f"Note: {note}.", style="yellow") for note in self.notes()]
+        return Group(terminal_table(*self.table(), left=TEXT), *notes)
 
     def save(self, folder: str | Path) -> None:
         """Write ``comparison.md`` and ``comparison.json`` into a folder."""
