@@ -217,6 +217,7 @@ def test_bars_only_where_asked_for(model, tokenizer, folder, capfd):
         ({"limit": 0}, "limit must be .* got 0"),
         ({"limit": 1.0}, "limit must be .* got 1.0"),
         ({"limit": 2.5}, "limit must be .* got 2.5"),
+        ({"limit": "100"}, "limit must be .* got '100'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"tasks": []}, "no tasks to evaluate"),
         ({"include_path": "missing"}, "include_path must be a folder of task YAMLs, 'missing' is none"),

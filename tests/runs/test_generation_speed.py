@@ -140,7 +140,7 @@ def test_a_model_that_draws_or_stops_early_decodes_all_the_same(tmp_path, calls)
         ({"prompt": 0}, "prompt must be a whole number of at least 1, got 0"),
         ({"new_tokens": 1.5}, "new_tokens must be a whole number"),
         ({"rounds": 0}, "rounds must be"),
-        ({"batch_sizes": []}, "batch_sizes must be"),
+        ({"batch_sizes": []}, r"batch_sizes must be one or more whole numbers .* got \[\]"),
         ({"batch_sizes": [4, 0]}, "batch_sizes must be"),
         ({"prompt": 129}, "dense has positions for 128 tokens, and prompt or new_tokens ask for 129"),
         ({"new_tokens": 113}, "ask for 129"),

@@ -123,7 +123,7 @@ def check_settings(num_fewshot: int | None, limit: int | float | None, batch_siz
         whole_number("num_fewshot", num_fewshot, 0)
     # lm-eval takes 1.0 for one question and rounds 2.5 down.
     if limit is not None and not is_whole(limit, 1) and not (isinstance(limit, float) and 0 < limit < 1):
-        raise ValueError(f"limit must be a whole number of at least 1 or a fraction in (0, 1), got {limit}")
+        raise ValueError(f"limit must be a whole number of at least 1 or a fraction in (0, 1), got {limit!r}")
     whole_number("batch_size", batch_size, 1)
 
 

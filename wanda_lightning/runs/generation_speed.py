@@ -65,7 +65,9 @@ def measure_speed(
         raise ValueError("nothing to measure: name one or more models, the dense one first")
     for name, value in {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}.items():
         whole_number(name, value, 1)
-    for batch_size in batch_sizes or [0]:
+    if not batch_sizes:
+        raise ValueError(f"batch_sizes must be one or more whole numbers of at least 1, got {batch_sizes!r}")
+    for batch_size in batch_sizes:
         whole_number("batch_sizes", batch_size, 1)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype must be auto, or the name of a torch data type such as float32, got {dtype!r}")

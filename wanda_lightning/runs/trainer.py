@@ -169,8 +169,8 @@ class PruningTrainer(Trainer):
 
         That is in the ``output_dir`` of the pruning callback, else in the Trainer's ``log_dir``.
         Adapters are saved to ``adapter/``, beside the model that they were trained on; or, if the module's ``lora``
-        says so, merged under the masks. A merged model is evaluated too if the trained one was. With ``push_to_hub``
-        the model goes to the hub, too; a push that fails is said, and loses nothing.
+        says so, merged under the masks. A merged model is evaluated too if the trained one was, with the Trainer's
+        datamodule. With ``push_to_hub`` the model goes to the hub, too; a push that fails is said, and loses nothing.
 
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
