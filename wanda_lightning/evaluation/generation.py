@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.model.modes import in_eval_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -45,26 +47,20 @@ def continue_prompts(
     config: Any = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or 2**31
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    training = [module for module in model.modules() if module.training]
     said = {}
-    model.eval()
-    try:
+    with torch.no_grad(), in_eval_mode(model):
         for prompt in prompts:
             inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
             ids_1T = inputs["input_ids"]
             room = min(tokens, limit - ids_1T.shape[1])
-            with torch.no_grad():
-                whole_1T: Any = model.generate(
-                    input_ids=ids_1T,
-                    attention_mask=inputs["attention_mask"],
-                    max_new_tokens=room,
-                    pad_token_id=end,
-                    **GREEDY,
-                )
+            whole_1T: Any = model.generate(
+                input_ids=ids_1T,
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=room,
+                pad_token_id=end,
+                **GREEDY,
+            )
             said[prompt] = str(tokenizer.decode(whole_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
-    finally:
-        for module in training:
-            module.training = True
     return said
 
 

@@ -17,6 +17,7 @@ from torch import distributed
 
 from wanda_lightning.arguments import is_whole, whole_number
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
+from wanda_lightning.model.modes import in_eval_mode
 from wanda_lightning.model.replaced import replaced
 
 if TYPE_CHECKING:
@@ -137,14 +138,12 @@ def seed_as_lm_eval() -> None:
 @contextmanager
 def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Undo what lm-eval does to a model and a tokenizer: eval mode, tied weights, padding."""
-    training = {module: module.training for module in model.modules()}
     padding = tokenizer.pad_token, tokenizer.padding_side
     try:
-        with replaced(model, "tie_weights", lambda *_, **__: None):  # they are tied already, where they should be
+        # Weights are tied already, where they should be.
+        with in_eval_mode(model), replaced(model, "tie_weights", lambda *_, **__: None):
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         tokenizer.pad_token, tokenizer.padding_side = padding
 
 

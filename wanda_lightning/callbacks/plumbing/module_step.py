@@ -1,11 +1,10 @@
 """How a LightningModule runs its model on a calibration batch: by its own step, as in validation."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -14,6 +13,7 @@ from torchmetrics import Metric
 
 from wanda_lightning.calibration.feed import Forward, call_with
 from wanda_lightning.model.language_model import find_model, is_language_model
+from wanda_lightning.model.modes import as_written, in_eval_mode
 from wanda_lightning.model.replaced import replaced
 
 CALIBRATION_STEP = "calibration_step"
@@ -77,21 +77,13 @@ def as_in_validation(module: LightningModule) -> Iterator[None]:
     Args:
         module: The module.
     """
-    parts = [*module.modules()]
-    training = [part for part in parts if part.training]
-    metrics = [part for part in parts if isinstance(part, Metric)]
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
     kept = [{name: deepcopy(value) for name, value in _state(metric).items()} for metric in metrics]
-    with ExitStack() as stack:
-        if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for name in ("log", "log_dict"):
-            stack.enter_context(replaced(module, name, _log_nothing))
-        module.eval()
+    logged, logged_together = (replaced(module, name, _log_nothing) for name in ("log", "log_dict"))
+    with as_written(module), in_eval_mode(module), logged, logged_together:
         try:
             yield
         finally:
-            for part in training:
-                part.training = True
             for metric, values in zip(metrics, kept, strict=True):
                 for name, value in values.items():
                     setattr(metric, name, value)
