@@ -35,9 +35,9 @@ ROOMS = {
         "allocation", "arguments", "atomic_files", "calibration", "methods", "model", "precision", "report", "solvers",
         "sparsity", "statistics",
     },
-    "checkpoints": {"model", "training", "atomic_files"},
+    "checkpoints": {"arguments", "model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
-    "inspection": {"checkpoints", "export", "model", "report", "sparsity"},
+    "inspection": {"arguments", "checkpoints", "export", "model", "report", "sparsity"},
     "data": {"arguments", "checkpoints", "model"},
     "evaluation": {"arguments", "checkpoints", "data", "model", "precision", "terminal"},
     "callbacks": {
@@ -48,7 +48,7 @@ ROOMS = {
         "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",
         "methods", "model", "report", "sparsity", "training",
     },
-    "cli": {"callbacks", "data", "export", "inspection", "runs", "sparsity"},
+    "cli": {"arguments", "callbacks", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from wanda_lightning.arguments import is_finite, is_fraction, is_whole, whole_number
+from wanda_lightning.arguments import checked_device, checked_dtype, is_finite, is_fraction, is_whole, whole_number
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
@@ -31,3 +32,28 @@ def test_fractions(value):
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, float("nan"), False, "0.5", None])
 def test_what_is_no_fraction(value):
     assert not is_fraction(value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meant"), [("auto", None), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)]
+)
+def test_dtypes(dtype, meant):
+    assert checked_dtype(dtype) is meant
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "Linear", torch.int8, None, 16])
+def test_what_is_no_dtype_to_compute_in(dtype):
+    with pytest.raises(ValueError, match=f"dtype must be one of auto, float32, .*, got {dtype!r}"):
+        checked_dtype(dtype)
+
+
+@pytest.mark.parametrize("accelerator", [None, torch.device("mps")])
+def test_the_device_is_a_gpu_of_any_kind_if_there_is_one(monkeypatch, accelerator):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
+    assert checked_device(None) == (accelerator or torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["nothing", "cuda:99"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: "):
+        checked_device(device)

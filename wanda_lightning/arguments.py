@@ -1,7 +1,13 @@
-"""Numbers that users give, checked in one way everywhere."""
+"""Numbers, data types and devices that users give, checked in one way everywhere."""
 
 import math
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
+
+if TYPE_CHECKING:  # the command line names data types before torch is imported
+    import torch
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+"""The data types to load or to compute in; ``"auto"`` is the checkpoint's own."""
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -88,3 +94,51 @@ def number_not_below_0(name: str, value: object) -> None:
     """
     if not is_finite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def checked_dtype(dtype: "str | torch.dtype") -> "torch.dtype | None":
+    """Find the data type that is meant.
+
+    Args:
+        dtype: A name, or what torch has under it.
+
+    Returns:
+        The data type; None for ``"auto"``.
+
+    Raises:
+        ValueError: If nothing can be loaded and computed in it.
+
+    Example:
+        >>> checked_dtype("bfloat16")
+        torch.bfloat16
+    """
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+    return None if name == "auto" else getattr(torch, name)
+
+
+def checked_device(device: "torch.device | str | None") -> "torch.device":
+    """Find the device that is meant.
+
+    Args:
+        device: A name, such as ``cpu`` or ``cuda:0``, or what torch has under it. Default: the GPU, if there is one
+            that torch can use.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: If it cannot be used here.
+    """
+    import torch
+
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(device)

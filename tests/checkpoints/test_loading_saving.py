@@ -31,6 +31,17 @@ def test_the_saved_model_gives_the_same_logits(batches, tokenizer, tmp_path, dty
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_is_named_or_given(tmp_path, llama, dtype):
+    llama.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), dtype).dtype == torch.bfloat16
+
+
+def test_what_is_no_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'bf16'"):
+        load_model("./nothing", "bf16")
+
+
 def test_an_older_model_is_replaced_whole(tmp_path, llama):
     save_pretrained(tiny_llama(layers=1), None, tmp_path / "model")
     save_pretrained(llama, None, tmp_path / "model")

@@ -65,6 +65,18 @@ def test_prompts_that_are_none(model, tokenizer, prompts):
         continue_prompts(model, tokenizer, prompts)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "nothing"}, "device 'nothing' cannot be used here"),
+        ({"dtype": "bf16"}, "dtype must be .* got 'bf16'"),
+    ],
+)
+def test_a_device_or_a_dtype_that_is_none(settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate("./nothing", **settings)
+
+
 def test_from_the_folder_of_a_model_or_of_a_run(tiny_model_folder, tokenizer, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

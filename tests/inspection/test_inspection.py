@@ -101,6 +101,26 @@ def test_the_table_reads_well(config_only):
     assert "100.00% of the matrix weights" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": -5}, "num_samples must be a whole number of at least 1, got -5"),
+        ({"sequence_length": 1}, "sequence_length must be a whole number of at least 2, got 1"),
+        ({"dtype": "bf16"}, "dtype must be .* got 'bf16'"),
+        ({"device": "nothing"}, "device 'nothing' cannot be used here"),
+    ],
+)
+def test_bad_settings_are_named(config_only, settings, message):
+    with pytest.raises(ValueError, match=message):
+        inspect_model(config_only, **settings)
+
+
+def test_devices_and_dtypes_are_those_of_torch_too(config_only):
+    named = inspect_model(config_only, dtype="bfloat16", device="cpu")
+    given = inspect_model(config_only, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (given.memory, given.timed_for) == (named.memory, named.timed_for)
+
+
 def test_a_missing_model_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         inspect_model(str(tmp_path))

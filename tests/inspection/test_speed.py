@@ -106,7 +106,7 @@ def test_types_that_nothing_is_computed_in_are_refused(tmp_path, monkeypatch):
     config = tiny_llama().config
     config.save_pretrained(tmp_path)
     for dtype in ("float8_e4m3fn", "int8", "float", "nothing", ""):
-        with pytest.raises(ValueError, match=f"dtype must be auto or one of float32, bfloat16, .*got '{dtype}'"):
+        with pytest.raises(ValueError, match=f"dtype must be one of auto, float32, bfloat16, .*got '{dtype}'"):
             inspect_model(str(tmp_path), dtype=dtype)
     config.dtype = "float8_e4m3fn"
     config.save_pretrained(tmp_path)

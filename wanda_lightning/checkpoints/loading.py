@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.arguments import checked_dtype
 from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
@@ -22,21 +23,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrainedModel":
+def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> "PreTrainedModel":
     """Load a causal language model with ordinary, dense weights.
 
     Args:
         pretrained: A hub name, a folder written by ``save_pretrained``, or a ``.gguf`` file. GGUF, FP8 and MXFP4 are
             de-quantised.
-        dtype: ``"auto"`` (the checkpoint's own), or the name of a torch dtype.
+        dtype: ``"auto"`` (the checkpoint's own), or a floating-point dtype of torch of at least 16 bits, or its name.
         kwargs: Passed on to ``from_pretrained``.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ValueError: If there is no such model, it is no causal language model, or it is quantised in another way.
+        ValueError: If there is no such model, it is no causal language model, it is quantised in another way, or there
+            is no such dtype.
     """
+    wanted = checked_dtype(dtype)
     if any(Path(pretrained).expanduser().glob(f"*{COMPRESSED}")):
         raise ValueError(
             f"{pretrained} is stored without its zeros: restore it with `wanda-lightning decompress {pretrained} "
@@ -44,15 +47,14 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
         )
     config = load_config(pretrained, **kwargs)
     dequantized = dense_settings(config, pretrained, kwargs.get("quantization_config"))
-    if dequantized and dtype not in ("auto", "bfloat16") and "offload_folder" in kwargs:
+    if dequantized and wanted not in (None, torch.bfloat16) and "offload_folder" in kwargs:
         raise ValueError(f"{pretrained} is de-quantised to bfloat16 where it is streamed, got dtype {dtype!r}")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = _auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted, **kwargs | dequantized)
+        model = _auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted or "auto", **kwargs | dequantized)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
     forget_quantization(model)
-    if dequantized and dtype != "auto":
+    if dequantized and wanted is not None:
         for parameter in model.parameters():  # transformers de-quantises to bfloat16, whatever is asked for
             if parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.to(wanted)
@@ -60,7 +62,7 @@ def load_model(pretrained: str, dtype: str = "auto", **kwargs: Any) -> "PreTrain
 
 
 def load_streamed(
-    pretrained: str, dtype: str = "auto", device: torch.device | str = "cpu", **kwargs: Any
+    pretrained: str, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu", **kwargs: Any
 ) -> "PreTrainedModel":
     """Open a causal language model whose decoder layers stay on disk, for models that are larger than memory.
 

@@ -1,10 +1,7 @@
 """``wanda-lightning generate``."""
 
-from typing import Literal
-
+from wanda_lightning.arguments import Dtype
 from wanda_lightning.cli.commands import run_function
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def generate(
@@ -17,7 +14,7 @@ def generate(
         prompts: Texts, in quotes. Default: the three of the reports.
         tokens: Tokens to add to each, at most.
         dtype: Data type of the weights. Default: the checkpoint's.
-        device: Where it computes. Default: a GPU, if there is one.
+        device: Where it computes, such as cpu or cuda:0. Default: the GPU, if there is one.
     """
     from wanda_lightning.runs import generation
 

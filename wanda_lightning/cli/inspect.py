@@ -1,11 +1,9 @@
 """``wanda-lightning inspect``."""
 
 import sys
-from typing import Literal
 
+from wanda_lightning.arguments import Dtype
 from wanda_lightning.cli.commands import run_function
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def inspect(

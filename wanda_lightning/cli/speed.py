@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from wanda_lightning.arguments import Dtype
 from wanda_lightning.cli.commands import run_function
-from wanda_lightning.cli.inspect import Dtype
 
 
 def speed(

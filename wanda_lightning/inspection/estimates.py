@@ -59,7 +59,7 @@ def estimate_memory(
 
 
 def estimate_seconds(
-    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, device: str
+    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, device: torch.device
 ) -> dict[str, float]:
     """Divide the operations of pruning by the rates of the device; loading, evaluating and saving are not counted.
 
@@ -81,8 +81,9 @@ def estimate_seconds(
     forward = (linears + windows * len(layers) * _attention(model.config.get_text_config(), tokens)) / rate
     # Scores are sorted; checking a mask, counting what it removes and measuring the error take as long again.
     masks = 2 * sum(kind.count * kind.shape[0] * kind.shape[1] for kind in kinds) / sorting_rate(device)
+    # 1.13: nine sixteenths of the product, which has 2
     sums = 1.13 * sum(seen * kind.tokens * kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
-    hessians = sums / (exact_rate if device == "cpu" else rate)  # 1.13: nine sixteenths of the product, which has 2
+    hessians = sums / (exact_rate if device.type == "cpu" else rate)
     factors = sum(kind.count * kind.shape[1] ** 3 for kind in _one_a_group(kinds))
     solving = sum(2 * kind.count * kind.shape[0] * kind.shape[1] ** 2 for kind in kinds)
     wanda = 2 * forward + masks  # each layer runs twice: dense for the statistics, pruned for the next layer's inputs

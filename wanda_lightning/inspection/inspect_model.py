@@ -6,17 +6,17 @@ The model is built on the meta device from its config alone.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
+from wanda_lightning.arguments import Dtype, checked_device, checked_dtype, whole_number
 from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
 from wanda_lightning.model.decoder import coverage, decoder_layers
 
 GIB = 2**30
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ class Inspection:
 
 
 def inspect_model(
-    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: str = "auto", device: str = "cpu"
+    pretrained: str,
+    num_samples: int = 128,
+    sequence_length: int = 2048,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str = "cpu",
 ) -> Inspection:
     """Look at a model's config: what would be pruned, and what that would take; and at the weights in its folder.
 
@@ -85,7 +89,7 @@ def inspect_model(
         pretrained: A hub name, of which only the config is read, or a local folder.
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
-        dtype: Data type of weights and activations, such as ``bfloat16``. Default: the checkpoint's.
+        dtype: Data type of weights and activations; see :func:`wanda_lightning.load_model`.
         device: Where pruning would run. Its speed is measured in about a second.
 
     Returns:
@@ -93,12 +97,15 @@ def inspect_model(
 
     Raises:
         ValueError: If there is no such model, or it has no decoder layers; if nothing can be computed in the data
-            type; or if a weight file is missing or cut off.
+            type; if a number is too small, or there is no such device; or if a weight file is missing or cut off.
     """
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 
+    whole_number("num_samples", num_samples, 1)
+    whole_number("sequence_length", sequence_length, 2)
+    wanted, place = checked_dtype(dtype), checked_device(device)
     config = load_config(pretrained)
-    model = build_skeleton(config, dtype=_dtype(pretrained, config, dtype))
+    model = build_skeleton(config, dtype=wanted or _stored_dtype(pretrained, config))
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
@@ -111,20 +118,16 @@ def inspect_model(
         coverage=coverage(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         memory=estimate_memory(model, layers, kinds, num_samples, sequence_length),
-        seconds=estimate_seconds(model, layers, kinds, num_samples, sequence_length, device),
-        timed_for=f"{num_samples} windows of {sequence_length} tokens in {_name(model.dtype)} on {_described(device)}",
+        seconds=estimate_seconds(model, layers, kinds, num_samples, sequence_length, place),
+        timed_for=f"{num_samples} windows of {sequence_length} tokens in {_name(model.dtype)} on {_described(place)}",
         weights=stored_weights(folder, model, layers) if folder.is_dir() else None,
     )
 
 
-def _dtype(pretrained: str, config: Any, dtype: str) -> torch.dtype:
-    """Return the data type to compute in; refuse those that products are not defined for, such as float8."""
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}")
-        return cast(torch.dtype, getattr(torch, dtype))
+def _stored_dtype(pretrained: str, config: Any) -> torch.dtype:
+    """Return the checkpoint's data type; refuse those that products are not defined for, such as float8."""
     stored = getattr(config, "dtype", None) or torch.float32
-    if _name(stored) not in DTYPES:
+    if _name(stored) not in get_args(Dtype):
         raise ValueError(
             f"{pretrained} is stored in {_name(stored)}, in which nothing can be pruned: "
             "de-quantise it first, or say what it will be loaded in, such as --dtype bfloat16"
@@ -136,8 +139,8 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _described(device: str) -> str:
-    if device != "cpu":
-        return device
+def _described(device: torch.device) -> str:
+    if device.type != "cpu":
+        return str(device)
     threads = torch.get_num_threads()
     return f"the CPU with {threads} thread{'s' if threads > 1 else ''}"

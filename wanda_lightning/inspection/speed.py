@@ -15,7 +15,7 @@ SMALLEST, LARGEST = 64, 4096
 TRIES = 3
 
 
-def product_rate(dtype: torch.dtype, device: str) -> float:
+def product_rate(dtype: torch.dtype, device: torch.device | str) -> float:
     """Measure matrix products: floating point operations a second."""
 
     def product(size: int) -> Callable[[], torch.Tensor]:
@@ -25,7 +25,7 @@ def product_rate(dtype: torch.dtype, device: str) -> float:
     return _rate(product, lambda size: 2 * size**3)
 
 
-def sorting_rate(device: str) -> float:
+def sorting_rate(device: torch.device | str) -> float:
     """Measure sorting, which choosing a mask consists of: numbers a second."""
 
     def sorting(size: int) -> Callable[[], torch.Tensor]:

@@ -2,13 +2,14 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from wanda_lightning.arguments import Dtype
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
@@ -43,7 +44,7 @@ class CausalLM(LightningModule):
     def __init__(
         self,
         pretrained: str,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: Dtype = "auto",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,

@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import checked_device, whole_number
 from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.evaluation.generation import PROMPTS, TOKENS, check_prompts, continue_prompts
 
 
 def generate(
-    pretrained: str, prompts: Sequence[str] = (), tokens: int = TOKENS, dtype: str = "auto", device: str | None = None
+    pretrained: str,
+    prompts: Sequence[str] = (),
+    tokens: int = TOKENS,
+    dtype: str | torch.dtype = "auto",
+    device: torch.device | str | None = None,
 ) -> dict[str, str]:
     """Let a saved model continue texts, always with its most likely next token.
 
@@ -21,21 +25,21 @@ def generate(
         pretrained: The folder of a run, of which the saved model is taken, or what ``load_model`` takes.
         prompts: Texts. Default: those of the reports.
         tokens: Tokens to add to each, at most.
-        dtype: Data type of the weights. Default: the checkpoint's.
-        device: Where it computes. Default: a GPU, if there is one.
+        dtype: See ``load_model``.
+        device: Where it computes. Default: the GPU, if there is one that torch can use.
 
     Returns:
         What was added, by prompt.
 
     Raises:
-        ValueError: If there is no such model, it has no tokenizer, or a prompt is empty.
+        ValueError: If there is no such model, it has no tokenizer, or a prompt is empty, or there is no such device.
     """
     whole_number("tokens", tokens, 1)
     check_prompts(prompts)
+    place = checked_device(device)
     run = Path(pretrained).expanduser()
     of_run = (run / "model/config.json").is_file() and not (run / "config.json").exists()
     folder = str(run / "model") if of_run else pretrained
     with quiet_if_small(folder):
         model: Any = load_model(folder, dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return continue_prompts(model.to(device), load_tokenizer(folder), prompts or PROMPTS, tokens)
+    return continue_prompts(model.to(place), load_tokenizer(folder), prompts or PROMPTS, tokens)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import checked_device, checked_dtype, whole_number
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.checkpoints.tensor_files import weight_files
@@ -34,7 +34,7 @@ def measure_speed(
     new_tokens: int = 32,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 10,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> SpeedReport:
@@ -50,7 +50,7 @@ def measure_speed(
         new_tokens: Tokens that are decoded.
         batch_sizes: Sequences that are decoded at once.
         rounds: How often each model has its turn; fewer than 6 are too few to call a difference one.
-        dtype: ``"auto"`` (the checkpoint's own), or the name of a torch dtype.
+        dtype: See :func:`wanda_lightning.load_model`.
         device: Where it computes. Default: the GPU, if there is one that torch can use.
         progress: Show a bar, on the standard error.
 
@@ -69,10 +69,9 @@ def measure_speed(
         raise ValueError(f"batch_sizes must be one or more whole numbers of at least 1, got {batch_sizes!r}")
     for batch_size in batch_sizes:
         whole_number("batch_sizes", batch_size, 1)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype must be auto, or the name of a torch data type such as float32, got {dtype!r}")
+    checked_dtype(dtype)
     vocabulary = min(_vocabulary(str(model), max(prompt, CONTEXT + new_tokens)) for model in models)
-    place = _checked_device(device)
+    place = checked_device(device)
     loaded = [_load(str(model), dtype, place) for model in models]
     ids_1P = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
@@ -111,17 +110,7 @@ def _vocabulary(pretrained: str, length: int) -> int:
     return config.vocab_size
 
 
-def _checked_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
-
-
-def _load(pretrained: str, dtype: str, device: torch.device) -> "PreTrainedModel":
+def _load(pretrained: str, dtype: str | torch.dtype, device: torch.device) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     with quiet_if_small(pretrained):
