@@ -49,6 +49,19 @@ def test_a_text_ends_where_the_context_does(model, tokenizer):
     assert said == one_by_one(model, tokenizer, prompt, 128 - length)
 
 
+def test_a_context_without_end(model, tokenizer):
+    model.config.max_position_embeddings = -1  # as XLNet's config says it
+    assert continue_prompts(model, tokenizer, ["Sparse"], 8) == {"Sparse": one_by_one(model, tokenizer, "Sparse", 8)}
+
+
+@pytest.mark.parametrize("length", [128, 165])
+def test_a_prompt_that_leaves_no_room_is_refused_before_others_are_continued(model, tokenizer, monkeypatch, length):
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("a text was continued"))
+    prompt = tokenizer.decode(tokenizer("a " * length)["input_ids"][:length])
+    with pytest.raises(ValueError, match=rf"a prompt of {length} tokens .* at most 128 tokens in all: shorten 'a a a"):
+        continue_prompts(model, tokenizer, ["short", prompt])
+
+
 def test_the_model_is_left_as_it_was(model, tokenizer):
     model.train()
     model.lm_head.eval()

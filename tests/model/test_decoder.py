@@ -149,9 +149,9 @@ def test_the_language_model_is_found_inside_any_module(llama):
 
 
 def test_sequence_limit(llama):
-    assert max_sequence_length(llama) == 128
+    assert max_sequence_length(llama.config) == 128
     xlnet = XLNetLMHeadModel(XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=32, vocab_size=32))
-    assert max_sequence_length(xlnet) is None  # takes any length, which its config calls -1
+    assert max_sequence_length(xlnet.config) is None  # takes any length, which its config calls -1
 
 
 # Wrappers: the same weights must be pruned in the same way.

@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import product
 from math import comb
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,12 @@ def test_a_tied_embedding_is_multiplied(tmp_path):
     model.save_pretrained(tmp_path)
     (measured,) = measure_speed([tmp_path], **SMALL).models
     assert measured.multiplied == measured.parameters == model.num_parameters()
+
+
+def test_a_context_without_end(folders):
+    config = Path(folders[0], "config.json")
+    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": -1'))
+    assert measure_speed(folders[:1], **SMALL | {"prompt": 200}).settings["prompt"] == 200
 
 
 def test_memory_is_that_of_the_tensors_that_live_at_once():

@@ -30,7 +30,7 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {tuple(ids_BT.shape)}, got {tuple(mask_BT.shape)}"
         )
-    limit = max_sequence_length(model)
+    limit = max_sequence_length(model.config)
     if limit is not None and ids_BT.shape[1] > limit:
         raise ValueError(f"a calibration sequence has {ids_BT.shape[1]} tokens, the model takes at most {limit}")
     vocabulary = cast(Any, model).get_input_embeddings().weight.shape[0]

@@ -74,7 +74,7 @@ class ModelFit:
     def check_length(asked: int | None, module: LightningModule | None) -> int | None:
         """Return the model's limit, None where it is not known; refuse windows that are longer."""
         parts = () if module is None else module.modules()
-        limits = (max_sequence_length(part) for part in parts if hasattr(part, "config"))
+        limits = (max_sequence_length(part.config) for part in parts if hasattr(part, "config"))
         limit = next((limit for limit in limits if limit), None)  # of the first model, whatever the module calls it
         if asked is not None and limit is not None and asked > limit:
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.model.modes import in_eval_mode
 
 if TYPE_CHECKING:
@@ -41,22 +42,21 @@ def continue_prompts(
         What was added, by prompt.
 
     Raises:
-        ValueError: If a prompt is empty.
+        ValueError: If a prompt is empty, or leaves no room in the model's context.
     """
     check_prompts(prompts)
-    config: Any = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 2**31
+    limit = max_sequence_length(model.config)
+    tokenized: dict[str, Any] = {prompt: tokenizer(prompt, return_tensors="pt") for prompt in prompts}
+    rooms = {prompt: _room(prompt, inputs["input_ids"].shape[1], tokens, limit) for prompt, inputs in tokenized.items()}
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said = {}
     with torch.no_grad(), in_eval_mode(model):
-        for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-            ids_1T = inputs["input_ids"]
-            room = min(tokens, limit - ids_1T.shape[1])
+        for prompt, inputs in tokenized.items():
+            ids_1T = inputs["input_ids"].to(model.device)
             whole_1T: Any = model.generate(
                 input_ids=ids_1T,
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=room,
+                attention_mask=inputs["attention_mask"].to(model.device),
+                max_new_tokens=rooms[prompt],
                 pad_token_id=end,
                 **GREEDY,
             )
@@ -81,3 +81,15 @@ def check_prompts(prompts: Sequence[str] | None) -> Sequence[str]:
     if isinstance(prompts, str) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts must be a list of texts, none of them empty, got {prompts!r}")
     return prompts
+
+
+def _room(prompt: str, length: int, tokens: int, limit: int | None) -> int:
+    """Return how many tokens may follow a prompt; refuse one that leaves no room for any."""
+    if limit is None:
+        return tokens
+    if length >= limit:
+        raise ValueError(
+            f"a prompt of {length} tokens leaves nothing to add, for the model takes at most {limit} tokens in all: "
+            f"shorten {prompt[:40]!r}{'...' * (len(prompt) > 40)}"
+        )
+    return min(tokens, limit - length)

@@ -77,9 +77,8 @@ def find_model(module: nn.Module) -> nn.Module:
     return uncompiled(children[0]) if len(children) == 1 and not own else module
 
 
-def max_sequence_length(model: nn.Module) -> int | None:
-    """Return the longest sequence the model's positions allow, or None where the config does not say."""
-    config: Any = model.config
+def max_sequence_length(config: Any) -> int | None:
+    """Return the longest sequence a model's positions allow, or None where its config does not say."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)

@@ -18,6 +18,7 @@ from wanda_lightning.arguments import checked_device, checked_dtype, whole_numbe
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.checkpoints.tensor_files import weight_files
+from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.report.environment import environment
 from wanda_lightning.runs.speed_report import ModelSpeed, SpeedReport
 from wanda_lightning.runs.tensor_memory import peak_on_top, weight_bytes
@@ -103,11 +104,11 @@ def measure_speed(
 
 def _vocabulary(pretrained: str, length: int) -> int:
     """Return how many tokens a model knows; refuse one that has no room for so many."""
-    config = load_config(pretrained).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    config = load_config(pretrained)
+    limit = max_sequence_length(config)
     if limit is not None and length > limit:
         raise ValueError(f"{pretrained} has positions for {limit} tokens, and prompt or new_tokens ask for {length}")
-    return config.vocab_size
+    return config.get_text_config().vocab_size
 
 
 def _load(pretrained: str, dtype: str | torch.dtype, device: torch.device) -> "PreTrainedModel":
