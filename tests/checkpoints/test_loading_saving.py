@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,14 @@ def test_the_saved_model_gives_the_same_logits(batches, tokenizer, tmp_path, dty
 def test_a_dtype_is_named_or_given(tmp_path, llama, dtype):
     llama.save_pretrained(tmp_path)
     assert load_model(str(tmp_path), dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("written", [str, Path])
+def test_the_folder_of_a_run_stands_for_its_model(tmp_path, llama, tokenizer, written):
+    save_pretrained(llama, tokenizer, tmp_path / "run/model")
+    run = written(tmp_path / "run")
+    assert torch.equal(load_model(run).lm_head.weight, llama.lm_head.weight)
+    assert load_tokenizer(run)("some text").input_ids == tokenizer("some text").input_ids
 
 
 def test_what_is_no_dtype_is_refused():

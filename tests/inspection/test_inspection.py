@@ -101,6 +101,11 @@ def test_the_table_reads_well(config_only):
     assert "100.00% of the matrix weights" in text
 
 
+def test_the_folder_of_a_run(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "model")
+    assert inspect_model(tmp_path).weights.nbytes == (tmp_path / "model/model.safetensors").stat().st_size
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -105,6 +105,12 @@ def test_what_the_models_are(folders):
     assert f"zeros: {3 * 64 * 16 / models[1].num_parameters():.1%} of its weights are zero" in findings
 
 
+def test_the_folder_of_a_run(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    (measured,) = measure_speed([tmp_path], **SMALL).models
+    assert measured.file == (tmp_path / "model/model.safetensors").stat().st_size
+
+
 def test_a_tied_embedding_is_multiplied(tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wanda_lightning.arguments import checked_dtype
+from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any) -> "PreTrainedModel":
+def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwargs: Any) -> "PreTrainedModel":
     """Load a causal language model with ordinary, dense weights.
 
     Args:
-        pretrained: A hub name, a folder written by ``save_pretrained``, or a ``.gguf`` file. GGUF, FP8 and MXFP4 are
-            de-quantised.
+        pretrained: A hub name, a folder written by ``save_pretrained``, the folder of a run, or a ``.gguf`` file. GGUF,
+            FP8 and MXFP4 are de-quantised.
         dtype: ``"auto"`` (the checkpoint's own), or a floating-point dtype of torch of at least 16 bits, or its name.
         kwargs: Passed on to ``from_pretrained``.
 
@@ -39,7 +40,7 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
         ValueError: If there is no such model, it is no causal language model, it is quantised in another way, or there
             is no such dtype.
     """
-    wanted = checked_dtype(dtype)
+    wanted, pretrained = checked_dtype(dtype), model_folder(pretrained)
     if any(Path(pretrained).expanduser().glob(f"*{COMPRESSED}")):
         raise ValueError(
             f"{pretrained} is stored without its zeros: restore it with `wanda-lightning decompress {pretrained} "
@@ -62,7 +63,7 @@ def load_model(pretrained: str, dtype: str | torch.dtype = "auto", **kwargs: Any
 
 
 def load_streamed(
-    pretrained: str, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu", **kwargs: Any
+    pretrained: str | Path, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu", **kwargs: Any
 ) -> "PreTrainedModel":
     """Open a causal language model whose decoder layers stay on disk, for models that are larger than memory.
 
@@ -134,10 +135,11 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
         return _auto_class(config).from_config(config, **kwargs).eval()
 
 
-def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
+def load_config(pretrained: str | Path, **kwargs: Any) -> "PreTrainedConfig":
     """Load the config of a model and nothing else; refuse the models that :func:`load_model` refuses."""
     from transformers import AutoConfig
 
+    pretrained = model_folder(pretrained)
     folder = _folder(pretrained)
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
@@ -147,7 +149,7 @@ def load_config(pretrained: str, **kwargs: Any) -> "PreTrainedConfig":
     return config
 
 
-def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
+def load_tokenizer(pretrained: str | Path, **kwargs: Any) -> "PreTrainedTokenizerBase":
     """Load the tokenizer that belongs to a model, or one that is in a folder by itself.
 
     Args:
@@ -162,6 +164,7 @@ def load_tokenizer(pretrained: str, **kwargs: Any) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    pretrained = model_folder(pretrained)
     local = Path(pretrained).expanduser().is_dir()
     folder = str(Path(pretrained).expanduser()) if local else _folder(pretrained)
     try:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from wanda_lightning.checkpoints.folders import model_folder
+
 SMALL = 2 * 1024**3  # bytes of weights that are loaded before a bar could be read
 
 
@@ -34,11 +36,11 @@ def without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
+def quiet_if_small(pretrained: str | Path) -> AbstractContextManager[None]:
     """Keep transformers from showing bars where a model is small and here already; downloads and large ones have them.
 
     Args:
-        pretrained: A folder, a ``.gguf`` file, or a hub name.
+        pretrained: See :func:`wanda_lightning.load_model`.
 
     Returns:
         What keeps them away for a while.
@@ -46,6 +48,7 @@ def quiet_if_small(pretrained: str) -> AbstractContextManager[None]:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    pretrained = model_folder(pretrained)
     folder = Path(pretrained).expanduser()
     files = [folder] if folder.is_file() else [*folder.glob("*.safetensors")]
     if not folder.exists():

@@ -12,7 +12,7 @@ def inspect(
     """Show what pruning a model would touch and take, and how sparse the weights in its folder are.
 
     Args:
-        pretrained: A hub name, of which only the config is read, or a local folder.
+        pretrained: A hub name, of which only the config is read, or the folder of a model or of a run.
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
         dtype: Data type of weights and activations. Default: the checkpoint's.

@@ -43,5 +43,10 @@ def speed(
 
 def main(arguments: list[str]) -> None:
     """Run ``wanda-lightning speed``."""
-    models = {"nargs": "+", "type": str, "metavar": "MODEL", "help": "Hub name, folder or .gguf; the dense one first."}
+    models = {
+        "nargs": "+",
+        "type": str,
+        "metavar": "MODEL",
+        "help": "Hub name, folder of a run or of a model, or .gguf; the dense one first.",
+    }
     run_function("speed", speed, arguments, models=models)

@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
         return f"{self.read / 1e6:,.1f} MB -> {self.written / 1e6:,.1f} MB ({self.written / self.read:.3f})"
 
 
-def compress(folder: str, output: str) -> Sizes:
+def compress(folder: str | Path, output: str | Path) -> Sizes:
     """Write a copy of a pruned model without its zeros.
 
     A matrix becomes a mask of one bit for each weight, and the values that are not zero. If some zeros are -0.0, the
@@ -57,7 +57,7 @@ def compress(folder: str, output: str) -> Sizes:
     return _convert(Path(folder), files, Path(output), COMPRESSED, compress_file, note)
 
 
-def decompress(folder: str, output: str) -> Sizes:
+def decompress(folder: str | Path, output: str | Path) -> Sizes:
     """Undo :func:`compress`: write a model that ``from_pretrained`` loads.
 
     Args:
@@ -73,7 +73,7 @@ def decompress(folder: str, output: str) -> Sizes:
     return _convert(Path(folder), _compressed_files(folder), Path(output), PLAIN, decompress_file, None)
 
 
-def load_compressed(folder: str, **kwargs: Any) -> "PreTrainedModel":
+def load_compressed(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """Load a compressed model into memory, without writing it to disk.
 
     Args:
@@ -101,7 +101,7 @@ def load_compressed(folder: str, **kwargs: Any) -> "PreTrainedModel":
     return model
 
 
-def _compressed_files(folder: str) -> list[Path]:
+def _compressed_files(folder: str | Path) -> list[Path]:
     files = weight_files(Path(folder), COMPRESSED)
     if not files:
         raise ValueError(f"{folder} is no compressed model: it holds no *{COMPRESSED}")

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 import torch
 
 from wanda_lightning.arguments import Dtype, checked_device, checked_dtype, whole_number
+from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
@@ -75,7 +76,7 @@ class Inspection:
 
 
 def inspect_model(
-    pretrained: str,
+    pretrained: str | Path,
     num_samples: int = 128,
     sequence_length: int = 2048,
     dtype: str | torch.dtype = "auto",
@@ -86,7 +87,7 @@ def inspect_model(
     The weights are read tensor by tensor, so that a model of any size can be looked at.
 
     Args:
-        pretrained: A hub name, of which only the config is read, or a local folder.
+        pretrained: A hub name, of which only the config is read, or the folder of a model or of a run.
         num_samples: Calibration windows.
         sequence_length: Tokens in a window.
         dtype: Data type of weights and activations; see :func:`wanda_lightning.load_model`.
@@ -104,12 +105,12 @@ def inspect_model(
     whole_number("num_samples", num_samples, 1)
     whole_number("sequence_length", sequence_length, 2)
     wanted, place = checked_dtype(dtype), checked_device(device)
+    folder = Path(model_folder(pretrained)).expanduser()
     config = load_config(pretrained)
     model = build_skeleton(config, dtype=wanted or _stored_dtype(pretrained, config))
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
-    folder = Path(pretrained).expanduser()
     return Inspection(
         model=type(model).__name__,
         layers=[layer.name for layer in layers],
@@ -124,7 +125,7 @@ def inspect_model(
     )
 
 
-def _stored_dtype(pretrained: str, config: Any) -> torch.dtype:
+def _stored_dtype(pretrained: str | Path, config: Any) -> torch.dtype:
     """Return the checkpoint's data type; refuse those that products are not defined for, such as float8."""
     stored = getattr(config, "dtype", None) or torch.float32
     if _name(stored) not in get_args(Dtype):

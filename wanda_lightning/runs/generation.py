@@ -13,7 +13,7 @@ from wanda_lightning.evaluation.generation import PROMPTS, TOKENS, check_prompts
 
 
 def generate(
-    pretrained: str,
+    pretrained: str | Path,
     prompts: Sequence[str] = (),
     tokens: int = TOKENS,
     dtype: str | torch.dtype = "auto",
@@ -22,7 +22,7 @@ def generate(
     """Let a saved model continue texts, always with its most likely next token.
 
     Args:
-        pretrained: The folder of a run, of which the saved model is taken, or what ``load_model`` takes.
+        pretrained: See ``load_model``.
         prompts: Texts. Default: those of the reports.
         tokens: Tokens to add to each, at most.
         dtype: See ``load_model``.
@@ -37,9 +37,6 @@ def generate(
     whole_number("tokens", tokens, 1)
     check_prompts(prompts)
     place = checked_device(device)
-    run = Path(pretrained).expanduser()
-    of_run = (run / "model/config.json").is_file() and not (run / "config.json").exists()
-    folder = str(run / "model") if of_run else pretrained
-    with quiet_if_small(folder):
-        model: Any = load_model(folder, dtype)
-    return continue_prompts(model.to(place), load_tokenizer(folder), prompts or PROMPTS, tokens)
+    with quiet_if_small(pretrained):
+        model: Any = load_model(pretrained, dtype)
+    return continue_prompts(model.to(place), load_tokenizer(pretrained), prompts or PROMPTS, tokens)

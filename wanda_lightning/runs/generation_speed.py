@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.arguments import checked_device, checked_dtype, whole_number
+from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.checkpoints.tensor_files import weight_files
@@ -71,9 +72,10 @@ def measure_speed(
     for batch_size in batch_sizes:
         whole_number("batch_sizes", batch_size, 1)
     checked_dtype(dtype)
-    vocabulary = min(_vocabulary(str(model), max(prompt, CONTEXT + new_tokens)) for model in models)
+    names = [model_folder(model) for model in models]
+    vocabulary = min(_vocabulary(name, max(prompt, CONTEXT + new_tokens)) for name in names)
     place = checked_device(device)
-    loaded = [_load(str(model), dtype, place) for model in models]
+    loaded = [_load(name, dtype, place) for name in names]
     ids_1P = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
     ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
     inputs = {f"decoding (batch {size})": (ids_1C.repeat(size, 1), new_tokens) for size in dict.fromkeys(batch_sizes)}
@@ -94,8 +96,8 @@ def measure_speed(
     ):
         rates[number][what].append(_rate(loaded[number], *inputs[what]))
     measured = [
-        replace(_described(str(name), model), memory=peak, tokens_per_second=speeds)
-        for name, model, peak, speeds in zip(models, loaded, memory, rates, strict=True)
+        replace(_described(name, model), memory=peak, tokens_per_second=speeds)
+        for name, model, peak, speeds in zip(names, loaded, memory, rates, strict=True)
     ]
     settings = {"prompt": prompt, "new_tokens": new_tokens, "context": ids_1C.shape[1], "rounds": rounds}
     where = {"device": str(place), "threads": torch.get_num_threads()}
