@@ -16,7 +16,7 @@ from wanda_lightning.report.layer_reconstruction import LayerReconstruction, rec
 from wanda_lightning.report.linear_report import ERROR, LinearReport, mean_error, mean_sparsity, order_of
 from wanda_lightning.report.on_terminal import to_table
 from wanda_lightning.report.samples import samples_table
-from wanda_lightning.report.tables import in_bytes, markdown_table, with_errors
+from wanda_lightning.report.tables import evaluation_table, in_bytes, markdown_table
 from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
@@ -152,12 +152,7 @@ class PruningReport:
 
     def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
-        if not self.evaluations:
-            return None
-        values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
-        metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
-        rows = [[metric, *(stage.get(metric, "") for stage in values.values())] for metric in metrics]
-        return ["evaluation", *values], rows
+        return evaluation_table(self.evaluations)
 
     def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
         """Yield the tables that are not by layer, each a header and rows of text as Markdown has it."""

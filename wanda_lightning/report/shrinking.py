@@ -10,7 +10,7 @@ from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.shrinking_page import to_html
 from wanda_lightning.report.pruning_report import name_of_model
-from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table, with_errors
+from wanda_lightning.report.tables import evaluation_table, in_bytes, markdown_table, terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -135,11 +135,7 @@ class Shrinking:
 
     def evaluation_table(self) -> Table | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
-        if not self.evaluations:
-            return None
-        values = {stage: with_errors(metrics) for stage, metrics in self.evaluations.items()}
-        metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
-        return ["evaluation", *values], [[m, *(stage.get(m, "") for stage in values.values())] for m in metrics]
+        return evaluation_table(self.evaluations)
 
     def overview(self) -> Iterable[Table]:
         """Yield the evaluations and the sizes."""

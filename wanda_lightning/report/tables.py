@@ -1,6 +1,6 @@
 """A header and rows of text as a table, for Markdown and for the terminal."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,3 +43,12 @@ def with_errors(metrics: dict[str, float]) -> dict[str, str]:
         for name, value in metrics.items()
         if name.removesuffix("_stderr") not in errors or name in errors
     }
+
+
+def evaluation_table(evaluations: Mapping[str, dict[str, float]]) -> tuple[list[str], list[list[str]]] | None:
+    """Return metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+    if not evaluations:
+        return None
+    values = {stage: with_errors(metrics) for stage, metrics in evaluations.items()}
+    metrics = dict.fromkeys(metric for stage in values.values() for metric in stage)
+    return ["evaluation", *values], [[m, *(stage.get(m, "") for stage in values.values())] for m in metrics]
