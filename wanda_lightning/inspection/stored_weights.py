@@ -19,7 +19,7 @@ from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_
 from wanda_lightning.inspection.load_check import LoadCheck, load_check
 from wanda_lightning.inspection.stored_linears import MatrixFinder, StoredLinear, measure
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.report.pruning_report import PruningReport
+from wanda_lightning.report.pruning_report import REPORT, PruningReport
 from wanda_lightning.report.tables import terminal_table
 from wanda_lightning.sparsity import Pattern, SemiStructured, parse_pattern
 
@@ -183,11 +183,11 @@ def _report(folder: Path) -> PruningReport | None:
     """Read the report of the run that saved a model: in its folder, or beside ``model/`` where the Trainer puts it."""
     folder = folder.resolve()
     for beside in (folder, *([folder.parent] if folder.name == "model" else [])):
-        if (beside / "pruning.json").is_file():
+        if (beside / REPORT).is_file():
             try:
-                return PruningReport.from_dict(json.loads((beside / "pruning.json").read_text(encoding="utf-8")))
+                return PruningReport.from_dict(json.loads((beside / REPORT).read_text(encoding="utf-8")))
             except (ValueError, KeyError, TypeError) as error:
-                log.warning("%s is no report of a pruning: %r", beside / "pruning.json", error)
+                log.warning("%s is no report of a pruning: %r", beside / REPORT, error)
     return None
 
 

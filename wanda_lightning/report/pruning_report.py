@@ -23,6 +23,9 @@ from wanda_lightning.report.weight_magnitudes import Magnitudes
 if TYPE_CHECKING:
     from rich.console import Group
 
+REPORT = "pruning.json"
+"""The file that a report is written to and read from."""
+
 
 @dataclass
 class PruningReport:
@@ -122,7 +125,7 @@ class PruningReport:
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
-        write_text(Path(folder) / "pruning.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(Path(folder) / REPORT, json.dumps(self.to_dict(), indent=2) + "\n")
         write_text(Path(folder) / "pruning.md", self.to_markdown())
         write_text(Path(folder) / "report.html", to_html(self))
 

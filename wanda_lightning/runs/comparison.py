@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.atomic_files import write_text
-from wanda_lightning.report.pruning_report import name_of_model
+from wanda_lightning.report.pruning_report import REPORT, name_of_model
 from wanda_lightning.report.shrinking import SHRINKING, Shrinking
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
@@ -152,7 +152,7 @@ def _asked(run: Run) -> tuple[object, ...]:
 
 
 def _read(folder: Path) -> Run:
-    file = folder / "pruning.json" if folder.is_dir() else folder
+    file = folder / REPORT if folder.is_dir() else folder
     if folder.is_dir() and not file.exists() and (folder / SHRINKING).exists():
         file = folder / SHRINKING
     try:
@@ -170,7 +170,7 @@ def _read(folder: Path) -> Run:
             (plain.get("allocation") or {}).get("allocator", ""),
         )
     except OSError as error:
-        raise ValueError(f"{folder} is no finished run: it holds no pruning.json that can be read") from error
+        raise ValueError(f"{folder} is no finished run: it holds no {REPORT} that can be read") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of a pruning: {error!r}") from error
 

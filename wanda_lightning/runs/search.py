@@ -13,6 +13,7 @@ from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import at_sparsity, pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
+from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.runs import plotting, search_plot
 from wanda_lightning.runs.bisection import last_within
 from wanda_lightning.runs.budget import Budget
@@ -126,7 +127,7 @@ def _begun(folder: Path, result: SearchResult, overwrite: bool) -> SearchResult:
             result.dense, result.trials = before.dense, before.trials
             if before.budget == result.budget:
                 return result
-    if (folder / "pruning.json").exists() and not overwrite:
+    if (folder / REPORT).exists() and not overwrite:
         raise ValueError(
             f"{folder} holds the results of another run or of another budget: choose another folder, or say "
             "overwrite=True to the pruning callback (--overwrite on the command line) to replace them"

@@ -15,6 +15,7 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.methods import PruningMethod
+from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.trials import (
@@ -119,7 +120,7 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
 
 
 def _is_done(callback: PruningCallback) -> bool:
-    file = Path(callback.output_dir or "") / "pruning.json"
+    file = Path(callback.output_dir or "") / REPORT
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))

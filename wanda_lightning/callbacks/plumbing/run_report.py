@@ -15,9 +15,7 @@ from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.engine.measured_sparsity import FOUND, Lists, disagreements, has_zeros_at, linears_of, sample_zeros
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.loss_curve import Point, add_point, is_wanted
-from wanda_lightning.report.pruning_report import PruningReport
-
-REPORT = "pruning.json"
+from wanda_lightning.report.pruning_report import REPORT, PruningReport
 
 
 class RunReport:
