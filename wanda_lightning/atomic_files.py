@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         A temporary file to write to. At the end it takes its place; after an error it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     unfinished = Path(name)
     try:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.checkpoints.loading import load_streamed
-from wanda_lightning.engine import journal as journal_module
+from wanda_lightning.engine import layer_file
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
@@ -327,13 +327,17 @@ def test_of_a_missing_layer_too_those_behind_it_go(tmp_path, solved):
     assert len(solved) == 2 * a_layer
 
 
-def test_files_that_a_killed_run_left_do_no_harm(tmp_path, solved):
-    whole = run(tmp_path)
+def test_files_that_a_killed_run_left_go(tmp_path, solved, monkeypatch):
+    half_written, replace = [".tmpAb3xY9"], os.replace  # that of safetensors
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda file, to: (half_written.append(Path(file).name), replace(file, to)))
+        whole = run(tmp_path, allocation=OWL())
+    assert len(half_written) == 1 + len(contents(tmp_path).keys() - {"lock"})
     solved.limit = len(solved)
-    (tmp_path / ".tmpabc.safetensors").write_bytes(b"half a layer")
-    (tmp_path / ".tmpabc").write_text('{"half": ')
-    assert run(tmp_path) == whole
-    assert not [*tmp_path.glob(".*.safetensors")]
+    for name in half_written:
+        (tmp_path / name).write_bytes(b"half")
+    assert run(tmp_path, allocation=OWL()) == whole
+    assert not [*tmp_path.glob(".*")]
 
 
 @pytest.mark.parametrize("content", ['{"model": "Lla', "", "3", "\x00" * 50])
@@ -367,8 +371,8 @@ def full_by_safetensors(*_, **__):
 @pytest.mark.parametrize(
     ("where", "name", "failure"),
     [
-        (journal_module, "save_file", full),
-        (journal_module, "save_file", full_by_safetensors),
+        (layer_file, "save_file", full),
+        (layer_file, "save_file", full_by_safetensors),
         (os, "replace", full),
         (os, "fsync", full),
     ],
@@ -474,6 +478,51 @@ def test_a_folder_that_is_no_journal_is_not_deleted(tmp_path):
     with pytest.raises(ValueError, match=r"holds files of another kind, such as thesis.txt"):
         run(tmp_path)
     assert [*contents(tmp_path)] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["layer-notes.txt", "run.json.bak", "lockers", "layer-best.safetensors"])
+def test_names_that_begin_like_those_of_a_journal_are_not(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds files of another kind, such as {name}"):
+        Journal(tmp_path).lock()
+
+
+def contents_of_all(folder) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def locked_and_released(folder):
+    journal = Journal(folder)
+    journal.lock()
+    journal.release()
+
+
+def run_and_removed(folder):
+    run(folder)
+    Journal(folder).remove()
+
+
+@pytest.mark.parametrize("use", [locked_and_released, run_and_removed])
+def test_hidden_files_of_others_stay(use, tmp_path):
+    for name in (".git/config", ".env", ".eslintrc.json", ".model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = contents_of_all(tmp_path)
+    use(tmp_path)
+    assert contents_of_all(tmp_path) == before
+
+
+def test_a_file_that_came_while_the_run_went_on_stays(tmp_path):
+    journal = Journal(tmp_path / "unfinished")
+    prune_model(tiny_llama(), BATCHES, Wanda(), HALF, journal=journal)
+    (tmp_path / "unfinished" / "notes.txt").write_text("mine")
+    journal.remove()
+    assert [*contents(tmp_path / "unfinished")] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("step", ["lock", "release", "remove"])
+def test_a_journal_that_keeps_nothing_can_be_asked_for_all_that_others_can(step):
+    assert getattr(Journal.none(), step)() is None
 
 
 def test_the_description_is_for_people(recorded):

@@ -6,27 +6,29 @@ weights (the masks are where they are not zero) and the rows of its report.
 
 import json
 import logging
-import shutil
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from wanda_lightning.atomic_files import whole_file, write_text
-from wanda_lightning.engine.fingerprint import differences, hashed
-from wanda_lightning.engine.linear_pruning import PrunedLayer, PrunedLinear
+from wanda_lightning.atomic_files import write_text
+from wanda_lightning.engine.fingerprint import differences
+from wanda_lightning.engine.layer_file import read, write
+from wanda_lightning.engine.linear_pruning import PrunedLayer
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.report.layer_reconstruction import LayerReconstruction
-from wanda_lightning.report.linear_report import LinearReport
-from wanda_lightning.report.weight_magnitudes import Magnitudes
 
 log = logging.getLogger(__name__)
+
+OWN = re.compile(r"layer-\d{5}\.safetensors|(run|allocation)\.json|lock")
+"""The names of its files."""
+HALF_WRITTEN = re.compile(r"\.(layer-\d{5}|run|allocation)-\w{8}\.(safetensors|json)|\.tmp\w{6}")
+"""What a write that was killed may leave: of :func:`whole_file`, and of safetensors."""
 
 
 class Journal:
@@ -45,13 +47,13 @@ class Journal:
         """Keep other processes out, until :meth:`release` or the end of this one, however that comes.
 
         Raises:
-            ValueError: If another process is writing there, or there are files that are not a journal's: the folder is
-                deleted in the end.
+            ValueError: If another process is writing there, or there are files that are not a journal's; hidden ones,
+                such as the system makes in any folder, are left alone.
         """
         if self._lock.is_locked:
             return
-        ours = ("layer-", "run.json", "allocation.json", "lock", ".")
-        if self.folder.exists() and (others := [f.name for f in self.folder.iterdir() if not f.name.startswith(ours)]):
+        there = [file.name for file in self.folder.glob("[!.]*")]
+        if others := [name for name in there if not OWN.fullmatch(name)]:
             raise ValueError(f"{self.folder} holds files of another kind, such as {others[0]}: choose another folder")
         self._made = self._made or not self.folder.parent.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +67,11 @@ class Journal:
     def release(self) -> None:
         """Let other processes in; leave nothing behind where nothing was begun."""
         if self._lock.is_locked and not (self.folder / "run.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if self._made and not any(self.folder.parent.iterdir()):
-                self.folder.parent.rmdir()
+            self._delete(OWN, HALF_WRITTEN)
+            with suppress(OSError):  # where there are other files
+                self.folder.rmdir()
+                if self._made:
+                    self.folder.parent.rmdir()
         self._lock.release(force=True)
 
     @classmethod
@@ -93,8 +97,7 @@ class Journal:
 
     def _start(self, fingerprint: Mapping[str, Any]) -> None:
         self.lock()
-        for left in self.folder.glob(".*.safetensors"):  # by a write that was killed
-            left.unlink()
+        self._delete(HALF_WRITTEN)
         file = self.folder / "run.json"
         fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
         if file.exists():
@@ -144,7 +147,7 @@ class Journal:
         return done
 
     def remove(self) -> None:
-        """Delete everything: the model is saved, or the layers are not wanted.
+        """Delete its files, and the folder if nothing else is in it: the model is saved, or the layers are not wanted.
 
         Raises:
             ValueError: If another process is writing there.
@@ -152,8 +155,14 @@ class Journal:
         if (self.folder / "lock").exists():  # else it is no journal
             self.lock()
             (self.folder / "run.json").unlink(missing_ok=True)  # first: without it the rest is void
-            shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
+
+    def _delete(self, *names: re.Pattern[str]) -> None:
+        """Delete the files of such names, as far as that goes."""
+        for file in [*self.folder.glob("*")]:
+            if any(name.fullmatch(file.name) for name in names):
+                with suppress(OSError):
+                    file.unlink()
 
     def _refuse_other(self, file: Path, fingerprint: Mapping[str, Any]) -> None:
         """Make sure that the folder is of the run that begins."""
@@ -172,7 +181,7 @@ class Journal:
             )
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("layer-*.safetensors"))
+        return sorted(self.folder.glob("layer-?????.safetensors"))
 
     def _drop(self, number: int) -> None:
         """Delete the files of a layer and of those behind it: their inputs came out of it."""
@@ -182,15 +191,8 @@ class Journal:
 
     def _save(self, number: int, weights: Mapping[str, Tensor], done: PrunedLayer) -> None:
         """Write the file of a layer, whole and to the disk."""
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        described = json.dumps([asdict(row) | {"magnitudes": asdict(magnitudes)} for row, magnitudes in done.linears])
-        metadata = {"rows": described}
-        if done.reconstruction:
-            metadata["reconstruction"] = json.dumps(asdict(done.reconstruction))
-        metadata["sha256"] = _digest(tensors, metadata)
         try:
-            with whole_file(self._file(number)) as unfinished:
-                save_file(tensors, unfinished, metadata=metadata)
+            write(self._file(number), weights, done)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"layer {number} cannot be written to {self.folder}: {error}. The {number} layers before it are kept "
@@ -202,7 +204,7 @@ class Journal:
         file = self._file(number)
         if file.exists():
             try:
-                return _read(file)
+                return read(file)
             except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
                 log.warning("%s is damaged (%s): this layer and those after it are pruned again", file, error)
         self._drop(number)
@@ -213,6 +215,15 @@ class _NoJournal(Journal):
     """Keeps nothing."""
 
     def __init__(self) -> None:
+        pass
+
+    def lock(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def remove(self) -> None:
         pass
 
     def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
@@ -230,21 +241,3 @@ class _NoJournal(Journal):
 
     def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> None:
         return None
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], PrunedLayer]:
-    with safe_open(file, "pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
-        metadata = stored.metadata() or {}
-    if _digest(tensors, metadata) != metadata["sha256"]:
-        raise ValueError("its content is not what was written")
-    linears = [
-        PrunedLinear(LinearReport.from_dict(row), Magnitudes.from_dict(row["magnitudes"]))
-        for row in json.loads(metadata["rows"])
-    ]
-    trained = metadata.get("reconstruction")
-    return tensors, PrunedLayer(linears, LayerReconstruction(**json.loads(trained)) if trained else None)
-
-
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    return hashed(tensors, metadata["rows"] + metadata.get("reconstruction", ""))
