@@ -69,11 +69,12 @@ def test_reconstructs_layers_as_the_engine_does(tmp_path, callback, method):
     assert "reconstruction" not in describe_settings(callback(sparsity=0.5))  # runs of older versions are known again
 
 
-def test_aims_at_the_dense_model_as_the_engine_does(tmp_path):
-    module, pruning = SomebodysModule(), WandaPruning(sparsity=0.5, dense_target=True)
+@pytest.mark.parametrize(("callback", "method"), [(WandaPruning, Wanda()), (MagnitudePruning, Magnitude())])
+def test_aims_at_the_dense_model_as_the_engine_does(tmp_path, callback, method):
+    module, pruning = SomebodysModule(), callback(sparsity=0.5, dense_target=True)
     trainer(tmp_path, pruning, max_steps=0).fit(module, datamodule=SomebodysData())
     expected = tiny_llama(layers=2)
-    prune_model(expected, token_batches(seed=3), Wanda(), Unstructured(0.5), dense_target=True)
+    prune_model(expected, token_batches(seed=3), method, Unstructured(0.5), dense_target=True)
     assert all(map(torch.equal, module.net.parameters(), expected.parameters()))
     assert pruning.report.settings["dense_target"] is True
     assert "dense_target" not in describe_settings(WandaPruning(sparsity=0.5))

@@ -182,7 +182,7 @@ def test_the_hidden_states_come_closer_to_the_dense_ones():
     [
         (BATCHES, {"true_sequential": False}, "dense_target needs one pass"),
         (BATCHES[:1], {}, "dense_target needs at least 2 calibration batches"),
-        (None, {}, "needs calibration batches"),
+        (None, {}, "^dense_target needs calibration batches, got None"),
     ],
 )
 def test_refused_before_a_weight_changes(batches, settings, message):

@@ -136,6 +136,7 @@ def test_half_precision(batches):
     ("arguments", "message"),
     [
         ({"calibration": None}, "needs calibration batches, got None"),
+        ({"calibration": None, "method": Magnitude(), "exact_error": True}, "^exact_error needs calibration batches"),
         ({"calibration": []}, "the calibration set is empty"),
         ({"calibration": token_batches(length=129)}, "129 tokens, the model takes at most 128"),
         ({"targets": ["nothing"]}, "'nothing' matches no linear"),

@@ -31,8 +31,7 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
     for pattern in {plan.pattern, *plan.patterns.values()}:
         plan.method.check(pattern)
     if plan.needs_batches and not has_batches:
-        asks = plan.method if plan.statistic else plan.reconstruction or plan.selection.allocator
-        raise ValueError(f"{asks} needs calibration batches, got None")
+        raise ValueError(f"{plan.asks_for_batches} needs calibration batches, got None")
     if plan.dense_target and plan.true_sequential is False:
         raise ValueError("dense_target needs one pass through each layer: leave true_sequential=False out")
     if (plan.reconstruction is not None or plan.dense_target) and plan.repeats:

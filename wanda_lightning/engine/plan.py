@@ -123,9 +123,14 @@ class Plan:
         return InputHessian if self.exact_error else self.method.statistic
 
     @property
+    def asks_for_batches(self) -> str | None:
+        """What cannot do without a calibration set; None where nothing needs one."""
+        return asks_for_batches(self.method, self.selection, self.exact_error, self.reconstruction, self.dense_target)
+
+    @property
     def needs_batches(self) -> bool:
         """Whether there has to be a calibration set."""
-        return self.statistic is not None or self.reconstruction is not None or self.selection.needs_batches
+        return self.asks_for_batches is not None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -152,3 +157,32 @@ class Plan:
             report.not_pruned |= layer.left_dense
         report.not_pruned |= self.outside
         return report
+
+
+def asks_for_batches(
+    method: PruningMethod,
+    selection: Selection,
+    exact_error: bool,
+    reconstruction: Reconstruction | None,
+    dense_target: bool,
+) -> str | None:
+    """Say which setting cannot do without a calibration set.
+
+    Args:
+        method: See :class:`Plan`, as all.
+        selection: A selection.
+        exact_error: Whether exact errors are asked for.
+        reconstruction: Settings, or None.
+        dense_target: Whether linears are fitted first.
+
+    Returns:
+        The first such setting, as users write it; None where there is none.
+    """
+    asking = {
+        str(method): method.statistic is not None,
+        "exact_error": exact_error,
+        "dense_target": dense_target,
+        str(reconstruction): reconstruction is not None,
+        str(selection.allocator): selection.needs_batches,
+    }
+    return next((setting for setting, asks in asking.items() if asks), None)

@@ -30,6 +30,7 @@ from wanda_lightning.engine.measured_sparsity import (
     report_as_found,
     sparsity_now,
 )
+from wanda_lightning.engine.plan import asks_for_batches
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.model.language_model import find_model
@@ -206,8 +207,10 @@ class PruningRun:
         asked, model, processes = self.asked, find_model(module), Processes()
         with processes.together():
             journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
-        needs_batches = asked.method.statistic or asked.exact_error or asked.reconstruction
-        needs_batches = needs_batches or _selection(model, self.asked).needs_batches or None
+        selection = _selection(model, asked)
+        needs_batches = asks_for_batches(
+            asked.method, selection, asked.exact_error, asked.reconstruction, asked.dense_target
+        )
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
         batches = asked.calibration.of(trainer) if needs_batches else None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
