@@ -181,6 +181,8 @@ def test_mistakes_are_explained(tmp_path):
         compress(str(tmp_path / "nowhere"), str(tmp_path / "small"))
     with pytest.raises(ValueError, match="exists already"):
         compress(folder, folder)
+    with pytest.raises(ValueError, match=r"model/small lies in .*model, and would be copied into itself"):
+        compress(folder, f"{folder}/small")
     with pytest.raises(ValueError, match="is no compressed model"):
         decompress(folder, str(tmp_path / "again"))
     with pytest.raises(ValueError, match="is no compressed model"):

@@ -38,13 +38,13 @@ def compress(folder: str | Path, output: str | Path) -> Sizes:
 
     Args:
         folder: A model with safetensors weights.
-        output: Folder of the compressed model; must not exist.
+        output: Folder of the compressed model; must not exist, nor lie in the other.
 
     Returns:
         Sizes of the weights before and after.
 
     Raises:
-        ValueError: If the folder has no such weights, or the output exists.
+        ValueError: If the folder has no such weights, or the output exists or lies in it.
     """
     files = weight_files(Path(folder))
     if not files:
@@ -62,13 +62,13 @@ def decompress(folder: str | Path, output: str | Path) -> Sizes:
 
     Args:
         folder: A compressed model.
-        output: Folder of the ordinary model; must not exist.
+        output: Folder of the ordinary model; must not exist, nor lie in the other.
 
     Returns:
         Sizes of the weights before and after.
 
     Raises:
-        ValueError: If the folder holds no compressed model, or the output exists.
+        ValueError: If the folder holds no compressed model, or the output exists or lies in it.
     """
     return _convert(Path(folder), _compressed_files(folder), Path(output), PLAIN, decompress_file, None)
 
@@ -119,6 +119,8 @@ def _convert(
     """Convert a folder's weight files and copy the others; the output appears when all is there."""
     if output.exists():
         raise ValueError(f"{output} exists already: name a new folder")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{output} lies in {folder}, and would be copied into itself: name a folder outside of it")
     with whole_folder(output.absolute()) as new:
         others = shutil.ignore_patterns(*(file.name for file in files), NOTE)
         shutil.copytree(folder, new, ignore=others, dirs_exist_ok=True)
