@@ -17,6 +17,8 @@ from helpers import tiny_llama, token_batches
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from wanda_lightning.engine.processes import Processes
+
 torch.set_num_threads(1)  # the models are tiny: threads would cost more than they bring
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_layers.safetensors"
@@ -25,6 +27,17 @@ GOLDEN = Path(__file__).parent / "golden" / "reference_layers.safetensors"
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     return tiny_llama()
+
+
+@pytest.fixture
+def told(monkeypatch) -> list:
+    """What the other one of two processes is told by this one, the first; it has nothing to say itself."""
+    said: list = []
+    for name, value in {"rank": 0, "size": 2}.items():
+        monkeypatch.setattr(Processes, name, value, raising=False)
+    monkeypatch.setattr(Processes, "__init__", lambda self: None)
+    monkeypatch.setattr(Processes, "gather", lambda self, mine: [said.append(mine) or mine, None])
+    return said
 
 
 @pytest.fixture

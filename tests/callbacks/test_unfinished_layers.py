@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
 
+from wanda_lightning.callbacks.plumbing.unfinished_layers import UnfinishedLayers
 from wanda_lightning.methods.base import ScoreMethod
 
 BATCHES = token_batches(batches=3)
@@ -126,3 +128,13 @@ def test_a_model_that_is_pruned_in_part_is_not_taken_for_the_dense_one(tmp_path,
     solved.limit = None
     with pytest.raises(ValueError, match=r"weights: .*has to be loaded again"):
         trainer(tmp_path, PruningTrainer).prune(module, evaluate=False)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_other_processes_hear_of_a_folder_that_is_refused(keep, tmp_path, told):
+    (tmp_path / "unfinished").mkdir()
+    for name in ("lock", "notes.txt"):
+        (tmp_path / "unfinished" / name).write_text("mine")
+    with pytest.raises(ValueError, match="files of another kind"):
+        UnfinishedLayers(tmp_path, keep).open(SimpleNamespace(is_global_zero=True))
+    assert isinstance(told[-1], ValueError)

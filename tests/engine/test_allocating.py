@@ -9,8 +9,15 @@ from helpers import tiny_llama, token_batches
 from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
+from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.stacks import Found
+from wanda_lightning.methods import Magnitude
+from wanda_lightning.sparsity import Unstructured
 
 
 def cut_off(layers, _):
@@ -76,3 +83,12 @@ def test_a_model_is_left_as_dense_as_it_was_where_the_split_fails(monkeypatch):
         prune_model(model, token_batches(), "wanda", 0.5, allocation=LeastLoss())
     assert all(map(torch.equal, model.parameters(), tiny_llama().parameters()))
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_other_processes_hear_of_a_decision_that_cannot_be_read(tmp_path, told):
+    (tmp_path / "allocation.json").mkdir()
+    model = tiny_llama()
+    plan = Plan.of(model, Magnitude(), Unstructured(0.5), Found(None, Selection(allocation=OWL())))
+    with pytest.raises(OSError):
+        allocated(plan, model, [], "device", Journal(tmp_path), Processes())
+    assert isinstance(told[-1], OSError)

@@ -23,9 +23,11 @@ from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.checkpoints.loading import load_streamed
 from wanda_lightning.engine import layer_file
 from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
 from wanda_lightning.methods.base import ScoreMethod
+from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.offload import stored_parameters
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 
@@ -529,3 +531,10 @@ def test_the_description_is_for_people(recorded):
     found = json.loads((recorded / "run.json").read_text())
     assert found["method"] == "SparseGPT(block_size=16, damping=0.01)"
     assert (found["pattern"], found["sparsity"], found["device"]) == ("unstructured", 0.5, "cpu")
+
+
+def test_other_processes_hear_of_a_layer_that_cannot_be_deleted(tmp_path, told):
+    (tmp_path / "layer-00001.safetensors").mkdir()
+    with pytest.raises(OSError):
+        Journal(tmp_path).restore(0, decoder_layers(tiny_llama())[0], Processes())
+    assert isinstance(told[-1], OSError)

@@ -47,3 +47,13 @@ def test_a_loader_in_the_place_of_the_datamodule_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got DataLoader: give dataloaders by name, as train_dataloaders"):
         trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, batches())
     assert sparsities(module) == {0.0}
+
+
+def test_other_processes_hear_of_a_model_that_cannot_be_written(tmp_path, told, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanda_lightning.checkpoints.saving.save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer(tmp_path, cls=PruningTrainer).save_pretrained(SomebodysModule())
+    assert isinstance(told[-1], OSError)

@@ -44,7 +44,10 @@ def allocated(
     allocator, file = plan.selection.allocator, journal.allocation
     if allocator is None:
         return plan
-    found = file.read_text(encoding="utf-8") if processes.rank == 0 and file is not None and file.exists() else None
+    found = None
+    with processes.together():
+        if processes.rank == 0 and file is not None and file.exists():
+            found = file.read_text(encoding="utf-8")
     found = processes.gather(found)[0]
     if found is not None:
         return _with(plan, Allotment(**json.loads(found)))

@@ -139,7 +139,8 @@ class Journal:
 
     def restore(self, number: int, layer: DecoderLayer, processes: Processes) -> PrunedLayer | None:
         """Put a layer in the state in which it was recorded; return what was done, or None if it was not recorded."""
-        found = self._load(number) if processes.rank == 0 else None
+        with processes.together():
+            found = self._load(number) if processes.rank == 0 else None
         done = processes.gather(found[1] if found else None)[0]
         if done is not None:
             for name, weight in layer.weights.items():

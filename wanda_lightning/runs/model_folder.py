@@ -12,6 +12,7 @@ from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import hub, saving
 from wanda_lightning.engine.measured_sparsity import disagreements
+from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.language_model import find_model, is_of_transformers
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.model.stacks import lists_in
@@ -29,16 +30,9 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
     language_model: Any = find_model(module)
     check_reports(trainer, language_model)
     folder = run_folder(trainer)
-    if trainer.is_global_zero:
-        with without_adapters(language_model) as plain:
-            if is_of_transformers(plain):
-                saving.save_pretrained(cast(Any, plain), getattr(module, "tokenizer", None), folder / "model")
-            else:
-                saving.save_weights(plain, folder / "model")
-        _write_card(trainer, module, folder / "model")
-        if has_adapters(language_model):
-            save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
-    trainer.strategy.barrier("save_pretrained")
+    with Processes().together():
+        if trainer.is_global_zero:
+            _write(trainer, module, language_model, folder)
     if reopen := cast(Any, getattr(module, "reopen", None)):
         reopen(folder / "model")
     if reopen or not is_on_disk(language_model):
@@ -46,6 +40,18 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
             pruning.run.files.forget_layers(trainer)
     if getattr(trainer, "push_to_hub", None):
         _push(cast(Any, trainer), folder / "model")
+
+
+def _write(trainer: Trainer, module: LightningModule, language_model: Any, folder: Path) -> None:
+    """Write the model and what belongs to it; one process does."""
+    with without_adapters(language_model) as plain:
+        if is_of_transformers(plain):
+            saving.save_pretrained(cast(Any, plain), getattr(module, "tokenizer", None), folder / "model")
+        else:
+            saving.save_weights(plain, folder / "model")
+    _write_card(trainer, module, folder / "model")
+    if has_adapters(language_model):
+        save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
 
 
 def _push(trainer: Any, folder: Path) -> None:

@@ -205,8 +205,7 @@ class PruningRun:
 
     def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule) -> None:
         asked, model, processes = self.asked, find_model(module), Processes()
-        with processes.together():
-            journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
+        journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         selection = _selection(model, asked)
         needs_batches = asks_for_batches(
             asked.method, selection, asked.exact_error, asked.reconstruction, asked.dense_target

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from wanda_lightning.engine.journal import Journal
+from wanda_lightning.engine.processes import Processes
 
 
 class UnfinishedLayers:
@@ -30,8 +31,9 @@ class UnfinishedLayers:
 
     def open(self, trainer: Trainer) -> None:
         """Keep other runs out of the folder, or delete what an earlier run left there."""
-        if trainer.is_global_zero:
-            (self._journal.lock if self.keep else self._journal.remove)()
+        with Processes().together():
+            if trainer.is_global_zero:
+                (self._journal.lock if self.keep else self._journal.remove)()
 
     def release(self) -> None:
         """Let others go on with what is finished."""
@@ -39,8 +41,9 @@ class UnfinishedLayers:
 
     def forget(self, trainer: Trainer) -> None:
         """Delete the layers: the model is saved, or nobody asked for them."""
-        if trainer.is_global_zero:
-            self._journal.remove()
+        with Processes().together():
+            if trainer.is_global_zero:
+                self._journal.remove()
 
 
 @contextmanager
