@@ -74,6 +74,18 @@ def test_streaming_gives_the_bytes_of_a_run_in_memory(folder, method, one_pass, 
     journal.remove()
 
 
+@pytest.mark.parametrize("method", [Magnitude(), Wanda()], ids=str)
+def test_after_an_error_no_layer_is_left_in_memory(folder, method, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ArithmeticError
+
+    streamed = load_streamed(str(folder))
+    monkeypatch.setattr(type(method), "prune", fails)
+    with pytest.raises(ArithmeticError) as kept:  # as a notebook keeps the last one
+        prune_model(streamed, token_batches(), method, Unstructured(0.5), journal=Journal(tmp_path / "journal"))
+    assert all(parameter.is_meta for parameter in streamed.model.layers.parameters()), kept
+
+
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 def test_layers_kept_in_ram_are_changed_there(one_pass):
     from accelerate import cpu_offload

@@ -6,7 +6,7 @@ one stack of layers; other models may have several, and what lies between two is
 Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
 from typing import Any
@@ -97,7 +97,7 @@ def walk(
 
 def visit(
     model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch] | None, *how: Any
-) -> Iterator[Visit]:
+) -> Generator[Visit]:
     """Visit the layers in order, also without batches.
 
     Args:

@@ -1,7 +1,8 @@
 """Pruning a model: whoever has read this file knows the house."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import nn
@@ -162,35 +163,35 @@ def carry_out(
     """
     model, clock, zeros, allocator = feed.model, PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
     batches = HashedBatches(calibration if plan.needs_batches else None, feed, keep=bool(allocator))
-    visits = clock.forwards(_visit(model, plan, batches, activations, feed))
-    plan, visits = begin(plan, visits, processes)  # the first visit reads the batches
-    settings = {**plan.settings, **(asked or {}), "processes": processes.size}
-    journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
-    if allocator:
-        with clock.allocation():
-            plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
-    report = plan.new_report()
-    for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
-        done = journal.restore(number, layer, processes)
-        if done is None:
-            with clock.statistics():
-                done = prune_layer(layer, inputs, plan, processes)
-            clock.spent("solve", (linear.row.seconds for linear in done.linears))
-            clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
-            journal.record(number, layer, done, processes)
-        report.add(done.linears)
-        if done.reconstruction:
-            report.reconstruction[layer.name] = done.reconstruction
-        write_back(layer.module, layer.weights, journal.file(number))
-        zeros.visit(layer.module)
-    report.repeat(plan.repeats)
-    _say_what_was_not_reached(plan, report)
-    report.whole_model_sparsity = zeros.sparsity
-    report.seconds, report.seconds_by_phase, report.memory = clock.total, clock.seconds, peak_memory()
+    with closing(_visit(model, plan, batches, activations, feed)) as walked:  # a layer is in memory, after errors too
+        plan, visits = begin(plan, clock.forwards(walked), processes)  # the first visit reads the batches
+        settings = {**plan.settings, **(asked or {}), "processes": processes.size}
+        journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
+        if allocator:
+            with clock.allocation():
+                plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
+        report = plan.new_report()
+        for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
+            done = journal.restore(number, layer, processes)
+            if done is None:
+                with clock.statistics():
+                    done = prune_layer(layer, inputs, plan, processes)
+                clock.spent("solve", (linear.row.seconds for linear in done.linears))
+                clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
+                journal.record(number, layer, done, processes)
+            report.add(done.linears)
+            if done.reconstruction:
+                report.reconstruction[layer.name] = done.reconstruction
+            write_back(layer.module, layer.weights, journal.file(number))
+            zeros.visit(layer.module)
+        report.repeat(plan.repeats)
+        _say_what_was_not_reached(plan, report)
+        report.whole_model_sparsity = zeros.sparsity
+        report.seconds, report.seconds_by_phase, report.memory = clock.total, clock.seconds, peak_memory()
     return report
 
 
-def _visit(model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed) -> Iterator[Visit]:
+def _visit(model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed) -> Generator[Visit]:
     """Visit the layers with what the plan takes."""
     needed = batches if batches.are_there else None
     return visit(model, plan.layers, needed, activations, plan.reconstruction is not None, feed, plan.dense_target)
