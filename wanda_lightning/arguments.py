@@ -1,4 +1,4 @@
-"""Numbers, data types and devices that users give, checked in one way everywhere."""
+"""What users give, checked in one way everywhere: numbers most of all, data types and devices."""
 
 import math
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
@@ -94,6 +94,28 @@ def number_not_below_0(name: str, value: object) -> None:
     """
     if not is_finite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def instance_or_none(name: str, value: object, kinds: type | tuple[type, ...], example: str) -> None:
+    """Refuse what is of another class.
+
+    Args:
+        name: What users call the value.
+        value: What they gave; None where they gave nothing.
+        kinds: A class, or several.
+        example: How such a value is written.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> instance_or_none("reconstruction", True, tuple, "Reconstruction(epochs=3)")
+        Traceback (most recent call last):
+            ...
+        ValueError: reconstruction must be something like Reconstruction(epochs=3), got True
+    """
+    if value is not None and not isinstance(value, kinds):
+        raise ValueError(f"{name} must be something like {example}, got {value!r}")
 
 
 def checked_dtype(dtype: "str | torch.dtype") -> "torch.dtype | None":

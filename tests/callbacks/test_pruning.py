@@ -15,6 +15,7 @@ from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
+from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Magnitude, Wanda
@@ -37,6 +38,27 @@ def test_the_package_under_its_older_name_will_do(tmp_path):
     trainer(tmp_path, WandaPruning(sparsity=0.5), cls=pytorch_lightning.Trainer).fit(module, batches())
     assert sparsities(module) == {0.5}
     assert not torch.equal(module.net.state_dict()["model.norm.weight"], dense["model.norm.weight"])
+
+
+def test_a_method_by_its_name():
+    assert PruningCallback("wanda", 0.5).method == Wanda()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "wnda"}, "method must be one of magnitude, wanda, .* got 'wnda'"),
+        ({"targets": "q_proj"}, "targets must be a list of name patterns"),
+        ({"ignore": "q_proj"}, "ignore must be a list of name patterns"),
+        ({"allocation": OWL}, r"allocation must be something like OWL\(\)"),
+        ({"reconstruction": {"epochs": 1}}, r"reconstruction must be something like Reconstruction\(epochs=3\), got {"),
+        ({"schedule": "cubic"}, r"schedule must be something like Gradual\(start=0, end=100\), got 'cubic'"),
+        ({"activations": "gpu"}, "activations must be one of device, cpu, disk, got 'gpu'"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PruningCallback(**{"method": Wanda(), **settings})
 
 
 @pytest.mark.parametrize("callback", [WandaPruning, MagnitudePruning])

@@ -183,6 +183,7 @@ def test_a_model_that_overflows_loses_no_layer(llama, choice):
         ({"calibration": []}, "the calibration set is empty"),
         ({"calibration": [], "choice": "loss"}, "the calibration set is empty"),
         ({"layer_list": "model.blocks"}, "has no list of layers 'model.blocks'"),
+        ({"activations": "gpu", "choice": "loss"}, "activations must be one of device, cpu, disk, got 'gpu'"),
     ],
 )
 def test_bad_input_is_refused(llama, settings, message):

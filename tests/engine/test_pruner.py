@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 
+from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
 from wanda_lightning.model.decoder import decoder_layers
@@ -143,6 +144,14 @@ def test_half_precision(batches):
         ({"targets": ["q_proj"], "ignore": ["*_proj"]}, "nothing is left to prune"),
         ({"pattern": SemiStructured(3, 7)}, "32 input features.*groups of 7"),
         ({"pattern": SemiStructured(2, 4), "method": Wanda(variant=True)}, "variant prunes unstructured"),
+        ({"targets": "q_proj"}, r'targets must be a list of name patterns such as \["q_proj"\], got \'q_proj\''),
+        ({"ignore": "q_proj"}, "ignore must be a list of name patterns"),
+        ({"ignore": [3]}, r"ignore must be a list of name patterns.* got \[3\]"),
+        ({"allocation": OWL}, r"allocation must be something like OWL\(\) or .* got <class"),
+        ({"allocation": "owl"}, "allocation must be something like .* got 'owl'"),
+        ({"reconstruction": {"epochs": 1}}, r"reconstruction must be something like Reconstruction\(epochs=3\), got {"),
+        ({"journal": "folder"}, r"journal must be something like Journal\(.*, got 'folder'"),
+        ({"method": Magnitude(), "activations": "gpu"}, "activations must be one of device, cpu, disk, got 'gpu'"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_weight_changes(llama, batches, arguments, message):

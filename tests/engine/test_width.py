@@ -178,6 +178,7 @@ def test_how_many_neurons_stay(width, keep, expected):
         ({"calibration": None}, "need calibration batches"),
         ({"calibration": []}, "the calibration set is empty"),
         ({"layers": "model.blocks"}, "has no list of layers 'model.blocks'"),
+        ({"journal": "folder"}, r"journal must be something like Journal\(.*, got 'folder'"),
     ],
 )
 def test_bad_input_is_refused(llama, settings, message):

@@ -1,12 +1,13 @@
 """Which linears of a model are pruned, and to what."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation, allocate
+from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.model.decoder import DecoderLayer, count_matches, decoder_layers
 from wanda_lightning.sparsity import Pattern
 
@@ -21,12 +22,22 @@ class Selection:
         layers: Name of the list of decoder layers, where the rule for finding it fails; or names of several lists.
         allocation: Sparsities or ``"n:m"`` patterns that hold for some linears, or what will decide by looking at the
             model; until it has, the pattern holds for all.
+
+    Raises:
+        ValueError: If one is of another kind, such as a name where a list of names belongs.
     """
 
     targets: Sequence[str] | None = None
     ignore: Sequence[str] | None = None
     layers: str | Sequence[str] | None = None
     allocation: Allocation | Allocator | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in {"targets": self.targets, "ignore": self.ignore}.items():
+            is_list = isinstance(given, Collection) and not isinstance(given, str)
+            if given is not None and not (is_list and all(isinstance(pattern, str) for pattern in given)):
+                raise ValueError(f'{name} must be a list of name patterns such as ["q_proj"], got {given!r}')
+        instance_or_none("allocation", self.allocation, (Allocator, Mapping), 'OWL() or {"down_proj": 0.3}')
 
     @property
     def by_name(self) -> Allocation | None:

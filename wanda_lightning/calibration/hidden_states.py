@@ -16,6 +16,19 @@ from torch import Tensor
 Place = Literal["device", "cpu", "disk"]
 
 
+def check_place(activations: str) -> None:
+    """Refuse a place that there is not.
+
+    Args:
+        activations: What users say.
+
+    Raises:
+        ValueError: If it is no :data:`Place`.
+    """
+    if activations not in get_args(Place):
+        raise ValueError(f"activations must be one of {', '.join(get_args(Place))}, got {activations!r}")
+
+
 class _Folder:
     """A temporary folder that lives as long as somebody holds it."""
 
@@ -36,8 +49,7 @@ class HiddenStates:
     """
 
     def __init__(self, place: Place = "device") -> None:
-        if place not in get_args(Place):
-            raise ValueError(f"activations must be one of {', '.join(get_args(Place))}, got {place!r}")
+        check_place(place)
         self.place = place
         self._kept: list[tuple[Tensor | Path, torch.device]] = []
         self.shapes: list[Tensor] = []  # of the batches, on the meta device

@@ -13,12 +13,14 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
+from wanda_lightning.callbacks.plumbing.settings_check import check_settings
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
+from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
@@ -39,7 +41,7 @@ class PruningCallback(SparseFinetuning):
     that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first.
 
     Args:
-        method: The pruning method.
+        method: The pruning method, such as ``Wanda()``, or the name of one.
         sparsity: Fraction of weights to prune, in [0, 1). Default: 0.5, or what the N:M pattern says.
         pattern: ``unstructured``, or ``n:m`` to keep n of every m consecutive inputs (quoted in YAML: ``"2:4"``).
         targets: Shell-style patterns of the linears to prune, such as ``q_proj`` or ``model.layers.0.*``. Default: all.
@@ -55,7 +57,7 @@ class PruningCallback(SparseFinetuning):
         exact_error: Report exact reconstruction errors whatever the method; takes the time of SparseGPT.
         overwrite: Replace the results in the folder also if they are of another model or of other settings.
         true_sequential: Prune each linear behind those before it, in one pass. Default: where the memory suffices.
-        reconstruction: Train what is kept of each layer to give what it gave, such as ``{epochs: 3, lr: 2e-4}``.
+        reconstruction: Train what is kept of each layer: ``Reconstruction(epochs=3)``, in YAML ``{epochs: 3}``.
         prompts: Texts that the model continues in ``validate``, for the report; by default three, ``[]`` for none.
         dense_target: Prune, in place of each weight, one that makes up for what has been pruned before it.
         permute: Let the neurons of each MLP stand in an order in which an N:M pattern loses less.
@@ -66,7 +68,7 @@ class PruningCallback(SparseFinetuning):
 
     def __init__(
         self,
-        method: PruningMethod,
+        method: PruningMethod | str,
         sparsity: float | None = None,
         pattern: str = "unstructured",
         targets: list[str] | None = None,
@@ -87,18 +89,14 @@ class PruningCallback(SparseFinetuning):
         permute: bool = False,
     ) -> None:
         super().__init__(layers)
-        self.method, self.pattern = method, parse_pattern(pattern, sparsity)
-        self.method.check(self.pattern)
-        if isinstance(allocation, Allocator):
-            allocation.check_pattern(self.pattern)
+        self.method, self.pattern = as_method(method), parse_pattern(pattern, sparsity)
         self.calibration = CalibrationBatches(num_samples)
-        if schedule is not None:
-            schedule.check(method, self.pattern, allocation, dense_target)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
         self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
         self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
         self.permute, self.run = check_permute(permute, self.pattern), PruningRun(self)
+        check_settings(self)
 
     @property
     def report(self) -> PruningReport | None:
@@ -240,6 +238,5 @@ def run_folder(trainer: Trainer) -> Path:
 def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
     """Measure the fraction of zeros in the linears of a Trainer's callbacks that were pruned; 0 before that."""
     model, callbacks = find_model(module), pruning_callbacks(trainer)
-    reports = [callback.run.report_of(model) for callback in callbacks]
-    lists = lists_in(model, callbacks[0].layers)
-    return sparsity_now(model, [report for report in reports if report is not None], lists)
+    reports = [report for each in callbacks if (report := each.run.report_of(model)) is not None]
+    return sparsity_now(model, reports, lists_in(model, callbacks[0].layers))

@@ -10,9 +10,10 @@ from torch import nn
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed, Forward
-from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.calibration.hidden_states import Place, check_place
 from wanda_lightning.calibration.walk import Visit, visit
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_pruning
@@ -126,6 +127,9 @@ def prune_model(
         0.5
     """
     method, pattern = as_method(method), as_pattern(pattern)
+    check_place(activations)
+    instance_or_none("reconstruction", reconstruction, Reconstruction, "Reconstruction(epochs=3)")
+    instance_or_none("journal", journal, Journal, 'Journal("folder")')
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     feed = feed_of(model, forward)
     with left_as_found(model), feed.calling():

@@ -12,10 +12,10 @@ from typing import get_args
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.arguments import number_not_below_0, positive_up_to, whole_number
+from wanda_lightning.arguments import instance_or_none, number_not_below_0, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
-from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.calibration.hidden_states import Place, check_place
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import put_in_place
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
@@ -94,6 +94,8 @@ def prune_width(
     """
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     check_settings(keep, choice, multiple, shrinkage, attention_keep)
+    instance_or_none("journal", journal, Journal, 'Journal("folder")')
+    check_place(activations)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"
