@@ -96,7 +96,13 @@ def walk(
 
 
 def visit(
-    model: nn.Module, layers: Sequence[DecoderLayer], batches: Iterable[Batch] | None, *how: Any
+    model: nn.Module,
+    layers: Sequence[DecoderLayer],
+    batches: Iterable[Batch] | None,
+    activations: Place,
+    with_dense: bool,
+    feed: Feed,
+    with_dense_inputs: bool,
 ) -> Generator[Visit]:
     """Visit the layers in order, also without batches.
 
@@ -104,7 +110,10 @@ def visit(
         model: See :func:`walk`, as all.
         layers: The layers.
         batches: Calibration batches; None where nothing has to be known of inputs.
-        *how: What else :func:`walk` takes.
+        activations: A place.
+        with_dense: Whether hidden states of the dense model go along.
+        feed: Runs the model on a batch.
+        with_dense_inputs: Whether what enters the linears in the dense model goes along.
 
     Yields:
         The layer, its weights in memory, and what enters it; None without batches.
@@ -114,7 +123,8 @@ def visit(
             with in_memory(layer.module):
                 yield layer, None
     else:
-        yield from ((step.layer, step) for step in walk(model, layers, batches, *how))
+        for step in walk(model, layers, batches, activations, with_dense, feed, with_dense_inputs):
+            yield step.layer, step
 
 
 def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -53,7 +54,7 @@ def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) ->
             helps.
     """
     if inputs is None or plan.statistic is None or plan.true_sequential is False:
-        return plan.in_order(one_pass=False)
+        return replace(plan, true_sequential=False)
     with processes.together():
         lack = _lack_of_memory(plan, inputs)
         if lack and plan.true_sequential:
@@ -68,7 +69,7 @@ def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) ->
         )
     if lacks:
         log.warning("every layer is passed twice: %s", lacks[0])
-    return plan.in_order(one_pass=not lacks)
+    return replace(plan, true_sequential=not lacks)
 
 
 def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:

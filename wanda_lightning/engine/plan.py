@@ -1,7 +1,7 @@
 """What is to be pruned, to what and by what: made and checked before any weight changes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -28,12 +28,12 @@ class Plan:
         method: The pruning method.
         pattern: What linears are pruned to, where the selection says nothing else.
         selection: What the user said of linears.
-        exact_error: Whether X^T X is gathered whatever the method.
-        true_sequential: Whether each linear is pruned with what the pruned linears before it give, also those of its
-            own layer, in one pass over the calibration set; None while that is to depend on the memory.
         layers: The decoder layers, with the linears that are to be pruned.
         patterns: What each linear is pruned to, by name.
         repeats: Linears whose matrix an earlier one has.
+        exact_error: Whether X^T X is gathered whatever the method.
+        true_sequential: Whether each linear is pruned with what the pruned linears before it give, also those of its
+            own layer, in one pass over the calibration set; None while that is to depend on the memory.
         reconstruction: How what is kept of each layer is then trained; None where it is not.
         outside: Matrices outside of the layers, with the reason why they stay dense; of language models, none.
         dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
@@ -44,11 +44,11 @@ class Plan:
     method: PruningMethod
     pattern: Pattern
     selection: Selection
-    exact_error: bool
-    true_sequential: bool | None
     layers: list[DecoderLayer]
     patterns: Mapping[str, Pattern]
-    repeats: list[Repeat]
+    repeats: list[Repeat] = field(default_factory=list)
+    exact_error: bool = False
+    true_sequential: bool | None = None
     reconstruction: Reconstruction | None = None
     dense_target: bool = False
     outside: Mapping[str, str] = field(default_factory=dict)
@@ -94,26 +94,15 @@ class Plan:
             method,
             pattern,
             selection,
-            exact_error,
-            true_sequential,
             layers,
             patterns,
             repeats,
-            reconstruction,
-            dense_target,
-            outside,
+            exact_error=exact_error,
+            true_sequential=true_sequential,
+            reconstruction=reconstruction,
+            dense_target=dense_target,
+            outside=outside,
         )
-
-    def in_order(self, one_pass: bool) -> "Plan":
-        """Return the plan with the order decided.
-
-        Args:
-            one_pass: Whether a layer is to be passed once.
-
-        Returns:
-            The plan.
-        """
-        return replace(self, true_sequential=one_pass)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:

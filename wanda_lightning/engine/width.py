@@ -161,8 +161,7 @@ def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str 
         replace(layer, linears=[linear for linear in layer.linears if linear.name in patterns])
         for layer in narrowing.layers
     ]
-    selection = Selection(layers=layers)
-    return Plan(method, Unstructured(1 - keep), selection, False, None, some, patterns, [])
+    return Plan(method, Unstructured(1 - keep), Selection(layers=layers), some, patterns)
 
 
 def _kept(narrowing: Narrowing) -> dict[str, Tensor]:
