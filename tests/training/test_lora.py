@@ -73,6 +73,8 @@ def test_the_base_is_pruned_as_without_adapters_and_stays_so_while_they_train(tm
         linear.name for layer in decoder_layers(expected) for linear in layer.linears
     }
     assert all(p.any() for name, p in module.model.named_parameters() if "lora_B" in name)  # they start at zero
+    zeros = sum((weight == 0).sum().item() for weight in expected.parameters())
+    assert pruning.report.whole_model_sparsity == pytest.approx(zeros / expected.num_parameters())
 
 
 def test_defaults_are_the_reference_set_up(tiny_model_folder):

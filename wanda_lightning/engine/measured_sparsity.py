@@ -10,7 +10,7 @@ from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.engine.shared_weights import without_repeats
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import every_linear
-from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.linears import PrunableLinear, own_parameters
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
@@ -178,12 +178,12 @@ def _has_zeros_of(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> bool
 
 
 def measure_whole_model(model: nn.Module) -> float:
-    """Measure the fraction of zeros over all parameters; shared ones count once."""
+    """Measure the fraction of zeros over all parameters, see :class:`ZeroCount`."""
     return ZeroCount(model).sparsity
 
 
 class ZeroCount:
-    """Counts the zeros of a model, also of layers that are in memory one at a time.
+    """Counts the zeros of a model, also of layers that are in memory one at a time; those of adapters do not count.
 
     Args:
         model: The model.
@@ -191,7 +191,7 @@ class ZeroCount:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._total = sum(parameter.numel() for parameter in model.parameters())
+        self._total = sum(parameter.numel() for parameter in own_parameters(model))
         self._is_offloaded = is_offloaded(model)
         self._kept_elsewhere = 0
 
@@ -208,4 +208,4 @@ class ZeroCount:
 
 def _count_kept(module: nn.Module) -> int:
     """Count the weights in memory that are not zero."""
-    return sum(nonzeros(parameter) for parameter in module.parameters() if not parameter.is_meta)
+    return sum(nonzeros(parameter) for parameter in own_parameters(module) if not parameter.is_meta)

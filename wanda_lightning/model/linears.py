@@ -113,6 +113,11 @@ def own_modules(
                 yield from own_modules(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a module, each once, without those of adapters."""
+    return [*dict.fromkeys(p for _, part in own_modules(module) for p in part.parameters(recurse=False))]
+
+
 def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
     """List every ``nn.Linear``, ``transformers.Conv1D``, ``Conv2d``, expert and attention matrix of a layer."""
     linears = []

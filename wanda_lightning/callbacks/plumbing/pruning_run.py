@@ -206,9 +206,8 @@ class PruningRun:
     def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule) -> None:
         asked, model, processes = self.asked, find_model(module), Processes()
         journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
-        selection = _selection(model, asked)
         needs_batches = asks_for_batches(
-            asked.method, selection, asked.exact_error, asked.reconstruction, asked.dense_target
+            asked.method, _selection(model, asked), asked.exact_error, asked.reconstruction, asked.dense_target
         )
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
         batches = asked.calibration.of(trainer) if needs_batches else None

@@ -6,7 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from wanda_lightning.allocation.allocator import Allocator
-from wanda_lightning.model.linears import own_modules
+from wanda_lightning.model.linears import own_parameters
 
 if TYPE_CHECKING:
     from wanda_lightning.callbacks.pruning import PruningCallback
@@ -32,11 +32,10 @@ def describe_model(module: LightningModule, model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     asked = getattr(module, "model_kwargs", None) or {}
     revision = asked.get("revision") or getattr(config, "_commit_hash", None)
-    parameters = {p for _, part in own_modules(model) for p in part.parameters(recurse=False)}
     return {
         "name": name_of(module) or getattr(config, "_name_or_path", "") or type(model).__name__,
         **({"revision": str(revision)} if revision else {}),
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": sum(parameter.numel() for parameter in own_parameters(model)),
     }
 
 
