@@ -109,6 +109,11 @@ FAMILIES = {
         "Glm4MoeConfig",
         {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     ),
+    "GLM-MoE-DSA": (  # every second layer attends to the tokens that the one before it has chosen
+        "GlmMoeDsaConfig",
+        {**DEEPSEEK, "mlp_layer_types": ["dense", "sparse"], "layer_types": ["indexed_attention"] * 2}
+        | {"indexer_types": ["full", "shared"], "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    ),
     "ERNIE 4.5": ("Ernie4_5Config", {"head_dim": 8}),
     "ERNIE 4.5 (MoE)": ("Ernie4_5_MoeConfig", {"moe_intermediate_size": 16, "moe_num_experts": 4, "moe_k": 2}),
     "Seed-OSS": ("SeedOssConfig", {"head_dim": 8}),

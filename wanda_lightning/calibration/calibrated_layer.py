@@ -5,9 +5,9 @@ from itertools import islice
 
 from torch import Tensor
 
+from wanda_lightning.calibration.calls import Arguments, hidden_states_of
 from wanda_lightning.calibration.collector import Collector
 from wanda_lightning.calibration.dense_inputs import DenseInputs
-from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
 from wanda_lightning.calibration.real_tokens import RealTokens

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.dry_run import hidden_states_of, is_passed_on, split
+from wanda_lightning.calibration.calls import hidden_states_of, split
+from wanda_lightning.calibration.dry_run import is_passed_on
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 from wanda_lightning.model.stacks import lists_of_layers, without_nested

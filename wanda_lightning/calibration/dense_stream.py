@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from wanda_lightning.calibration.calls import Arguments, hidden_states_of
 from wanda_lightning.calibration.dense_inputs import DenseInputs
-from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.model.decoder import DecoderLayer
 

@@ -5,92 +5,20 @@ come from its own code. The layers run meanwhile, for what a model passes to one
 those of a language model, unless they hand something on (see handed_on.py). Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
+from wanda_lightning.calibration.calls import Arguments, hidden_states_of, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.real_tokens import RealTokens
 from wanda_lightning.model.replaced import replaced
-
-
-class Arguments(NamedTuple):
-    """What a model passes to a layer beside the hidden states.
-
-    Attributes:
-        args: Positional arguments behind the hidden states.
-        kwargs: Keyword arguments.
-        keyword: The name under which the hidden states are passed; None where they are the first argument.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    keyword: str | None = None
-
-    def call(self, layer: nn.Module, hidden: Tensor) -> Any:
-        """Call a layer as the model does, with these hidden states."""
-        if self.keyword is None:
-            return layer(hidden, *self.args, **self.kwargs)
-        return layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
-
-    def by_name(self, parameters: Iterable[str]) -> dict[str, Any]:
-        """Return the arguments by the names of the layer's parameters, as far as these can be told."""
-        names = [*parameters][self.keyword is None :]
-        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
-
-
-def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    """Tell the hidden states that enter a layer from its other arguments: the first tensor, by position or name.
-
-    Args:
-        args: Positional arguments of a call.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        The hidden states, and the others.
-
-    Raises:
-        ValueError: If there is no tensor.
-    """
-    if args:
-        return args[0], Arguments(args[1:], kwargs)
-    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
-    keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(tensors), None)
-    if keyword is None:
-        raise ValueError("a layer is called without hidden states: it cannot be pruned by itself")
-    return kwargs[keyword], Arguments((), {n: v for n, v in kwargs.items() if n != keyword}, keyword)
-
-
-def hidden_states_of(out: Any) -> Tensor:
-    """Return the hidden states (B, T, D) of what a layer gives: that may be a tuple or list that starts with them.
-
-    Args:
-        out: What it gives.
-
-    Returns:
-        The hidden states.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    hidden = out[0] if isinstance(out, tuple | list) and out else out
-    if not isinstance(hidden, Tensor):
-        raise ValueError(
-            f"a layer gives {type(out).__name__}: only layers that give hidden states, alone or first in a tuple or "
-            "list, can be pruned layer by layer"
-        )
-    return hidden
-
-
-def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
-    """Put other values into a tuple, named tuple or list."""
-    return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
 
 
 class _DryRunDoneError(Exception):

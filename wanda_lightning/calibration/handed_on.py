@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.dry_run import Arguments, hidden_states_of, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, hidden_states_of, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 

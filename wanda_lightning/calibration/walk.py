@@ -16,9 +16,10 @@ from torch import nn
 
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
+from wanda_lightning.calibration.calls import hidden_states_of
 from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
-from wanda_lightning.calibration.dry_run import dry_run, hidden_states_of
+from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
 from wanda_lightning.calibration.handed_on import hand_on
 from wanda_lightning.calibration.hidden_states import Place

@@ -134,10 +134,8 @@ class CausalLM(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of the next token, or what distillation makes of it."""
         inputs, labels_BT = inputs_and_labels(batch)
-        if self.teacher is not None:
-            loss = self.teacher.loss(self, inputs, labels_BT)
-        else:
-            loss = self(**inputs, labels=labels_BT).loss
+        teacher = self.teacher
+        loss = teacher.loss(self, inputs, labels_BT) if teacher else self(**inputs, labels=labels_BT).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -172,10 +172,7 @@ class PruningRun:
             now = sparsity_now(model, [report] if report else [], layers)
             log.warning(
                 "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
-                trainer.global_step,
-                schedule.end,
-                100 * now,
-                100 * self.asked.pattern.sparsity,
+                *(trainer.global_step, schedule.end, 100 * now, 100 * self.asked.pattern.sparsity),
             )
 
     def add_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
