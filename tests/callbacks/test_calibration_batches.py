@@ -3,17 +3,19 @@
 import json
 import logging
 from collections import OrderedDict, UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import SomebodysData, SomebodysModule, batches, tiny_llama, token_batches, trainer
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.callbacks.plumbing.calibration_batches import _share
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
 from wanda_lightning.sparsity import Unstructured
@@ -264,6 +266,16 @@ def test_two_processes_share_what_is_asked_for(tmp_path):
     trainer(tmp_path, WandaPruning(sparsity=0.5, num_samples=6), **settings).fit(SomebodysModule(), rows)
     calibration = json.loads((tmp_path / "pruning.json").read_text())["calibration"]
     assert (calibration["sequences"], calibration["tokens"]) == (8, 8 * 16)  # 3 of each, in batches of 2
+
+
+@pytest.mark.parametrize("several", [lambda one: one, lambda one: [one], lambda one: CombinedLoader([one])])
+def test_what_a_distributed_sampler_has_shared_is_not_shared_again(several):
+    rows, seen = [*range(8)], []
+    for rank in (0, 1):
+        sampler = DistributedSampler(rows, num_replicas=2, rank=rank)
+        own = several(DataLoader(rows, batch_size=2, sampler=sampler))
+        seen += torch.cat([*_share(own, SimpleNamespace(world_size=2, global_rank=rank))]).tolist()
+    assert sorted(seen) == rows
 
 
 class SmallData(SomebodysData):

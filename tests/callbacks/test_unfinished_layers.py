@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,17 @@ def test_a_plain_trainer_keeps_layers_until_fit_ends(tmp_path, solved):
     trainer(tmp_path, Trainer, output_dir=str(tmp_path / "report")).fit(tiny_module())
     assert len(solved) == 2 * 7
     assert not (tmp_path / "report/unfinished").exists()
+
+
+def test_a_fast_dev_run_leaves_them_to_the_run_that_goes_on(tmp_path, solved):
+    from lightning.pytorch import Trainer
+
+    solved.limit = 8
+    with pytest.raises(CrashError):
+        trainer(tmp_path, Trainer, output_dir=str(tmp_path)).fit(tiny_module())
+    solved.limit = None
+    trainer(tmp_path, partial(Trainer, fast_dev_run=True), output_dir=str(tmp_path)).fit(tiny_module())
+    assert layer_files(tmp_path / "unfinished") == ["layer-00000.safetensors"]
 
 
 def test_without_a_folder_a_plain_trainer_keeps_nothing(tmp_path, monkeypatch):

@@ -177,7 +177,8 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     for callback in due:
         callback.check(model)
     folder = run_folder(trainer)  # all processes must ask for it
-    with keeping_layers(trainer, folder, [callback.resume for callback in callbacks]) as journals:
+    resume = [callback.resume if keeps_files(trainer) else None for callback in callbacks]
+    with keeping_layers(trainer, folder, resume) as journals:
         for callback in due:
             callback.look_again(model)
             batches = callback.calibration.of(trainer)  # which may draw from the random numbers of training

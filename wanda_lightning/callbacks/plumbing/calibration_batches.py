@@ -147,9 +147,9 @@ def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[
 def _share(loader: Any, trainer: Trainer) -> Iterator[Any]:
     """Return this process's share of a loader, of several one after the other, or of a CombinedLoader in its mode."""
     first, every = trainer.global_rank, trainer.world_size
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler):  # which has shared it already
-        first, every = 0, 1
-    loaders = loaders_in(loader)
+    loaders = loader.flattened if isinstance(loader, CombinedLoader) else loaders_in(loader)
+    if all(isinstance(getattr(one, "sampler", None), DistributedSampler) for one in loaders or [loader]):
+        first, every = 0, 1  # they are shared already
     if isinstance(loader, CombinedLoader):
         loader = each_batch(loader, loader)
     elif loaders is not None:

@@ -55,7 +55,7 @@ def keeping_layers(
     Args:
         trainer: The Trainer.
         folder: The run's folder.
-        resume: Of each callback, whether its layers are kept, or those that are there deleted; None where it has none.
+        resume: Of each callback, whether its layers are kept, or those that are there deleted; None: neither.
 
     Yields:
         Of each callback, the argument ``journal``, if it takes one.
