@@ -118,6 +118,33 @@ def test_calibration_leaves_metrics_as_they_were(tmp_path):
     assert all(torch.equal(module.accuracy.metric_state[name], value) for name, value in before.items())
 
 
+class NamesNoIndex(Theirs):
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.net(**batch).loss)
+
+
+class ValidatesTwoLoaders(Theirs):
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.log("val_loss", self.net(**batch).loss)
+
+    def val_dataloader(self):
+        return [super().val_dataloader(), super().val_dataloader()]
+
+
+class CalibratesByItself(Theirs):
+    def calibration_step(self, batch, i):
+        return self.net(**batch)
+
+
+@pytest.mark.parametrize("kind", [NamesNoIndex, ValidatesTwoLoaders, CalibratesByItself])
+def test_a_step_names_its_arguments_as_it_likes(kind, tmp_path):
+    module = kind(vit)
+    plain = copy.deepcopy(module.net)
+    prune_model(plain, module.their_batches, "wanda", 0.5)
+    trainer(tmp_path, WandaPruning(0.5), max_steps=0).fit(module)
+    assert all(map(torch.equal, module.net.parameters(), plain.parameters()))
+
+
 class Tags(LightningModule):
     """Around a module of plain PyTorch, without a validation_step."""
 
@@ -181,3 +208,24 @@ def test_a_module_that_cannot_be_pruned_says_why(tmp_path):
 
     with pytest.raises(ValueError, match="Sequential cannot be pruned layer by layer: it has no ModuleList"):
         trainer(tmp_path, WandaPruning(0.5)).fit(Plain())
+
+
+class OnlyTrains(LightningModule):
+    """Its parts are called one by one, in no method that calibration could call."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.their_batches = build(transformer_encoder)
+
+    train_dataloader, configure_optimizers = Tags.train_dataloader, Tags.configure_optimizers
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch["tokens"]).square().mean()
+
+
+def test_a_module_that_only_trains_is_told_what_it_lacks(tmp_path):
+    module = OnlyTrains()
+    dense = copy.deepcopy(module.net)
+    with pytest.raises(ValueError, match=r"OnlyTrains .* a calibration_step\(.*\), a validation_step, or a forward"):
+        trainer(tmp_path, WandaPruning(0.5)).fit(module)
+    assert all(map(torch.equal, module.net.parameters(), dense.parameters()))

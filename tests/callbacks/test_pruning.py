@@ -8,6 +8,7 @@ from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_ll
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
@@ -213,6 +214,19 @@ def test_resume_continues_without_pruning_again(tmp_path):
     assert sparsities(resumed) == {0.5}
 
 
+def test_the_report_of_a_resumed_run_holds_the_losses_of_both_and_lies_in_its_folder(tmp_path):
+    first = trainer(tmp_path / "first", WandaPruning(sparsity=0.5), max_steps=2)
+    first.fit(SomebodysModule(), batches())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    callback = WandaPruning(sparsity=0.5)
+    second = trainer(tmp_path / "second", callback, max_steps=4)
+    second.fit(SomebodysModule(), batches(), ckpt_path=tmp_path / "run.ckpt")
+    losses = [[*point] for point in callback.report.training]
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    written = {name: json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("first", "second")}
+    assert {name: report["training"] for name, report in written.items()} == {"first": losses[:2], "second": losses}
+
+
 def test_checkpoints_load_without_the_callback(tmp_path):
     module = SomebodysModule()
     run = trainer(tmp_path, WandaPruning(sparsity=0.5))
@@ -279,6 +293,18 @@ def test_random_state_is_that_of_a_run_without_pruning(tmp_path):
     run.fit(module, datamodule=SomebodysData())
     assert callback.report
     assert torch.rand(1) == expected
+
+
+def test_calibration_with_the_train_dataloader_does_not_change_the_order_of_training(tmp_path):
+    """A callback that prunes nothing: the weights are those of a run without it."""
+    trained = []
+    for callbacks in ([], [WandaPruning(sparsity=0.0)]):
+        module = SomebodysModule()
+        torch.manual_seed(0)
+        rows = DataLoader(torch.cat(token_batches()), batch_size=2, shuffle=True)
+        trainer(tmp_path, *callbacks).fit(module, rows)
+        trained.append(module.parameters())
+    assert all(map(torch.equal, *trained))
 
 
 def test_two_ranks_prune_as_one(tmp_path):

@@ -100,6 +100,19 @@ def test_the_same_run_again_replaces_its_results(tmp_path):
     assert contents(tmp_path)["model/model.safetensors"] == before["model/model.safetensors"]
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_a_fast_dev_run_leaves_the_results_of_the_one_before(tmp_path, sparsity):
+    run(tmp_path, sparsity=0.5)
+    before = contents(tmp_path)
+    trainer(tmp_path, WandaPruning(sparsity=sparsity), fast_dev_run=True).fit(SomebodysModule(), SomebodysData())
+    assert contents(tmp_path) == before
+
+
+def test_a_fast_dev_run_has_no_results(tmp_path):
+    trainer(tmp_path, WandaPruning(sparsity=0.5), fast_dev_run=True).fit(SomebodysModule(), SomebodysData())
+    assert contents(tmp_path) == {}
+
+
 def test_every_page_names_the_model(tmp_path, tiny_model_folder):
     module = CausalLM(tiny_model_folder)
     report = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, data())

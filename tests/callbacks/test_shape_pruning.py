@@ -10,7 +10,7 @@ import pytest
 import smaller_with_ddp
 import torch
 from helpers import SomebodysData, SomebodysModule, batches, loader, sparsities, tiny_llama, token_batches, trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 
 from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
@@ -234,6 +234,36 @@ def test_a_folder_of_other_settings_is_not_overwritten(tmp_path):
     callback = WidthPruning(keep=0.75, overwrite=True)
     trainer(tmp_path, callback, max_steps=0).fit(other, datamodule=SomebodysData())
     assert other.net.config.intermediate_size == 48
+
+
+@pytest.mark.parametrize("make", [lambda: WidthPruning(keep=0.75), lambda: DepthPruning(layers=1)])
+def test_a_fast_dev_run_leaves_results_as_they_are_and_has_none(tmp_path, make):
+    def run(folder, *callbacks, **settings):
+        trainer(tmp_path / folder, *callbacks, **settings).fit(SomebodysModule(), datamodule=SomebodysData())
+        return {str(file): file.read_bytes() for file in (tmp_path / folder).rglob("*.*")}
+
+    (tmp_path / "used/unfinished-0").mkdir(parents=True)
+    (tmp_path / "used/unfinished-0/layer-00000.safetensors").touch()  # of a run that was cut off
+    before = run("used", DepthPruning(layers=0), max_steps=0)
+    assert run("used", make(), fast_dev_run=True) == before
+    assert run("new", make(), fast_dev_run=True) == {}
+
+
+@pytest.mark.parametrize("make", [lambda: WidthPruning(keep=0.5), lambda: DepthPruning(layers=1)])
+@pytest.mark.parametrize("average", [EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.01)])
+def test_averages_of_the_larger_weights_are_refused_before_anything_changes(tmp_path, make, average):
+    module = SomebodysModule()
+    with pytest.raises(ValueError, match="has copied the weights before they are made smaller"):
+        trainer(tmp_path, make(), average()).fit(module, datamodule=SomebodysData())
+    assert all(map(torch.equal, module.parameters(), SomebodysModule().parameters()))
+
+
+def test_weights_that_are_smaller_already_are_averaged(tmp_path):
+    module, pruning = SomebodysModule(), WidthPruning(keep=0.5)
+    trainer(tmp_path, pruning, max_steps=0).fit(module, datamodule=SomebodysData())
+    run = trainer(tmp_path, pruning, EMAWeightAveraging())
+    run.fit(module, datamodule=SomebodysData())
+    assert (run.global_step, module.net.config.intermediate_size) == (3, 32)
 
 
 @pytest.mark.parametrize(

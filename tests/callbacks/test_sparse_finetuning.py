@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 
-from wanda_lightning.callbacks import SparseFinetuning, WandaPruning
+from wanda_lightning.allocation.schedule import Gradual
+from wanda_lightning.callbacks import SparseFinetuning, SparseGPTPruning, WandaPruning
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude
 from wanda_lightning.runs.trainer import PruningTrainer
@@ -72,6 +74,22 @@ def test_clipping_sees_the_norm_of_live_gradients_only(tmp_path):
         torch.testing.assert_close(live, seen, rtol=1e-5, atol=0)
 
 
+def test_a_module_that_steps_by_itself_clips_the_norm_of_live_gradients_only(tmp_path):
+    norms = []
+
+    class Manual(SomebodysModule):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.net(input_ids=batch, labels=batch).loss)
+            self.clip_gradients(optimizer, 0.1, "norm")
+            norms.append(torch.cat([p.grad[p != 0] for p in self.net.parameters()]).norm().item())
+            optimizer.step()
+
+    trainer(tmp_path, WandaPruning(sparsity=0.7)).fit(Manual(automatic=False), batches())
+    assert norms == pytest.approx([0.1] * 3)
+
+
 def test_weights_changed_behind_its_back_are_an_error(tmp_path):
     class Meddling(SomebodysModule):
         def on_train_batch_end(self, *_):
@@ -90,6 +108,32 @@ def test_hooks_are_gone_afterwards(tmp_path):
     run.fit(module, batches())
     optimizer = run.optimizers[0]
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_nothing_is_left_of_a_run_that_failed(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise InterruptedError
+
+    callback = WandaPruning(sparsity=0.5)
+    run = trainer(tmp_path, callback, Fails())
+    with pytest.raises(InterruptedError):
+        run.fit(SomebodysModule(), batches())
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+    assert pickle.loads(pickle.dumps(callback)).report == callback.report
+
+
+def test_a_copy_is_made_while_it_works(tmp_path):
+    copies = []
+
+    class Copies(Callback):
+        def on_train_batch_start(self, *_):
+            copies.append(pickle.loads(pickle.dumps(callback)))
+
+    module, callback = SomebodysModule(), WandaPruning(sparsity=0.5)
+    trainer(tmp_path, callback, Copies()).fit(module, batches())
+    assert [copy.report.sparsity for copy in copies] == [0.5] * 3
+    assert sparsities(module) == {0.5}  # the hooks are still where they were
 
 
 def late_average(step: int):
@@ -127,6 +171,38 @@ def test_averaged_weights_keep_the_zeros(tmp_path, average, first):
     fresh = SomebodysModule()
     fresh.load_state_dict(saved)
     assert sparsities(fresh) == {0.5}
+
+
+@pytest.mark.parametrize("schedule", [None, Gradual(0, 3, 1, regrow=True)], ids=str)
+def test_an_average_that_has_not_begun_is_the_pruned_weights(tmp_path, schedule):
+    """SparseGPT changes the kept weights too. Nothing is trained: the average must not change any loss."""
+
+    def losses(*callbacks):
+        found = []
+
+        class Notes(Callback):
+            def on_validation_end(self, trainer, *_):
+                found.append(trainer.callback_metrics["val_loss"].item())
+
+        module = SomebodysModule(optimizer=lambda parameters, lr: torch.optim.SGD(parameters, lr=0.0))
+        pruning = SparseGPTPruning(sparsity=0.5, schedule=schedule)
+        trainer(tmp_path, pruning, *callbacks, Notes(), max_steps=4).fit(module, batches(), batches(2))
+        return found
+
+    assert losses(late_average(100)) == losses()
+
+
+def test_pruning_more_does_not_begin_an_average_anew(tmp_path):
+    """This average stays what it was first: the weights after one step."""
+    heads = []
+
+    class Notes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            heads.append(pl_module.net.lm_head.weight.clone())
+
+    module, pruning = SomebodysModule(), WandaPruning(sparsity=0.5, schedule=Gradual(0, 3, 1))
+    trainer(tmp_path, pruning, EMAWeightAveraging(decay=1.0), Notes()).fit(module, batches())
+    assert torch.equal(module.net.lm_head.weight, heads[0])
 
 
 def test_an_average_of_nothing_is_told(tmp_path, caplog):

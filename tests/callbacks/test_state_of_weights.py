@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import SomebodysData, SomebodysModule, sparsities, tiny_llama, token_batches, trainer
+from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -70,6 +70,14 @@ def test_the_same_cell_run_twice_prunes_once(tmp_path):
     assert callback.report is report
     assert all(map(torch.equal, one.parameters(), before))
     assert list(report.evaluations) == ["dense", "pruned"]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_validation_measures_the_zeros_that_a_model_came_with(tmp_path, sparsity):
+    one = module()
+    prune_model(one.net, None, Magnitude(), Unstructured(sparsity))
+    (metrics,) = trainer(tmp_path, WandaPruning(sparsity=0.75)).validate(one, batches(), verbose=False)
+    assert metrics["sparsity"] == sparsity
 
 
 def resumed(folder, *again, precision: str = "32-true"):
@@ -167,13 +175,19 @@ def test_without_calibration_and_training_too(tmp_path):
         assert zeros(one) == pytest.approx(0.5)
 
 
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_a_schedule_that_ended_early_has_written_what_the_weights_have(tmp_path):
+    one, callback = module(), WandaPruning(sparsity=0.5, schedule=Gradual(0, 8, 2, regrow=True))
+    trainer(tmp_path, callback, Stop(), **LONG).fit(one, SomebodysData())
+    assert json.loads((tmp_path / "pruning.json").read_text())["sparsity"] == zeros(one) < 0.1
+
+
 def test_a_schedule_that_ended_early_begins_anew_with_the_next_model(tmp_path):
     callback = WandaPruning(sparsity=0.5, schedule=Gradual(0, 8, 2, regrow=True))
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step == 5
-
     first, second = module(0), module(1)
     run = trainer(tmp_path, callback, Stop(), cls=PruningTrainer, **LONG)
     run.fit(first, SomebodysData())

@@ -91,6 +91,15 @@ def test_it_trains_as_a_loop_that_masks_before_it_clips(tmp_path):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_gradients_of_pruned_weights_may_overflow(tmp_path):
+    model, other = pruned_llama(), pruned_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.register_hook(lambda gradient: gradient.where(weight != 0, torch.inf))
+    for each in (model, other):
+        train(each, tmp_path, KeepZeros())
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path):
     whole, halves = pruned_llama(), pruned_llama()
     before = zeros(whole)
