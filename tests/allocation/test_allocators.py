@@ -159,8 +159,7 @@ def test_slopes_share_out_what_the_loss_grows_by():
         return total / tokens
 
     with torch.no_grad(), Trials(task, task.input_norms()) as trials:
-        parts, middle = trials.slopes(less, more, batches)
-        assert middle == pytest.approx(loss(), rel=1e-5)
+        parts = trials.slopes(less, more, batches)
         for linear in task.linears:
             step = 0.02 * (
                 trials.pruned(linear.name, more[linear.name]) - trials.pruned(linear.name, less[linear.name])

@@ -166,7 +166,7 @@ class LeastLoss(Allocator):
         """
         less = [Unstructured(max(0.0, at.sparsity - self.step / 2)) for at in now]
         more = [Unstructured(min(0.99, at.sparsity + self.step / 2)) for at in now]
-        parts, _ = trials.slopes(_by_name(units, less), _by_name(units, more), batches)
+        parts = trials.slopes(_by_name(units, less), _by_name(units, more), batches)
         slopes = [
             sum(parts[linear.name] for linear in unit) / (high.sparsity - low.sparsity)
             for unit, low, high in zip(units, less, more, strict=True)

@@ -140,7 +140,7 @@ class Trials:
 
     def slopes(
         self, less: Mapping[str, Pattern], more: Mapping[str, Pattern], batches: Sequence[Batch]
-    ) -> tuple[dict[str, float], float]:
+    ) -> dict[str, float]:
         """Attribute to every linear its part in what the loss grows by, if all of them are pruned more.
 
         Along the straight line between two sets of weights a quadratic loss grows by its gradient in the middle, times
@@ -153,7 +153,7 @@ class Trials:
             batches: Of this process.
 
         Returns:
-            The parts, in nats per token, by name; and the loss in the middle.
+            The parts, in nats per token, by name.
 
         Raises:
             ValueError: If the gradients are not finite.
@@ -166,19 +166,19 @@ class Trials:
             linear.weight_OI.copy_((before_OI + after_OI) / 2)
             steps[linear.name] = after_OI - before_OI
         weights = list(dict.fromkeys(linear.weight for linear in linears))
-        sums = torch.zeros(len(linears) + 2, dtype=torch.float64)
+        sums = torch.zeros(len(linears) + 1, dtype=torch.float64)
         with self._task.team.together(), torch.enable_grad(), only_requiring_grad(self._task.model, weights):
             torch.clear_autocast_cache()
             for losses_N in token_losses(self._task.model, batches):
-                loss = losses_N.sum()
-                found = torch.autograd.grad(loss, weights, allow_unused=True)  # no hooks of those who train it
+                # Not backward: the hooks of those who train the model are not for these gradients.
+                found = torch.autograd.grad(losses_N.sum(), weights, allow_unused=True)
                 gradients = dict(zip(weights, found, strict=True))
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
-                sums += torch.tensor([*parts, float(loss.detach()), len(losses_N)], dtype=torch.float64)
-        *parts, middle = self._mean(sums)
+                sums += torch.tensor([*parts, len(losses_N)], dtype=torch.float64)
+        parts = self._mean(sums)
         if not all(map(math.isfinite, parts)):
             raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")
-        return dict(zip(steps, parts, strict=True)), middle
+        return dict(zip(steps, parts, strict=True))
 
     def _mean(self, sums: Tensor) -> list[float]:
         """Divide sums over the tokens of all processes by the number of these tokens, which is the last of the sums."""
