@@ -5,13 +5,15 @@ again. With one around each part only the largest is. (Chen et al. 2016, arXiv:1
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+from wanda_lightning.model.replaced import replaced
 
 
 @contextmanager
@@ -21,16 +23,10 @@ def recomputing(module: nn.Module) -> Iterator[None]:
     Args:
         module: The layer.
     """
-    before = {part: part.__dict__.get("forward") for part in module.children()}
-    for part in before:
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for part in module.children():
+            stack.enter_context(replaced(part, "forward", partial(checkpoint, part.forward, use_reentrant=False)))
         yield
-    finally:
-        for part, forward in before.items():  # accelerate keeps its own there
-            del part.forward
-            if forward is not None:
-                part.forward = forward
 
 
 def bytes_for_gradients(module: nn.Module, run: Callable[[], Any]) -> int:
