@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from wanda_lightning.model.language_model import max_sequence_length
 
+READ = ("input_ids", "attention_mask", "position_ids")
+"""What a language model is given of a batch. Positions that begin anew part texts that are packed in one row."""
+
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
@@ -18,7 +21,7 @@ def model_inputs(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
         model: The causal language model.
 
     Returns:
-        ``input_ids`` and, where given, ``attention_mask``, each (B, T).
+        ``input_ids`` and, where given, ``attention_mask`` and ``position_ids``, each (B, T).
 
     Raises:
         ValueError: If there are no input_ids, or their type, shape, length or values are not the model's.
@@ -74,10 +77,10 @@ def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:
-    """Find the tensors of a batch that calibration needs; whatever else is in it, such as labels, is left alone."""
+    """Find what a language model reads of a batch; whatever else is in it, such as labels, is left alone."""
     inputs: dict[str, Any]
     if isinstance(batch, Mapping):
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if batch.get(name) is not None}
+        inputs = {name: batch[name] for name in READ if batch.get(name) is not None}
     else:
         inputs = {"input_ids": batch[0] if isinstance(batch, tuple | list) and batch else batch}
     ids_BT = inputs.get("input_ids")
@@ -87,6 +90,8 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
         )
         keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
         raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
+    if "position_ids" in inputs and inputs["position_ids"].shape != ids_BT.shape:  # of images, in three dimensions
+        del inputs["position_ids"]
     return inputs
 
 

@@ -105,7 +105,7 @@ class LanguageModelFeed(Feed):
         self.model(**{n: x.to(self.device) for n, x in self.tensors(batch).items()}, use_cache=False)
 
     def tensors(self, batch: Any) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``attention_mask``, checked; see :func:`model_inputs`."""
+        """Return ``input_ids`` and what goes with them, checked; see :func:`model_inputs`."""
         return model_inputs(batch, self.model)
 
     def real_tokens(self, batch: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> RealTokens:
