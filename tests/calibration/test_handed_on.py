@@ -8,7 +8,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from wanda_lightning import prune_model
 from wanda_lightning.calibration.feed import LanguageModelFeed
-from wanda_lightning.calibration.handed_on import hand_on
+from wanda_lightning.calibration.handed_on import stand_in_for
 
 
 class Layer(nn.Module):
@@ -28,9 +28,9 @@ class Layer(nn.Module):
 class Decoder(PreTrainedModel, GenerationMixin):
     config_class = PretrainedConfig
 
-    def __init__(self, first_values=False, previous_values=False):
+    def __init__(self, first_values=False, previous_values=False, change=lambda x: x, times=1):
         super().__init__(PretrainedConfig(vocab_size=64))
-        self.first_values, self.previous_values = first_values, previous_values
+        self.first_values, self.previous_values, self.change, self.times = first_values, previous_values, change, times
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, 32)
         self.layers = nn.ModuleList([Layer(first_values or previous_values) for _ in range(4)])
@@ -42,9 +42,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, attention_mask=None, use_cache=None):
         hidden_BTD = self.embed(input_ids)
         values, seen = [], []
-        for layer in self.layers:
+        for layer in [*self.layers] * self.times:
             earlier = values[:1] if self.first_values else values[-1:] if self.previous_values else seen[:1]
-            out = layer(hidden_BTD, *earlier)
+            out = layer(hidden_BTD, *map(self.change, earlier))
             hidden_BTD = out[0] if isinstance(out, tuple) else out
             seen.append(hidden_BTD)
             values += out[1:] if isinstance(out, tuple) else []
@@ -55,6 +55,9 @@ KINDS = {
     "values of the first layer": {"first_values": True},
     "values of the layer before": {"previous_values": True},
     "hidden states behind the first layer": {},
+    "normed": {"change": lambda x: nn.functional.layer_norm(x, (32,))},
+    "the largest": {"previous_values": True, "change": lambda x: nn.functional.one_hot(x.argmax(-1), 32).float()},
+    "differences of tokens": {"change": lambda x: x - x.roll(1, 1)},
 }
 BATCHES = token_batches(2, vocab=64) + token_batches(1, batch_size=1, length=7, vocab=64)
 
@@ -76,14 +79,15 @@ def test_masks_are_those_of_the_whole_models_own_inputs(kind, true_sequential):
 
 
 @torch.no_grad()
-def test_nothing_is_handed_on_but_by_models_that_do():
+def test_layers_of_models_that_hand_nothing_on_need_not_run():
     """Masks and positions are the same whatever the layers give."""
     model = tiny_llama()
-    assert not hand_on(LanguageModelFeed(model), list(model.model.layers), BATCHES[0])
-    assert all(
-        hand_on(LanguageModelFeed(model), list(model.layers), BATCHES[0])
-        for model in (Decoder(**kind).eval() for kind in KINDS.values())
-    )
+    assert stand_in_for(LanguageModelFeed(model), list(model.model.layers), BATCHES[0]) is not None
+
+
+def test_layers_that_are_called_twice_and_hand_something_on_are_refused():
+    with pytest.raises(ValueError, match="calls decoder layer 0 where layer 4 of 4 would be next"):
+        prune_model(Decoder(first_values=True, times=2).eval(), BATCHES, "wanda", 0.5)
 
 
 def test_layers_that_give_no_tensor_are_refused():

@@ -28,15 +28,14 @@ class _DryRunDoneError(Exception):
 class _Recorder:
     """Stands before or in for the layers while the model runs, and notes what they are called with."""
 
-    def __init__(self, layers: list[nn.Module], activations: Place, runs: bool) -> None:
+    def __init__(self, layers: list[nn.Module], activations: Place, stand_in: Any, goes_on: bool) -> None:
         self.hidden_BTD = HiddenStates(activations)
         self.arguments: list[list[Arguments]] = [[] for _ in layers]
         self.last_output: Tensor | None = None  # of the first batch, if the layers run
-        self._runs = runs
+        self._given, self._goes_on = stand_in, goes_on
         self._last = len(layers) - 1
         self._called = 0  # layers in this batch
         self._passed: Tensor | None = None  # what the last of them gave; where they do not run, what it was given
-        self._given: Any = None  # what the first layer gave for the first batch, where they do not run
 
     def start_batch(self) -> None:
         self._called = 0
@@ -56,7 +55,9 @@ class _Recorder:
             self._record(index, arguments)
             if index == 0:
                 self.hidden_BTD.append(hidden)
-            return (self._run if self._runs else self._stand_in)(index, hidden, forward, args, kwargs)
+            if self._given is None:
+                return self._run(index, hidden, forward, args, kwargs)
+            return self._stand_in(index, hidden)
 
         return recorded
 
@@ -65,18 +66,8 @@ class _Recorder:
         shared = {name: _share(value, before.kwargs.get(name)) for name, value in arguments.kwargs.items()}
         self.arguments[index].append(Arguments(_share(arguments.args, before.args), shared, arguments.keyword))
 
-    def _stand_in(
-        self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _stand_in(self, index: int, hidden: Tensor) -> Any:
         """Return the hidden states as they came."""
-        if index == 0 and len(self.hidden_BTD) == 1:
-            version = hidden._version
-            self._given = forward(*args, **kwargs)
-            if hidden._version != version:
-                raise ValueError(
-                    "decoder layers change in place what enters them, and calibration calls them again with it: "
-                    "write x = x + y in them, not x += y"
-                )
         if index == self._last and len(self.hidden_BTD) > 1:
             raise _DryRunDoneError
         given = self._given
@@ -86,13 +77,15 @@ class _Recorder:
         self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer; the last one only for the first batch, to be compared with."""
-        if index < self._last:
-            out = forward(*args, **kwargs)
-            self._passed = hidden_states_of(out)
-            return out
-        if len(self.hidden_BTD) == 1:
-            self.last_output = hidden_states_of(forward(*args, **kwargs))
-        raise _DryRunDoneError
+        if index == self._last and len(self.hidden_BTD) > 1:
+            raise _DryRunDoneError
+        out = forward(*args, **kwargs)
+        self._passed = hidden_states_of(out)
+        if index == self._last:
+            self.last_output = self._passed
+            if not self._goes_on:
+                raise _DryRunDoneError
+        return out
 
     def _check_place(self, index: int, hidden: Tensor) -> None:
         """Make sure that calling the layers one after another is what the model does."""
@@ -122,7 +115,7 @@ def dry_run(
     layers: list[nn.Module],
     batches: Iterable[Batch],
     activations: Place = "device",
-    runs_layers: bool = True,
+    stand_in: Any = None,
 ) -> tuple[HiddenStates, list[list[Arguments]], list[RealTokens]]:
     """Run the model for what its layers are called with.
 
@@ -131,7 +124,8 @@ def dry_run(
         layers: Layers that it calls one after another.
         batches: Calibration batches.
         activations: Where the hidden states wait for the first layer.
-        runs_layers: Whether the layers run, too: what the model passes to one may be what another gave.
+        stand_in: What the layers may give instead of running, see :func:`~wanda_lightning.calibration.handed_on
+            .stand_in_for`; None: they run.
 
     Returns:
         The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real.
@@ -140,7 +134,7 @@ def dry_run(
         ValueError: If a batch cannot be fed to the model, there is none, the layers are not called one by one, or they
             give something else when they are called again with the same.
     """
-    recorder = _Recorder(layers, activations, runs_layers)
+    recorder = _Recorder(layers, activations, stand_in, goes_on=not feed.runs_layers)
     real: list[RealTokens] = []
     parameters = [*signature(layers[0].forward).parameters]
     with ExitStack() as stack:

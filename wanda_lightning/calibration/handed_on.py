@@ -21,10 +21,11 @@ class _LastLayerReachedError(Exception):
     """What follows the layers need not run."""
 
 
-def hand_on(feed: Feed, layers: list[nn.Module], batch: Batch) -> bool:
-    """Tell whether what a model passes to its layers depends on what they give.
+def stand_in_for(feed: Feed, layers: list[nn.Module], batch: Batch) -> Any:
+    """Find what may stand in for what layers give, while it is recorded what the model passes to them.
 
-    The model runs twice on a small part of a batch with stand-ins for its layers, which give zeros and ones.
+    The model runs twice on a small part of a batch with stand-ins for its layers, which give random numbers in the
+    shape of what the first one gives. If what it passes to a layer differs, layers have to run.
 
     Args:
         feed: Runs the model.
@@ -32,29 +33,30 @@ def hand_on(feed: Feed, layers: list[nn.Module], batch: Batch) -> bool:
         batch: A calibration batch.
 
     Returns:
-        Whether a tensor among the arguments of a layer, behind the first one, was different.
+        What the first layer gives; None where something is handed on.
+
+    Raises:
+        ValueError: If it changes in place what enters it, or gives no hidden states.
     """
     few = feed.first(batch)
     given: list[Any] = []
-    return not _same(_arguments(feed, layers, few, 0, given), _arguments(feed, layers, few, 1, given))
+    handed_on = not _same(*(_arguments(feed, layers, few, given, seed) for seed in (1, 2)))
+    return None if handed_on else given[0]
 
 
-def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, fill: int, given: list[Any]) -> list[Arguments]:
-    """Return what enters the layers beside the hidden states, if each gives so many everywhere.
-
-    What they give is shaped like what the first one gives; that is kept in ``given``.
-    """
+def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[Any], seed: int) -> list[Arguments]:
+    """Return what enters the layers beside the hidden states; ``given`` keeps what the first one gives."""
     found: list[Arguments] = []
 
     def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if index == 0 and not given:
-                given.append(forward(*args, **kwargs))
-                hidden_states_of(given[0])  # which refuses what else a layer may give
-            found.append(split(args, kwargs)[1])
+            hidden, arguments = split(args, kwargs)
+            if not given:
+                given.append(_called(forward, hidden, args, kwargs))
+            found.append(arguments)
             if index + 1 == len(layers):
                 raise _LastLayerReachedError
-            return _filled(given[0], fill)
+            return _random(given[0], torch.Generator().manual_seed(seed))
 
         return call
 
@@ -65,10 +67,23 @@ def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, fill: int, giv
     return found[1:]
 
 
-def _filled(out: Any, fill: int) -> Any:
+def _called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    version = hidden._version
+    out = forward(*args, **kwargs)
+    if hidden._version != version:
+        raise ValueError(
+            "decoder layers change in place what enters them, and calibration calls them again with it: "
+            "write x = x + y in them, not x += y"
+        )
+    hidden_states_of(out)  # which refuses what else a layer may give
+    return out
+
+
+def _random(out: Any, generator: torch.Generator) -> Any:
     if isinstance(out, Tensor):
-        return torch.full_like(out, fill)
-    return rebuilt(out, [_filled(part, fill) for part in out]) if isinstance(out, tuple | list) else out
+        numbers = torch.randn(out.shape, generator=generator)
+        return numbers.to(out) if out.is_floating_point() else (numbers > 0).to(out)
+    return rebuilt(out, [_random(part, generator) for part in out]) if isinstance(out, tuple | list) else out
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -6,6 +6,7 @@ one stack of layers; other models may have several, and what lies between two is
 Shapes: B batch, T tokens, D hidden size.
 """
 
+import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -21,11 +22,13 @@ from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
-from wanda_lightning.calibration.handed_on import hand_on
+from wanda_lightning.calibration.handed_on import stand_in_for
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, is_offloaded
+
+log = logging.getLogger(__name__)
 
 Visit = tuple[DecoderLayer, CalibratedLayer | None]
 """A layer, and what enters it if there are batches."""
@@ -74,8 +77,12 @@ def walk(
         batches = chain([first], batches)
     for number, stack in enumerate(stacks):
         modules = [layer.module for layer in stack]
-        runs_layers = feed.runs_layers or (first is not None and hand_on(feed, modules, first))
-        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, runs_layers)
+        stand_in = None if feed.runs_layers or first is None else stand_in_for(feed, modules, first)
+        if stand_in is None and is_offloaded(model) and not feed.runs_layers:
+            log.warning(
+                "layers hand something on to later ones: all are read from disk once for each calibration batch"
+            )
+        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, stand_in)
         if first is not None and number == 0:
             _check_activations(model, layers, first, feed)
         dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.engine.shared_weights import without_repeats
+from wanda_lightning.engine.shared_weights import repeats_in
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.linears import PrunableLinear, own_parameters
@@ -52,11 +52,12 @@ def report_as_found(
     """
     report = PruningReport(f"{FOUND}{method}", str(pattern), pattern.sparsity)
     decoder, patterns = selection.choose(model, pattern)
-    decoder, repeats = without_repeats(model, decoder, patterns)
+    repeats = repeats_in(decoder)
+    again = {repeat.name for repeat in repeats}
     met = any(own.sparsity > 0 for own in patterns.values())
     for layer in decoder:
         report.not_pruned |= layer.left_dense
-        for linear in layer.linears:
+        for linear in (linear for linear in layer.linears if linear.name not in again):
             weight_OI = linear.weight_OI
             if weight_OI.is_meta:  # pruning will refuse it
                 return report, False
@@ -67,10 +68,19 @@ def report_as_found(
             alike = selection.allocator is None
             met = met and (not alike or _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape)))
     report.repeat(repeats)
-    if selection.allocator is not None:  # how it would split them nobody knows yet, but in whole weights of a row
-        met = met and report.sparsity >= pattern.sparsity - 1 / min((row.shape[1] for row in report.linears), default=1)
-    report.whole_model_sparsity = measure_whole_model(model)
+    if selection.allocator is not None:  # how it would split them nobody knows yet
+        met = met and report.sparsity >= pattern.sparsity - _rounding(report.linears, method)
     return report, met and bool(report.linears)
+
+
+def _rounding(rows: Sequence[LinearReport], method: PruningMethod) -> float:
+    """How much less than asked for an allocator may have given: half a weight in each row of a linear, in all.
+
+    Methods that compare within other groups than rows round once more.
+    """
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    further = (method.tolerance(row.shape) for row in rows if method.tolerance(row.shape) * row.shape[1] < 1)
+    return max((row.shape[0] / 2 for row in rows), default=0) / max(1, weights) + max(further, default=0.0)
 
 
 def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: Lists = None) -> float:

@@ -28,6 +28,18 @@ class Repeat(NamedTuple):
     first: str
 
 
+def repeats_in(decoder: Sequence[DecoderLayer]) -> list[Repeat]:
+    """Find the linears whose matrix an earlier linear has."""
+    first: dict[tuple[int, int | None, int | None], str] = {}
+    repeats = []
+    for layer in decoder:
+        for linear in filter(lambda linear: linear.is_stored, layer.linears):
+            earlier = first.setdefault((_place(linear.weight), linear.expert, linear.projection), linear.name)
+            if earlier != linear.name:
+                repeats.append(Repeat(linear.name, layer.name, earlier))
+    return repeats
+
+
 def without_repeats(
     model: nn.Module, decoder: Sequence[DecoderLayer], patterns: Mapping[str, Pattern]
 ) -> tuple[list[DecoderLayer], list[Repeat]]:
@@ -44,19 +56,13 @@ def without_repeats(
     Raises:
         ValueError: If a matrix is to be pruned under one name and not under another, or to different patterns.
     """
-    linears = [(layer.name, linear) for layer in decoder for linear in layer.linears if linear.is_stored]
-    _refuse_left_dense(model, [linear for _, linear in linears])
-    first: dict[tuple[int, int | None, int | None], PrunableLinear] = {}
-    repeats: list[Repeat] = []
-    for layer, linear in linears:
-        earlier = first.setdefault((_place(linear.weight), linear.expert, linear.projection), linear)
-        if earlier is linear:
-            continue
-        repeats.append(Repeat(linear.name, layer, earlier.name))
-        if patterns[earlier.name] != patterns[linear.name]:
+    _refuse_left_dense(model, [linear for layer in decoder for linear in layer.linears if linear.is_stored])
+    repeats = repeats_in(decoder)
+    for name, _, first in repeats:
+        if patterns[first] != patterns[name]:
             raise ValueError(
-                f"{earlier.name} and {linear.name} share one weight, which cannot be pruned to both "
-                f"{patterns[earlier.name]!r} and {patterns[linear.name]!r}: name both in the allocation, or neither"
+                f"{first} and {name} share one weight, which cannot be pruned to both {patterns[first]!r} and "
+                f"{patterns[name]!r}: name both in the allocation, or neither"
             )
     again = {repeat.name for repeat in repeats}
     return [replace(layer, linears=[x for x in layer.linears if x.name not in again]) for layer in decoder], repeats

@@ -26,6 +26,7 @@ from wanda_lightning.engine.measured_sparsity import (
     NOTABLE,
     linears_of,
     linears_with_zeros,
+    measure_whole_model,
     read_back,
     report_as_found,
     sparsity_now,
@@ -137,6 +138,7 @@ class PruningRun:
                 "it is not pruned again" if met else "it is pruned further",
             )
         if met:
+            found.whole_model_sparsity = measure_whole_model(model)
             self._take(found, trainer, module)
         else:
             self._prune_to(self.asked.pattern, trainer, module)
