@@ -370,7 +370,7 @@ def test_too_little_memory_says_what_takes_less():
 def test_a_full_disk_says_so():
     from_safetensors = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     for error in (from_safetensors, raised_by(on_a_full_disk)):
-        assert explained(error).startswith("no space is left on the disk")
+        assert explained(error).startswith("the disk takes no more")
 
 
 def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):

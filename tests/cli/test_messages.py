@@ -1,6 +1,8 @@
 """Mistakes of the user are one short message, whatever the class of the error; our own keep their traceback."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -111,6 +113,7 @@ def test_what_lightning_says_of_a_checkpoint_is_about_what_was_named():
         ["wanda_lightning.engine.pruner", "torch.nn.functional"],
         ["wanda_lightning.checkpoints.loading"],
         ["wanda_lightning.checkpoints.loading", "library.files", "wanda_lightning.engine.pruner", "torch"],
+        ["wanda_lightning.checkpoints.saving", "safetensors"],
         [READING[-1], "lightning.pytorch.callbacks", "wanda_lightning.callbacks.pruning", "torch"],
         ["library"],
     ],
@@ -124,6 +127,9 @@ def test_a_missing_package_is_named_unless_it_is_ours():
     assert explained(ModuleNotFoundError("No module named 'wanda_lightning.x'", name="wanda_lightning.x")) is None
 
 
+FULL = [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -133,7 +139,8 @@ def test_a_missing_package_is_named_unless_it_is_ours():
         (ImportError("peft"), 2),
         (ConnectionError("the hub"), 1),
         (TimeoutError("the hub"), 1),
-        (OSError(28, "No space left on device"), 1),
+        *((OSError(number, os.strerror(number)), 1) for number in FULL),
+        *((RuntimeError(f"Error while serializing: I/O error: x (os error {number})"), 1) for number in FULL),
         (MemoryError(), 1),
         (torch.OutOfMemoryError("CUDA out of memory"), 1),
     ],
