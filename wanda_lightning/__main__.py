@@ -8,6 +8,7 @@ from io import TextIOWrapper
 from pkgutil import resolve_name
 
 from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.unread_output import outlive_readers
 
 _PURPOSES = "\n".join(f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items())
 
@@ -30,6 +31,7 @@ options:
 
 def main() -> None:
     """Run the command; mistakes of the user are one short message and exit code 2, failures exit with 1."""
+    outlive_readers()
     if isinstance(sys.stdout, TextIOWrapper):  # a file or pipe on Windows knows few of the characters that models say
         sys.stdout.reconfigure(errors="replace")
     arguments = sys.argv[1:]

@@ -56,3 +56,23 @@ def test_a_pipe_that_knows_few_characters(tiny_model_folder, monkeypatch):
     main()
     sys.stdout.seek(0)
     assert sys.stdout.read().startswith("Omega is ?")
+
+
+def unread(folder, *arguments: str) -> tuple[int, str]:
+    """The exit code of a command whose output nobody reads, as behind ``| head``, and what it said of that."""
+    command = [sys.executable, "-m", "wanda_lightning", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), said
+
+
+def test_a_list_that_is_not_read_to_its_end(tmp_path):
+    assert unread(tmp_path, "recipes") == (0, "")
+
+
+def test_a_run_whose_output_nobody_reads_saves_its_model(tiny_model_folder, tmp_path):
+    options = ["--num_samples=4", "--sequence_length=16", "--data.max_evaluation_windows=2", "--output=out"]
+    unread(tmp_path, "prune", str(tiny_model_folder), *options)
+    assert (tmp_path / "out/model/model.safetensors").exists()
