@@ -75,6 +75,14 @@ def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
         open_source(str(path)).text("train")
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("record", [lambda text: {"text": text}, str])
+def test_a_json_list_is_taken_as_json_lines_are(tmp_path, record, indent):
+    (tmp_path / "list.json").write_text(json.dumps([*map(record, PARAGRAPHS)], indent=indent))
+    lines = write_jsonl(tmp_path / "lines.jsonl", PARAGRAPHS)
+    assert texts(open_source(str(tmp_path / "list.json"))) == texts(open_source(str(lines)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -82,7 +90,10 @@ def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
         (b'{"text": "a"}\n{"other": "b"}\n', "line 2 has no text_field 'text', it has other"),
         (b'{"text": "a"}\n{"text": 3}\n', "line 2 has neither text nor messages .* in field 'text': 3"),
         (b'{"text": null}\n{"text": null}\n', "null in all 2 records"),
-        (b"[1, 2]\n", "line 1 has no text_field 'text'"),
+        (b"3\n", "line 1 has no text_field 'text', it is 3"),
+        (b"[1, 2]\n", "record 1 has no text_field 'text', it is 1"),
+        (b'[{"text": "a"}, {"other": "b"}]', "record 2 has no text_field 'text', it has other"),
+        (b'[\n{"text": "a"},\noops]', "begins like a list, is not JSON .*line 3 column 1"),
         (b'{"text": "\xff"}\n', "not UTF-8"),
     ],
 )

@@ -41,8 +41,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         source: Text for calibration and training. "builtin" (Python's language reference, needs no download); a .txt,
-            .md, .jsonl or .json file (one JSON object a line); "wikitext2" or "c4", as the papers use them; a local
-            folder that holds a data set; or the name of a data set on the hub.
+            .md, .jsonl or .json file (one JSON object a line, or a list); "wikitext2" or "c4", as the papers use them;
+            a local folder that holds a data set; or the name of a data set on the hub.
         evaluation: Text for validation and testing, named in the same way; a list of several, or several by name. Each
             of several is evaluated by itself, as ``evaluation_names`` says. Default: the evaluation part of ``source``.
         tokenizer: Name or folder of a tokenizer, or a tokenizer. Default: that of the LightningModule, its attribute
