@@ -249,6 +249,22 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
         (["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.sparsty=1"], "did you mean --trainer.callbacks.sparsity?"),
         (["prune", "MODEL", "--sparsty", "0.6"], "did you mean --sparsity?"),
         (["prune", "MODEL", "--sparsity", "50"], "write 0.5 to prune 50 %"),
+        (["sweep", "MODEL", "--methods=[wnda]"], "error: --methods must be one of magnitude, wanda, sparsegpt, ablate"),
+        (["sweep", "MODEL", "--methods=[wnda]"], "got 'wnda'; did you mean wanda?\n"),
+        (
+            ["sweep", "MODEL", "--methods=wanda"],
+            "error: --methods must be a list such as '[wanda, sparsegpt]'; got wanda",
+        ),
+        (["sweep", "MODEL", "--methods=[{class_path: Wanda, init_args: {a: 1}}]"], "Option 'a' is not accepted"),
+        (["sweep", "MODEL", "--sparsities=0.4"], "error: --sparsities must be a list such as '[0.4, 0.6]'; got 0.4"),
+        (
+            ["sweep", "MODEL", "--patterns=[2:4]"],
+            "error: --patterns must be a list such as '[\"2:4\"]', with these quotes",
+        ),
+        (
+            ["sweep", "MODEL", "--patterns=2:4"],
+            "'[\"2:4\"]', with these quotes: a bare 2:4 is the number 124 in YAML; got 2:4",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, message):

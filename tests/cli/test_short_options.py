@@ -135,6 +135,8 @@ def test_a_recipe_without_pruning_gets_a_callback(tmp_path):
         ("prune M --method", "--method needs a value"),
         ("prune M N", "one model at a time, got 'M' and 'N'"),
         ("prune M --sparsity half", r"--sparsity must be a number in \[0, 1\), got 'half'$"),
+        ("prune M --sparsity nan", r"--sparsity must be a number in \[0, 1\), got 'nan'$"),
+        ("prune M --sparsity inf", r"--sparsity must be a number in \[0, 1\), got 'inf'$"),
         ("prune M --sparsity 2:4", "an N:M pattern is --pattern"),
         ("validate M --sparsity 0.5", "validate has no --sparsity"),
         ("sweep M --method wanda", "sweep has no --method: it takes --methods"),

@@ -1,16 +1,22 @@
 """Methods by the names that users type."""
 
+from typing import get_args
+
 import pytest
 
 from wanda_lightning import callbacks, methods
 from wanda_lightning.methods import Wanda
-from wanda_lightning.methods.named import METHODS, as_method
+from wanda_lightning.methods.named import METHODS, MethodName, as_method
 
 
 def test_every_method_has_a_name_and_a_callback():
     public = {getattr(methods, name) for name in methods.__all__ if not name.endswith("Method")}
     assert set(METHODS.values()) == public
     assert all(hasattr(callbacks, f"{method.__name__}Pruning") for method in METHODS.values())
+
+
+def test_the_type_of_names_is_that_of_all_names():
+    assert get_args(MethodName) == tuple(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)

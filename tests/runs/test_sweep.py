@@ -127,7 +127,8 @@ def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder
     [
         (([], [0.5], []), r"needs methods.*got methods \[\]"),
         (([Wanda()], [], []), r"needs methods, and sparsities.*sparsities \[\], patterns \[\]"),
-        (([Wanda(), Wanda()], [0.5], []), "each of them once"),
+        (([Wanda(), "wanda"], [0.5], []), "each of them once"),
+        ((["wonda"], [0.5], []), "method must be one of magnitude, wanda, .*got 'wonda'"),
         (([Wanda()], [0.5, 0.5], []), "each of them once"),
         (([Wanda()], [1.5], []), r"\[0, 1\)"),
         (([Wanda()], [], ["4:2"]), "4:2"),
@@ -158,6 +159,11 @@ def test_the_recipe(tiny_model_folder, tmp_path, capsys):
     assert len(perplexities(tmp_path)) == 9
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("Magnitude", "Wanda", "SparseGPT", "2:4", "comparison.png"))
+
+
+def test_methods_by_the_names_that_prune_takes(tiny_model_folder, tmp_path):
+    run(command(tmp_path, tiny_model_folder, "--methods=[wanda, Magnitude]", "--sparsities=[0.5]", "--patterns=[]"))
+    assert {*perplexities(tmp_path)} == {"wanda-0.5", "magnitude-0.5"}
 
 
 def test_weights_are_brought_back_whatever_the_method_did(tiny_model_folder, tmp_path):

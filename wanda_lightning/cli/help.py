@@ -10,7 +10,7 @@ _OPTIONS = {
     "--method NAME": f"{', '.join(METHODS)}; by default wanda",
     "--sparsity FRACTION": "how many of the weights go, in [0, 1); by default 0.5",
     "--pattern N:M": "keep N of every M consecutive inputs, such as 2:4",
-    "--methods LIST": "such as '[Wanda, SparseGPT]'",
+    "--methods LIST": "such as '[wanda, sparsegpt]'",
     "--sparsities LIST": "such as '[0.4, 0.6]'",
     "--patterns LIST": "such as '[\"2:4\"]'",
     "--max_perplexity_increase X": "how much worse it may get: the most sparsity within that is searched for",

@@ -10,12 +10,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from typing_extensions import override
 
 from wanda_lightning.cli.first_look import NO_MODEL
-from wanda_lightning.cli.short_options import closest
+from wanda_lightning.cli.short_options import closest, no_method
 
 # jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
 NOISE = re.compile(
-    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a <class 'NoneType'>|- Not a valid subclass of|"
-    r"Subclass types expect|- a (class path|dict)|Given value type|Given value: (\S*[\[({]|.{60}))"
+    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a (<class 'NoneType'>|typing.Literal\['magn)|"
+    r"- Not a valid subclass of|Subclass types expect|- a (class path|dict)|Given value type|"
+    r"Given value: (\S*[\[({]|.{60}))"
 )
 UNKNOWN_OPTION = re.compile(
     r"Parser key \"(\S+)\":.*?class_path '\S*?(\w+)':\s+Option '\w+' is not accepted", re.DOTALL
@@ -28,6 +29,17 @@ OPTIONS_OF = {
 """The classes whose arguments are options, by the part of the command line that they are under."""
 OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
 UNRECOGNIZED = r"unrecognized arguments: (-\S*?)(=| |$)"
+LISTS = {
+    "methods": "such as '[wanda, sparsegpt]'",
+    "sparsities": "such as '[0.4, 0.6]'",
+    "patterns": "such as '[\"2:4\"]', with these quotes: a bare 2:4 is the number 124 in YAML",
+    "allocations": "such as '[OWL]'",
+}
+"""The lists that a sweep takes."""
+NO_LIST = re.compile(rf"Parser key \"({'|'.join(LISTS)})\":\s+Expected a <class '[\w.]+'>. Got value: (.*)")
+NO_METHOD = re.compile(
+    r'Parser key "methods":(?!.*Problem with given class_path).*?(?:path string|Given value): (\S+)', re.DOTALL
+)
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -54,6 +66,10 @@ def shortened(message: str) -> str:
     """
     if 'Parser key "model"' in message and "arguments are required: pretrained" in message:
         return NO_MODEL
+    if no_list := NO_LIST.search(message):
+        return f"--{no_list[1]} must be a list {LISTS[no_list[1]]}; got {no_list[2]}"
+    if found := NO_METHOD.search(message):
+        return no_method("--methods", found[1])
     if "Does not validate against" in message:
         message = _without_noise(message)
     if unknown := UNKNOWN_OPTION.search(message):

@@ -82,6 +82,14 @@ def closest(option: str, known: Iterable[str]) -> str | None:
     return ends[end[0]] if end else None
 
 
+def no_method(option: str, given: str) -> str:
+    """Say that this is the name of no method, and which was meant."""
+    meant = closest(given.lower(), METHODS)
+    return f"{option} must be one of {', '.join(METHODS)}, got {given!r}" + (
+        f"; did you mean {meant}?" if meant else ""
+    )
+
+
 def _parted(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
     """Part short options and their values, recipes, and all others, which stay as they are."""
     short: dict[str, Any] = {}
@@ -134,15 +142,11 @@ def _check(command: str, short: dict[str, Any]) -> None:
         hint = "" if own[0] == "--prompt" else INSTEAD.get(command, "")
         raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
-        meant = closest(short["--method"].lower(), METHODS)
-        raise ValueError(
-            f"--method must be one of {', '.join(METHODS)}, got {short['--method']!r}"
-            + (f"; did you mean {meant}?" if meant else "")
-        )
+        raise ValueError(no_method("--method", short["--method"]))
     if "--sparsity" in short:
         try:
-            float(short["--sparsity"])
-        except ValueError:
+            int(float(short["--sparsity"]))  # neither nan nor inf
+        except (ValueError, OverflowError):
             hint = "; an N:M pattern is --pattern" if ":" in short["--sparsity"] else ""
             raise ValueError(f"--sparsity must be a number in [0, 1), got {short['--sparsity']!r}{hint}") from None
 

@@ -1,5 +1,7 @@
 """The methods by the names that users type."""
 
+from typing import Literal
+
 from wanda_lightning.methods.ablate import Ablate
 from wanda_lightning.methods.admm import ADMM
 from wanda_lightning.methods.base import PruningMethod
@@ -8,6 +10,7 @@ from wanda_lightning.methods.ria import RIA
 from wanda_lightning.methods.sparsegpt import SparseGPT
 from wanda_lightning.methods.wanda import Wanda
 
+MethodName = Literal["magnitude", "wanda", "sparsegpt", "ablate", "admm", "ria"]
 METHODS: dict[str, type[PruningMethod]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,

@@ -15,6 +15,7 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.methods import PruningMethod
+from wanda_lightning.methods.named import MethodName, as_method
 from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
@@ -33,7 +34,7 @@ def sweep(
     trainer: Trainer,
     model: LightningModule,
     datamodule: LightningDataModule | None,
-    methods: Sequence[PruningMethod],
+    methods: Sequence[PruningMethod | MethodName],
     sparsities: Sequence[float],
     patterns: Sequence[str],
     allocations: Sequence[Allocator] = (),
@@ -41,7 +42,7 @@ def sweep(
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
     folder = run_folder(trainer)
     check_in_memory(model, "a sweep")
-    callbacks = _callbacks(trainer, methods, sparsities, patterns, allocations, folder)
+    callbacks = _callbacks(trainer, [*map(as_method, methods)], sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
     settings = settings_of(trainer, model, datamodule)
     dense = _recorded(folder / "sweep.json", settings)

@@ -9,6 +9,7 @@ from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
 from wanda_lightning.checkpoints.hub import check_can_push
 from wanda_lightning.methods import PruningMethod
+from wanda_lightning.methods.named import MethodName
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.budget import budget_of
@@ -91,7 +92,7 @@ class PruningTrainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None,
-        methods: Sequence[PruningMethod],
+        methods: Sequence[PruningMethod | MethodName],
         sparsities: Sequence[float] = (0.5,),
         patterns: Sequence[str] = (),
         allocations: Sequence[Allocator] = (),
@@ -105,7 +106,7 @@ class PruningTrainer(Trainer):
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
             datamodule: Has ``calibration_dataloader()`` and ``val_dataloader()``; None if the model has them.
-            methods: Pruning methods, such as Wanda.
+            methods: Pruning methods, such as Wanda, or their names, such as ``wanda``.
             sparsities: Fractions of weights to prune, unstructured, each in [0, 1).
             patterns: N:M patterns besides, in quotes: ``"2:4"``.
             allocations: How sparsities are split among linears, such as ``OWL()``, besides pruning all alike.
