@@ -203,6 +203,20 @@ def test_the_command(runs, tmp_path, capsys):
     assert "SparseGPT" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "x.foo"], r"must be one of \.png, \.svg"),
+        (["--plot", "x.png", "--metric", "foo"], "no run has the metric 'foo'; they have val/perplexity"),
+        (["--metric", "val/perplexity"], "--metric says what --plot draws"),
+    ],
+)
+def test_the_command_draws_or_does_nothing(runs, tmp_path, capsys, options, message):
+    with pytest.raises(ValueError, match=message):
+        main([*map(str, runs), "--output", str(tmp_path / "out"), *options])
+    assert (capsys.readouterr().out, (tmp_path / "out").exists()) == ("", False)
+
+
 def test_the_commands_errors_are_short(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["wanda-lightning", "compare", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:

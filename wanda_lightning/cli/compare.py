@@ -19,15 +19,19 @@ def compare(runs: list[Path], output: Path | None = None, plot: Path | None = No
     """
     from rich.console import Console
 
+    from wanda_lightning.runs import plotting
     from wanda_lightning.runs.comparison import Comparison
 
     comparison = Comparison(runs)
+    if plot:
+        plotting.check(plot)
+        plotting.metric_of(comparison, metric)
+    elif metric:
+        raise ValueError("--metric says what --plot draws: name a picture, as --plot runs.png, or leave --metric out")
     Console().print(comparison.to_table())
     if output:
         comparison.save(output)
     if plot:
-        from wanda_lightning.runs import plotting
-
         plotting.plot(comparison, plot, metric)
 
 

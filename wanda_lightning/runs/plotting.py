@@ -37,6 +37,27 @@ def check(file: str | Path) -> Path:
     return path
 
 
+def metric_of(comparison: "Comparison", metric: str | None) -> str:
+    """Find the metric to draw.
+
+    Args:
+        comparison: The runs.
+        metric: Its name. Default: the first perplexity.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: If no run has it.
+    """
+    names = list(dict.fromkeys(name for row in comparison.rows() for name in row["metrics"]))
+    if metric is None:
+        metric = next((name for name in names if "perplexity" in name), None)
+    if metric is None or metric not in names:
+        raise ValueError(f"no run has the metric {metric or 'perplexity'!r}; they have {', '.join(names) or 'none'}")
+    return metric
+
+
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
     """Draw a metric of several runs against their sparsity, one line for each method.
 
@@ -51,14 +72,8 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     Raises:
         ValueError: If no run has that metric, the file is neither PNG nor SVG, or matplotlib is not installed.
     """
-    path = check(file)
-    rows = comparison.rows()
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    if metric is None:
-        metric = next((name for name in names if "perplexity" in name), None)
-    if metric is None or metric not in names:
-        raise ValueError(f"no run has the metric {metric or 'perplexity'!r}; they have {', '.join(names) or 'none'}")
-    rows = [row for row in rows if metric in row["metrics"]]
+    path, metric = check(file), metric_of(comparison, metric)
+    rows = [row for row in comparison.rows() if metric in row["metrics"]]
 
     from matplotlib.figure import Figure
     from matplotlib.ticker import MultipleLocator
