@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import SomebodysModule, batches, sparsities, trainer
 
-from wanda_lightning import PruningTrainer, Wanda, WandaPruning, prune_model
+from wanda_lightning import Gradual, PruningTrainer, Wanda, WandaPruning, prune_model
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -57,3 +57,19 @@ def test_other_processes_hear_of_a_model_that_cannot_be_written(tmp_path, told, 
     with pytest.raises(OSError, match="No space left"):
         trainer(tmp_path, cls=PruningTrainer).save_pretrained(SomebodysModule())
     assert isinstance(told[-1], OSError)
+
+
+@pytest.mark.parametrize(
+    ("asked", "save", "message"),
+    [
+        ({"targets": ["nosuch"]}, True, "'nosuch' matches no linear"),
+        ({"ignore": ["nosuch"]}, True, "'nosuch' matches no linear"),
+        ({"allocation": {"nosuch": 0.3}}, True, "'nosuch' matches no linear"),
+        ({"schedule": Gradual(0, 4)}, False, "schedule ends at step 4, training at step 3"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_evaluation(tmp_path, monkeypatch, asked, save, message):
+    monkeypatch.setattr(SomebodysModule, "validation_step", lambda *_: pytest.fail("it was evaluated"))
+    pruning = trainer(tmp_path, WandaPruning(sparsity=0.5, **asked), cls=PruningTrainer, max_epochs=-1)
+    with pytest.raises(ValueError, match=message):
+        pruning.prune(SomebodysModule(), train_dataloaders=batches(), val_dataloaders=batches(), save=save)

@@ -114,3 +114,15 @@ class Gradual:
                 f"{method} updates weights before it chooses among them, so weights that were pruned may come back: "
                 "use regrow=True in the schedule, or a method that chooses first, such as Wanda or a sequential Ablate"
             )
+
+    def check_steps(self, steps: float) -> None:
+        """Refuse a training that ends before the schedule does.
+
+        Args:
+            steps: Its optimizer steps.
+
+        Raises:
+            ValueError: If they are too few.
+        """
+        if steps < self.end:
+            raise ValueError(f"the gradual schedule ends at step {self.end}, training at step {steps:g}")

@@ -1,10 +1,10 @@
 """Pruning without training: evaluate, prune, evaluate, save."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -41,11 +41,15 @@ def prune(
         )
     if train_dataloaders is not None and val_dataloaders is None:  # as fit, which then does not validate
         evaluate = evaluate and is_overridden("val_dataloader", module)
+    for callback in callbacks:
+        if callback.schedule is not None and module.automatic_optimization and trainer.max_steps >= 0:
+            callback.schedule.check_steps(trainer.max_steps)
     with whole_run(trainer, module, save):
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
         if evaluate:
-            _evaluate(trainer, module, datamodule, val_dataloaders)
+            with with_callbacks(trainer, _NamesFirst()):
+                _evaluate(trainer, module, datamodule, val_dataloaders)
         if gradual:
             first = callbacks[0]
             return PruningReport(str(first.method), str(first.pattern), first.pattern.sparsity)
@@ -93,6 +97,14 @@ def end_if_asked(trainer: Trainer) -> None:
         raise SIGTERMException(143)
 
 
+class _NamesFirst(Callback):
+    """Refuses targets and the like that match no linear when the model is there, not after hours of evaluation."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in pruning_callbacks(trainer):
+            callback.run.stage(pl_module)  # which looks for all of them
+
+
 def _evaluate(
     trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any
 ) -> None:
@@ -109,3 +121,14 @@ def no_training(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.limit_train_batches, trainer.num_sanity_val_steps = before
+
+
+@contextmanager
+def with_callbacks(trainer: Any, *callbacks: Callback, without: Collection[Callback] = ()) -> Iterator[None]:
+    """Give a Trainer more callbacks for a while, and take others away."""
+    before = list(trainer.callbacks)
+    trainer.callbacks[:] = [*(callback for callback in before if callback not in without), *callbacks]
+    try:
+        yield
+    finally:
+        trainer.callbacks[:] = before

@@ -18,7 +18,7 @@ from wanda_lightning.runs import plotting, search_plot
 from wanda_lightning.runs.bisection import last_within
 from wanda_lightning.runs.budget import Budget
 from wanda_lightning.runs.held_out import HeldOut
-from wanda_lightning.runs.one_shot import prune
+from wanda_lightning.runs.one_shot import prune, with_callbacks
 from wanda_lightning.runs.search_result import SearchResult, Trial
 from wanda_lightning.runs.size_search import prune_to_size
 from wanda_lightning.runs.trials import (
@@ -28,7 +28,6 @@ from wanda_lightning.runs.trials import (
     other_settings,
     prune_and_evaluate,
     settings_of,
-    with_callbacks,
 )
 from wanda_lightning.sparsity import Unstructured
 

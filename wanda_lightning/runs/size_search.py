@@ -10,9 +10,9 @@ from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.language_model import find_language_model
-from wanda_lightning.runs.one_shot import no_training, prune
+from wanda_lightning.runs.one_shot import no_training, prune, with_callbacks
 from wanda_lightning.runs.search_result import SearchResult, Trial, percent
-from wanda_lightning.runs.trials import DenseWeights, with_callbacks
+from wanda_lightning.runs.trials import DenseWeights
 from wanda_lightning.sparsity import Unstructured
 
 CURVE = 10

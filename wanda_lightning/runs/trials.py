@@ -1,8 +1,7 @@
 """What a sweep and a search share: every trial starts from the dense weights and is told from those of other runs."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.stacks import lists_in
-from wanda_lightning.runs.one_shot import end_if_asked, prune
+from wanda_lightning.runs.one_shot import end_if_asked, prune, with_callbacks
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -82,17 +81,6 @@ def prune_and_evaluate(
     with with_callbacks(trainer, weights, callback):
         prune(trainer, model, datamodule=datamodule, evaluate=False, save=False)
         return evaluate(trainer, model, datamodule)
-
-
-@contextmanager
-def with_callbacks(trainer: Any, *callbacks: Callback, without: Collection[Callback] = ()) -> Iterator[None]:
-    """Give a Trainer more callbacks for a while, and take others away."""
-    before = list(trainer.callbacks)
-    trainer.callbacks[:] = [*(callback for callback in before if callback not in without), *callbacks]
-    try:
-        yield
-    finally:
-        trainer.callbacks[:] = before
 
 
 def settings_of(trainer: Any, model: Any, datamodule: Any) -> dict[str, dict[str, Any]]:

@@ -160,8 +160,7 @@ class PruningRun:
         schedule = self.asked.schedule
         if schedule is None or not module.automatic_optimization:  # of modules that step by themselves nobody can know
             return
-        if (steps := trainer.estimated_stepping_batches) < schedule.end:
-            raise ValueError(f"the gradual schedule ends at step {schedule.end}, training at step {steps:g}")
+        schedule.check_steps(trainer.estimated_stepping_batches)
 
     def end_training(self, trainer: Trainer, module: LightningModule) -> None:
         """Warn if training ended before the schedule did."""
