@@ -130,6 +130,16 @@ def test_validate_the_saved_model(wanda_lightning_command, small, tmp_path):
     assert str(report["evaluations"]["pruned"]["val/perplexity"])[:8] in shown
 
 
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [([], set()), (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"], {"logs"})],
+)
+def test_an_evaluation_writes_logs_where_they_are_asked_for(wanda_lightning_command, small, tmp_path, options, written):
+    done = wanda_lightning_command("validate", *small[:1], *small[2:4], *options)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == written
+
+
 @pytest.mark.parametrize("recipe", ["distill", "wanda_lora"])
 def test_a_resumed_run_keeps_its_settings_and_ends_the_same(wanda_lightning_command, small, tmp_path, recipe):
     """The checkpoint holds few of them: neither the teacher nor the adapters, and no learning rate."""

@@ -29,6 +29,9 @@ from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.one_shot import end_if_asked, whole_run
 from wanda_lightning.runs.trainer import PruningTrainer
 
+EVALUATING = ("validate", "test")
+"""The sub-commands that write no results."""
+
 
 class _Parser(LightningArgumentParser):
     """A parser whose errors name the mistake and little else."""
@@ -111,6 +114,8 @@ class PruningCLI(LightningCLI):
         if settings.quiet:
             kwargs["enable_progress_bar"] = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        if self.subcommand in EVALUATING and not settings.trainer.logger:  # files that nobody asked for
+            kwargs["logger"], self.save_config_callback = False, None
         trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks[:] = [
             StageBar() if isinstance(each, RichProgressBar) and each not in chosen else each
@@ -136,7 +141,7 @@ class PruningCLI(LightningCLI):
         else:
             with whole_run(self.trainer, self.model, will_save=True):
                 super()._run_subcommand(subcommand)
-        if subcommand in ("validate", "test"):  # which write no results
+        if subcommand in EVALUATING:
             return
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):
