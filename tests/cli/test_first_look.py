@@ -37,6 +37,8 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["fit", "-c", "wanda_finetune", "--trainer.max_steps", "3"], 2, NO_MODEL),
         (["prune", "-c", "wonda"], 2, "there is no file 'wonda', and the recipes of the package are ablate"),
         (["prune", "--config=no/such.yaml"], 2, "there is no file 'no/such.yaml'"),
+        (["fit", "MODEL", "-c", "sweep"], 2, "sweep is a recipe for `wanda-lightning sweep`, not for fit"),
+        (["prune", "MODEL", "-c", "search"], 2, "search is a recipe for `wanda-lightning search`, not for prune"),
         (["prune", "-c"], 2, "see `wanda-lightning recipes`"),
         (["recipes"], 0, "wanda_finetune"),
         (["recipes", "show", "wonda"], 2, "there is no file 'wonda'"),

@@ -7,14 +7,21 @@ from typing import Any
 from wanda_lightning.cli.recipes import is_inline, settings_of
 from wanda_lightning.cli.short_options import FLAGS, LONG, OF_CALLBACK, closest
 
+OF_RUNS = {
+    "sweep": ("--methods", "--sparsities", "--patterns", "--allocations"),
+    "search": (
+        *("--max_perplexity_increase", "--max_bytes", "--metric", "--max_drop", "--max_rise", "--step"),
+        "--held_out_windows",
+    ),
+}
+"""The options that one sub-command has and no other."""
 PLAIN = (
     *LONG,
     *OF_CALLBACK,
     *FLAGS,
     *("-c", "--config", "--trainer", "--seed_everything", "--ckpt_path", "--weights_only", "--verbose"),
-    *("--evaluate", "--save", "--methods", "--sparsities", "--patterns", "--allocations"),
-    *("--max_perplexity_increase", "--max_bytes", "--metric", "--max_drop", "--max_rise", "--step"),
-    "--held_out_windows",
+    *("--evaluate", "--save"),
+    *(option for options in OF_RUNS.values() for option in options),
 )
 """The options without a dot in their names; the others, such as ``--data.source``, are those of classes."""
 NO_MODEL = (
@@ -23,7 +30,7 @@ NO_MODEL = (
 
 
 def refuse_at_once(arguments: Sequence[str]) -> None:
-    """Refuse a recipe that is not there or none at all, a run without a model, and mistyped options.
+    """Refuse a recipe that is not there or for another command, a run without a model, and mistyped options.
 
     Args:
         arguments: A sub-command of LightningCLI and its options.
@@ -39,7 +46,11 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"-c needs the name of a recipe, see `wanda-lightning recipes`, or a file ({error})"
         ) from error
-    recipes = [settings_of(recipe) for recipe in given.config if not is_inline(recipe)]
+    recipes = {recipe: settings_of(recipe) for recipe in given.config if not is_inline(recipe)}
+    for recipe, settings in recipes.items():
+        for command, options in OF_RUNS.items():
+            if arguments[0] != command and any(f"--{name}" in options for name in settings):
+                raise ValueError(f"{recipe} is a recipe for `wanda-lightning {command}`, not for {arguments[0]}")
     for name in (word.partition("=")[0] for word in others):
         plain = name.startswith("--") and "." not in name and not name.endswith("+") and name not in PLAIN
         if plain and (meant := closest(name, PLAIN)):
@@ -47,7 +58,7 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
     # Only what is certain: options that speak of a model may name one, and help needs none.
     words = [*others, *filter(is_inline, given.config)]
     open_to_doubt = any(word in text for text in words for word in ("model", "help", "print_", "-h"))
-    if not open_to_doubt and not any(map(_names_a_model, recipes)):
+    if not open_to_doubt and not any(map(_names_a_model, recipes.values())):
         raise ValueError(NO_MODEL)
 
 
