@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_llama, tiny_mixtral, token_batches
+from transformers import MambaConfig, MambaForCausalLM
 
 from wanda_lightning.allocation.allocator import Task, exact
 from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
+from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.allocation.trial import Trials, fitted, held_out
+from wanda_lightning.engine.measured_sparsity import report_as_found
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import RIA, Magnitude, SparseGPT, Wanda
@@ -70,6 +73,17 @@ def test_every_beta_that_atp_tries_suits_layers_of_different_sizes(sparsity, sma
     ignore = [f"*layers.{layer}.{part}*" for layer in small for part in ("mlp", "self_attn.[qko]")]
     report = prune_model(tiny_llama(), token_batches(), "wanda", sparsity, ignore=ignore, allocation=ATP())
     assert report.sparsity == pytest.approx(sparsity, abs=0.01)
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+def test_more_is_asked_of_an_allocator_than_there_is(method):
+    """However few inputs one of the linears has."""
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, state_size=16, time_step_rank=8)
+    )
+    prune_model(model, None, "magnitude", 0.5)
+    found, is_pruned = report_as_found(model, method, Unstructured(0.6), Selection(allocation=OWL()))
+    assert (found.sparsity, is_pruned) == (pytest.approx(0.5, abs=0.01), False)
 
 
 def test_the_progression_of_atp():

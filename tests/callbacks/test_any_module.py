@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning import PruningTrainer, SparseFinetuning, WandaPruning, prune_model
+from wanda_lightning import MagnitudePruning, PruningTrainer, SparseFinetuning, WandaPruning, prune_model
 from wanda_lightning.model.decoder import every_linear
 
 
@@ -229,3 +229,10 @@ def test_a_module_that_only_trains_is_told_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"OnlyTrains .* a calibration_step\(.*\), a validation_step, or a forward"):
         trainer(tmp_path, WandaPruning(0.5)).fit(module)
     assert all(map(torch.equal, module.net.parameters(), dense.parameters()))
+
+
+def test_a_module_that_only_trains_is_pruned_by_what_needs_no_batches(tmp_path):
+    module = OnlyTrains()
+    callback = MagnitudePruning(0.5)
+    trainer(tmp_path, callback).fit(module)
+    assert callback.report.sparsity == 0.5

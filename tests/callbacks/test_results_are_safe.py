@@ -108,6 +108,14 @@ def test_a_fast_dev_run_leaves_the_results_of_the_one_before(tmp_path, sparsity)
     assert contents(tmp_path) == before
 
 
+def test_a_fast_dev_run_of_prune_leaves_the_model_of_the_one_before(tmp_path):
+    run(tmp_path, sparsity=0.5)
+    before = contents(tmp_path)
+    one = trainer(tmp_path, WandaPruning(sparsity=0.75), cls=PruningTrainer, fast_dev_run=True)
+    one.prune(SomebodysModule(), SomebodysData())
+    assert contents(tmp_path) == before
+
+
 def test_a_fast_dev_run_has_no_results(tmp_path):
     trainer(tmp_path, WandaPruning(sparsity=0.5), fast_dev_run=True).fit(SomebodysModule(), SomebodysData())
     assert contents(tmp_path) == {}

@@ -9,7 +9,7 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import SparseGPT, Wanda
 from wanda_lightning.model.decoder import coverage, decoder_layers
-from wanda_lightning.model.language_model import find_language_model, max_sequence_length
+from wanda_lightning.model.language_model import find_language_model, is_language_model, max_sequence_length
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 
 
@@ -266,12 +266,39 @@ class Rounded(nn.Linear):
         return nn.functional.linear(x, self.weight.mul(64).round() / 64, self.bias)
 
 
-def test_a_class_of_linears_that_parts_its_inputs_is_left_dense(llama):
-    llama.model.layers[0].mlp.up_proj = Grouped(32, 64, bias=False)
+class Chooses(nn.Linear):
+    """As some routers: it gives more than scores."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.topk(2).indices
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_class_of_linears_that_parts_its_inputs_is_left_dense(llama, device):
+    llama.model.layers[0].mlp.up_proj = Grouped(32, 64, bias=False, device=device)
     layer = decoder_layers(llama)[0]
     assert layer.left_dense == {"model.layers.0.mlp.up_proj.weight": "not in a linear"}
 
 
-def test_a_class_of_linears_with_one_matrix_is_pruned(llama):
-    llama.model.layers[0].mlp.up_proj = Rounded(32, 64, bias=False)
+@pytest.mark.parametrize("kind", [Rounded, Chooses])
+def test_a_class_of_linears_with_one_matrix_is_pruned(llama, kind):
+    llama.model.layers[0].mlp.up_proj = kind(32, 64, bias=False)
     assert not decoder_layers(llama)[0].left_dense
+
+
+def test_what_is_a_language_model():
+    import transformers
+
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoders = [transformers.BloomModel(transformers.BloomConfig(**size)), tiny_llama(), tiny_llama().model]
+    decoders += [transformers.MambaModel(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))]
+    encoders = [
+        kind(config(**size, intermediate_size=64))
+        for kind, config in (
+            (transformers.BertForMaskedLM, transformers.BertConfig),
+            (transformers.DebertaV2ForSequenceClassification, transformers.DebertaV2Config),
+            (transformers.MPNetForMaskedLM, transformers.MPNetConfig),
+        )
+    ]
+    assert [is_language_model(model) for model in decoders + encoders] == [True] * 4 + [False] * 3

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
+from wanda_lightning.callbacks.plumbing.averages import refuse_averages
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
@@ -167,13 +167,7 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     due = [callback for callback in callbacks if not callback.is_done(model)]
     if not prunes or not due:
         return
-    averaging = [x for x in cast(Any, trainer).callbacks if isinstance(x, WeightAveraging | StochasticWeightAveraging)]
-    if averaging:
-        raise ValueError(
-            f"{type(averaging[0]).__name__} has copied the weights before they are made smaller: do that in a run "
-            "without it, save the model, and train the saved one"
-        )
-    trainer.strategy.model_to_device()
+    refuse_averages(trainer)
     for callback in due:
         callback.check(model)
     folder = run_folder(trainer)  # all processes must ask for it

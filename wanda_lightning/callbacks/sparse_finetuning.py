@@ -1,16 +1,13 @@
 """Fine-tuning that keeps the zeros of a pruned model."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
+from wanda_lightning.callbacks.plumbing.averages import averages
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.training.masks import WeightMasks, masks_of_decoder
 
@@ -73,7 +70,7 @@ class SparseFinetuning(Callback):
         """
         self._masks = masks
         names = dict(pl_module.named_parameters())
-        for average in _averages(trainer):
+        for average in averages(trainer):
             if not (copies := dict(average.named_parameters())):
                 log.warning("a weight averaging callback averages nothing: it copied a module that had no model yet")
             masks.mask_copies({names[name]: copy for name, copy in copies.items() if name in names})
@@ -136,28 +133,3 @@ class SparseFinetuning(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the hooks, which are the optimizers' and cannot be pickled."""
         return {**self.__dict__, "_hooks": []}
-
-
-@torch.no_grad()
-def begin_averages(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give averages that no step has entered yet the weights as they are now; they were copied before the pruning.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: Its module, pruned.
-    """
-    weights = dict(pl_module.named_parameters())
-    for callback in getattr(trainer, "callbacks", []):
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel) and not average.n_averaged:
-            for name, copy in average.module.named_parameters():
-                copy.copy_(weights[name])
-
-
-def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """Find the copies of the module that weight averaging callbacks keep, which they made before it was pruned."""
-    for callback in getattr(trainer, "callbacks", []):
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            # torch's AveragedModel wraps its copy, Lightning's StochasticWeightAveraging holds it as it is.
-            yield average if isinstance(average, LightningModule) else getattr(average, "module", average)

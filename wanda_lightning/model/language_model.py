@@ -55,7 +55,14 @@ def is_language_model(model: nn.Module) -> bool:
     if any(getattr(module, "is_causal", None) is True for module in plain.modules()):
         return True
     generates = getattr(plain, "can_generate", None)
-    return generates is not None and bool(generates())
+    if generates is not None and generates():
+        return True
+    # Some attention modules do not say, such as those of MPT and of DeBERTa: then the kind of model does.
+    from transformers.models.auto import modeling_auto
+
+    kind = getattr(plain.config, "model_type", None)
+    writes, fills = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return kind in writes and kind not in fills
 
 
 def find_model(module: nn.Module) -> nn.Module:

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.model.attention import PROJECTIONS, holds_packed_projections
 from wanda_lightning.model.convolutions import is_conv2d
 from wanda_lightning.model.names import is_router, matches
+from wanda_lightning.model.one_matrix import is_one_matrix
 
 THIN = 4
 """A linear with this few inputs or outputs computes gates and coefficients; pruned only when a target names it."""
@@ -159,7 +159,7 @@ def matrix_parameters(layer: nn.Module, prefix: str) -> dict[nn.Parameter, str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is an ``nn.Linear``, a ``transformers.Conv1D`` or a ``Conv2d`` that can be seen as one."""
-    return (isinstance(module, nn.Linear) and _is_one_matrix(module)) or _is_conv1d(module) or is_conv2d(module)
+    return (isinstance(module, nn.Linear) and is_one_matrix(module)) or _is_conv1d(module) or is_conv2d(module)
 
 
 def holds_fused_experts(module: nn.Module) -> bool:
@@ -169,19 +169,6 @@ def holds_fused_experts(module: nn.Module) -> bool:
     """
     weight = getattr(module, EXPERT_OUTPUT, None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
-
-
-def _is_one_matrix(linear: nn.Linear) -> bool:
-    """Whether all inputs meet the whole weight; a class of its own may part them (DeepSeek-V4's grouped projection)."""
-    weight = linear._parameters.get("weight")
-    if type(linear).forward is nn.Linear.forward or weight is None or weight.is_meta:
-        return True
-    try:
-        with torch.no_grad():
-            given = type(linear).forward(linear, weight.new_zeros(1, 5, linear.in_features))
-    except Exception:  # whatever a class may say to inputs that it does not take
-        return False
-    return isinstance(given, Tensor) and given.shape == (1, 5, linear.out_features)
 
 
 def _is_of_parts(modules: nn.ModuleList) -> bool:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import SparseFinetuning
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
+from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import hub, saving
@@ -29,6 +30,8 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
         _merge(trainer, cast(Any, module))
     language_model: Any = find_model(module)
     check_reports(trainer, language_model)
+    if not keeps_files(trainer):
+        return
     folder = run_folder(trainer)
     with Processes().together():
         if trainer.is_global_zero:

@@ -29,23 +29,20 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
 
     Returns:
         Its ``calibration_step``; else None where its model is a language model, which is called with token ids; else
-        its ``validation_step``; else its ``forward``.
-
-    Raises:
-        ValueError: If it has none of them.
+        its ``validation_step``; else its ``forward``. It raises a ValueError if there is none of them.
     """
     step: Callable[..., Any] | None = getattr(module, CALIBRATION_STEP, None)
     if step is None and is_language_model(find_model(module)):
         return None
     if step is None and is_overridden("validation_step", module):
         step = module.validation_step
-    if step is None and not is_overridden("forward", module):
-        raise ValueError(
-            f"nothing says how {type(module).__name__} runs its model on a calibration batch: give it a "
-            f"{CALIBRATION_STEP}(batch, batch_idx), a validation_step, or a forward"
-        )
 
     def forward(_: nn.Module, batch: Any) -> Any:
+        if step is None and not is_overridden("forward", module):
+            raise ValueError(
+                f"nothing says how {type(module).__name__} runs its model on a calibration batch: give it a "
+                f"{CALIBRATION_STEP}(batch, batch_idx), a validation_step, or a forward"
+            )
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)

@@ -12,6 +12,7 @@ from torch import nn
 from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.callbacks.plumbing.averages import begin_averages
 from wanda_lightning.callbacks.plumbing.module_step import own_step
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
@@ -19,7 +20,6 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_model, desc
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.samples import samples_of
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
-from wanda_lightning.callbacks.sparse_finetuning import begin_averages
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.measured_sparsity import (

@@ -99,7 +99,7 @@ class RunFiles:
             Where they are kept, or None.
         """
         asked = self.asked
-        if asked.schedule is not None or not (streamed or keeps_files(trainer)):
+        if asked.schedule is not None or not keeps_files(trainer):
             return None
         if self._unfinished is None:
             by_default = until_saved or asked.output_dir is not None

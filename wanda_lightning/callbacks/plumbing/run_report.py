@@ -161,8 +161,8 @@ class RunReport:
 
 
 def keeps_files(trainer: Trainer) -> bool:
-    """Whether the results of a run are kept; those of a ``fast_dev_run`` are not."""
-    return not cast(Any, trainer).fast_dev_run
+    """Whether the results of a run are kept; those of a ``fast_dev_run`` are not, but of models that live on disk."""
+    return not cast(Any, trainer).fast_dev_run or bool(getattr(trainer.lightning_module, "stream", False))
 
 
 def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:

@@ -1,0 +1,58 @@
+"""Whether a class of linears of its own multiplies all inputs with the whole weight, as ``nn.Linear`` does.
+
+Some part them: in DeepSeek-V4's grouped projection each group of outputs sees its own inputs.
+"""
+
+from collections import OrderedDict
+from contextlib import suppress
+from copy import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+
+def is_one_matrix(linear: nn.Linear) -> bool:
+    """Tell from what a linear does with a few inputs, without values.
+
+    Args:
+        linear: An ``nn.Linear``, or of a class derived from it.
+
+    Returns:
+        Whether its weight meets them in one product, whatever it does besides (rounding, choosing experts), or it gives
+        what a linear gives.
+    """
+    if type(linear).forward is nn.Linear.forward or linear._parameters.get("weight") is None:
+        return True
+    twin = cast(nn.Linear, _on_meta(linear))  # which computes nothing
+    given: Any = None
+    with torch.no_grad(), suppress(Exception), _Products(twin.weight.shape) as products:
+        given = type(linear).forward(twin, twin.weight.new_zeros(1, 5, linear.in_features))
+    return products.seen or (isinstance(given, Tensor) and given.shape == (1, 5, linear.out_features))
+
+
+class _Products(TorchFunctionMode):
+    """Sees whether ``F.linear`` is called with a weight of a shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.seen = shape, False
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or (func is nn.functional.linear and len(args) > 1 and args[1].shape == self.shape)
+        return func(*args, **(kwargs or {}))
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """Return a module of the same class that has shapes instead of values, and none of the hooks."""
+    twin = copy(module)
+    twin.__dict__.pop("forward", None)
+    for name in ("_parameters", "_buffers"):
+        held = module.__dict__[name].items()
+        twin.__dict__[name] = {n: None if x is None else x.detach().to("meta") for n, x in held}
+    twin._modules = {n: None if child is None else _on_meta(child) for n, child in module._modules.items()}
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
