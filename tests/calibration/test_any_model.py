@@ -221,3 +221,19 @@ def test_lists_can_be_named():
 def test_a_batch_without_tensors_is_refused():
     with pytest.raises(ValueError, match="must hold tensors"):
         Feed(nn.Linear(2, 2)).tensors({"text": "words"})
+
+
+@torch.no_grad()
+def test_layers_that_change_in_place_what_enters_them_are_refused():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            x += self.linear(x)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Adds(), Adds()))
+    with pytest.raises(ValueError, match="layers change in place what enters them"):
+        next(walk(model, decoder_layers(model, layers=["1"]), [torch.randn(2, 4)], feed=Feed(model)))

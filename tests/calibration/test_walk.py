@@ -182,7 +182,7 @@ def test_models_that_use_their_layers_in_another_way_are_refused(batches):
     assert "calls decoder layer 0 where layer 3 of 3 would be next" in error_of(looped)
     assert "calls 2 of its 3 decoder layers" in error_of(halved)
     assert "changes the hidden states between decoder layers 0 and 1" in error_of(scaled)
-    assert "decoder layers change in place what enters them" in error_of(in_place)
+    assert "layers change in place what enters them" in error_of(in_place)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,6 +1,6 @@
 """How a model calls a layer, and what the layer gives. Shapes: B batch, T tokens, D hidden size."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -72,6 +72,32 @@ def hidden_states_of(out: Any) -> Tensor:
             "list, can be pruned layer by layer"
         )
     return hidden
+
+
+def called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the forward of a layer as the model does.
+
+    Args:
+        forward: The forward.
+        hidden: The hidden states among its arguments.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        What it gives, hidden states (B, T, D) or a tuple or list that starts with them.
+
+    Raises:
+        ValueError: If it changes in place what enters it, or gives something else.
+    """
+    version = hidden._version
+    out = forward(*args, **kwargs)
+    if hidden._version != version:
+        raise ValueError(
+            "layers change in place what enters them, and calibration calls them again with it: write x = x + y in "
+            "them, not x += y"
+        )
+    hidden_states_of(out)
+    return out
 
 
 def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:

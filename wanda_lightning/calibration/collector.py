@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, I in features.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -121,10 +122,17 @@ class Collector:
             if sharing is None:
                 self._owners.add(name)
             self._statistics[name] = self._statistics[sharing] if sharing else self._empty(linear)
+        elif name not in self._owners and not self._is_shared(name, x):  # called again, with an input of its own
+            self._statistics[name] = deepcopy(self._statistics[name])
+            self._owners.add(name)
         if name in self._owners:
             if linear.experts is None:
                 self._inputs.append((x, name))
             self._statistics[name].update(real_inputs(x, self._real.of(x), linear))
+
+    def _is_shared(self, name: str, x: Tensor) -> bool:
+        """Whether the owner of a linear's statistic has counted an input in this batch."""
+        return any(seen is x and self._statistics[owner] is self._statistics[name] for seen, owner in self._inputs)
 
     def _see_experts(self, linears: list[PrunableLinear], hidden: Tensor, top_k_index: Tensor) -> None:
         for linear in linears:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, hidden_states_of, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.real_tokens import RealTokens
@@ -79,7 +79,7 @@ class _Recorder:
         """Run the layer; the last one only for the first batch, to be compared with."""
         if index == self._last and len(self.hidden_BTD) > 1:
             raise _DryRunDoneError
-        out = forward(*args, **kwargs)
+        out = called(forward, hidden, args, kwargs)
         self._passed = hidden_states_of(out)
         if index == self._last:
             self.last_output = self._passed

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import model_inputs, tensors_in
+from wanda_lightning.calibration.calls import rebuilt
 from wanda_lightning.calibration.real_tokens import RealTokens, real_tokens
 from wanda_lightning.model.attention import every_linear_is_called
 from wanda_lightning.model.offload import device_of
@@ -132,7 +133,7 @@ def _masks(batch: Any) -> dict[str, Tensor]:
     masks = {}
     for path, tensor in tensors_in(batch):
         name = path.rpartition(".")[2]
-        if tensor.dim() == 2 and name.endswith("attention_mask"):
+        if tensor.dim() == 2 and name in ("attention_mask", "encoder_attention_mask", "decoder_attention_mask"):
             masks[name] = tensor != 0
         elif tensor.dim() == 2 and name.endswith("padding_mask") and tensor.dtype == torch.bool:
             masks[name] = ~tensor
@@ -152,6 +153,5 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        moved = [_moved(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        return rebuilt(batch, [_moved(value, device) for value in batch])
     return batch

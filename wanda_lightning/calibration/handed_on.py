@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, hidden_states_of, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, called, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 
@@ -52,7 +52,7 @@ def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[An
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden, arguments = split(args, kwargs)
             if not given:
-                given.append(_called(forward, hidden, args, kwargs))
+                given.append(called(forward, hidden, args, kwargs))
             found.append(arguments)
             if index + 1 == len(layers):
                 raise _LastLayerReachedError
@@ -65,18 +65,6 @@ def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[An
             stack.enter_context(replaced(layer, "forward", stand_in(index, layer.forward)))
         feed.run(batch)
     return found[1:]
-
-
-def _called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    version = hidden._version
-    out = forward(*args, **kwargs)
-    if hidden._version != version:
-        raise ValueError(
-            "decoder layers change in place what enters them, and calibration calls them again with it: "
-            "write x = x + y in them, not x += y"
-        )
-    hidden_states_of(out)  # which refuses what else a layer may give
-    return out
 
 
 def _random(out: Any, generator: torch.Generator) -> Any:

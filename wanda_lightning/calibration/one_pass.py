@@ -112,6 +112,8 @@ class OnePass:
                     if 0 < len(outputs) < len(batches) or (outputs and self._stop):
                         raise NotOnePassError("not all batches reach the same linears")
                     yield from self._reached()
+                if not self._needs_outputs:  # a linear that is called again behind the last stop would not be seen
+                    yield from self._advance(0, batches[0])
         finally:
             for batch in batches:
                 batch.give_up()

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 OWN = re.compile(r"layer-\d{5}\.safetensors|(run|allocation)\.json|lock")
 """The names of its files."""
 HALF_WRITTEN = re.compile(r"\.(layer-\d{5}|run|allocation)-\w{8}\.(safetensors|json)|\.tmp\w{6}")
-"""What a write that was killed may leave: of :func:`whole_file`, and of safetensors."""
+"""What a write that was killed may leave: of ``atomic_files.whole_file``, and of safetensors."""
 
 
 class Journal:

@@ -81,8 +81,14 @@ class LayerChooser:
         shown = iter(self.progress(rounds, len(rounds)))
         for _ in range(self.number):
             losses: dict[int, float] = {}
-            for layer in [layer for layer in range(len(modules)) if layer not in gone]:
+            left = [layer for layer in range(len(modules)) if layer not in gone]
+            may_go = [layer for layer in left if not self.plan.why_not(self.model, {*gone, layer})]
+            if not may_go:
+                self._first_that_may([{*gone, layer} for layer in left])  # which says why
+            for layer in left:
                 next(shown)
+                if layer not in may_go:
+                    continue
                 with ExitStack() as stack:
                     for each in (*gone, layer):
                         stack.enter_context(replaced(modules[each], "forward", stand_in[each]))

@@ -11,6 +11,7 @@ from torch import nn
 
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
+from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.sparsity import Pattern
 
 
@@ -54,10 +55,16 @@ def without_repeats(
         The layers without repeats; and the repeats.
 
     Raises:
-        ValueError: If a matrix is to be pruned under one name and not under another, or to different patterns.
+        ValueError: If a matrix is to be pruned under one name and not under another, or to different patterns; or if
+            there are repeats in a model that is not in memory.
     """
     _refuse_left_dense(model, [linear for layer in decoder for linear in layer.linears if linear.is_stored])
     repeats = repeats_in(decoder)
+    if repeats and is_offloaded(model):
+        raise ValueError(
+            f"{repeats[0].first} and {repeats[0].name} share one weight, of which a model that is not in memory has "
+            "copies: load it into memory as a whole"
+        )
     for name, _, first in repeats:
         if patterns[first] != patterns[name]:
             raise ValueError(

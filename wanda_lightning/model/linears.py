@@ -124,7 +124,7 @@ def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
     lists: list[str] = []  # of modules within the layer, such as experts that are modules of their own
     for name, module in own_modules(layer, prefix):
         experts = next((outer for outer in lists if name.startswith(f"{outer}.")), None)
-        if isinstance(module, nn.ModuleList) and experts is None and not _is_of_parts(module):
+        if experts is None and _holds_layers_alike(module):
             lists.append(name)
         elif is_linear(module):
             linears.append(PrunableLinear(name, module, experts))
@@ -171,9 +171,17 @@ def holds_fused_experts(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
-def _is_of_parts(modules: nn.ModuleList) -> bool:
-    """Whether a list holds the parts of a layer, each of its own class: experts, that tokens pass by, are alike."""
-    return 1 < len(modules) == len({type(part) for part in modules})
+def _holds_layers_alike(module: nn.Module) -> bool:
+    """Whether a module is a list, or a dictionary, of modules that tokens may pass by, such as experts.
+
+    The parts of a layer may be in one, too: each is of a class of its own, and in a dictionary a linear by itself.
+    """
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    parts = [*module.children()]
+    if isinstance(module, nn.ModuleDict) and any(map(is_linear, parts)):
+        return False
+    return not 1 < len(module) == len({type(part) for part in parts})
 
 
 def _is_conv1d(module: nn.Module) -> bool:
