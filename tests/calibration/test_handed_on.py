@@ -1,5 +1,8 @@
 """Layers that hand something on to later ones: each later one is called with what is its batch's own."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
@@ -8,7 +11,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from wanda_lightning import prune_model
 from wanda_lightning.calibration.feed import LanguageModelFeed
-from wanda_lightning.calibration.handed_on import stand_in_for
+from wanda_lightning.calibration.handed_on import probe
 
 
 class Layer(nn.Module):
@@ -82,12 +85,26 @@ def test_masks_are_those_of_the_whole_models_own_inputs(kind, true_sequential):
 def test_layers_of_models_that_hand_nothing_on_need_not_run():
     """Masks and positions are the same whatever the layers give."""
     model = tiny_llama()
-    assert stand_in_for(LanguageModelFeed(model), list(model.model.layers), BATCHES[0]) is not None
+    assert probe(LanguageModelFeed(model), list(model.model.layers), BATCHES[0]) is not None
 
 
 def test_layers_that_are_called_twice_and_hand_something_on_are_refused():
     with pytest.raises(ValueError, match="calls decoder layer 0 where layer 4 of 4 would be next"):
         prune_model(Decoder(first_values=True, times=2).eval(), BATCHES, "wanda", 0.5)
+
+
+def test_what_is_handed_on_beside_the_arguments_is_refused():
+    model, shelf = tiny_llama(), SimpleNamespace(scale=None)
+
+    def forward(self, hidden_BTD, *args, own_forward, **kwargs):
+        before, shelf.scale = shelf.scale, hidden_BTD.mean() + 1.5
+        out = own_forward(hidden_BTD, *args, **kwargs)
+        return out if before is None or self is model.model.layers[0] else out * before
+
+    for layer in model.model.layers:
+        layer.forward = partial(forward, layer, own_forward=layer.forward)
+    with pytest.raises(ValueError, match="hand something on by other ways than arguments"):
+        prune_model(model, BATCHES, "wanda", 0.5)
 
 
 def test_layers_that_give_no_tensor_are_refused():

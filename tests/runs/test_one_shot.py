@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from helpers import SomebodysModule, batches, sparsities, trainer
+from helpers import SomebodysData, SomebodysModule, batches, digests, few_windows, pruning_trainer, sparsities, trainer
 
-from wanda_lightning import Gradual, PruningTrainer, Wanda, WandaPruning, prune_model
+from wanda_lightning import CausalLM, Gradual, PruningTrainer, Wanda, WandaPruning, prune_model
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -73,3 +73,19 @@ def test_what_cannot_be_done_is_refused_before_the_evaluation(tmp_path, monkeypa
     pruning = trainer(tmp_path, WandaPruning(sparsity=0.5, **asked), cls=PruningTrainer, max_epochs=-1)
     with pytest.raises(ValueError, match=message):
         pruning.prune(SomebodysModule(), train_dataloaders=batches(), val_dataloaders=batches(), save=save)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
+def test_processes_that_end_before_the_model_is_saved_are_refused(tmp_path, strategy):
+    run = pruning_trainer(tmp_path, WandaPruning(sparsity=0.5), devices=2, strategy=strategy)
+    with pytest.raises(ValueError, match='in processes that end before it is saved: use strategy="ddp"'):
+        run.prune(SomebodysModule(), SomebodysData())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_model_that_is_not_loaded_replaces_none(tmp_path, tiny_model_folder):
+    pruning_trainer(tmp_path, WandaPruning(sparsity=0.5)).prune(CausalLM(tiny_model_folder), few_windows())
+    before = digests(tmp_path / "model")
+    with pytest.raises(ValueError, match="CausalLM has no weights to save"):
+        pruning_trainer(tmp_path, WandaPruning(sparsity=0.5)).save_pretrained(CausalLM(tiny_model_folder))
+    assert digests(tmp_path / "model") == before

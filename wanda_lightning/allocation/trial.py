@@ -130,11 +130,11 @@ class Trials:
             if self._now.get(linear.name) != patterns[linear.name]:
                 linear.weight_OI.copy_(self.pruned(linear.name, patterns[linear.name]))
         self._now = dict(patterns)
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         with self._task.team.together(), torch.no_grad():
             torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
             for losses_N in token_losses(self._task.model, batches):
-                sums += torch.tensor([float(losses_N.sum()), len(losses_N)])
+                sums += torch.tensor([float(losses_N.sum()), len(losses_N)], dtype=torch.float64, device="cpu")
         mean = self._mean(sums)[0]
         return mean if math.isfinite(mean) else math.inf
 
@@ -166,7 +166,7 @@ class Trials:
             linear.weight_OI.copy_((before_OI + after_OI) / 2)
             steps[linear.name] = after_OI - before_OI
         weights = list(dict.fromkeys(linear.weight for linear in linears))
-        sums = torch.zeros(len(linears) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(linears) + 1, dtype=torch.float64, device="cpu")
         with self._task.team.together(), torch.enable_grad(), only_requiring_grad(self._task.model, weights):
             torch.clear_autocast_cache()
             for losses_N in token_losses(self._task.model, batches):
@@ -174,7 +174,7 @@ class Trials:
                 found = torch.autograd.grad(losses_N.sum(), weights, allow_unused=True)
                 gradients = dict(zip(weights, found, strict=True))
                 parts = [_inner(linear, gradients[linear.weight], steps[linear.name]) for linear in linears]
-                sums += torch.tensor([*parts, len(losses_N)], dtype=torch.float64)
+                sums += torch.tensor([*parts, len(losses_N)], dtype=torch.float64, device="cpu")
         parts = self._mean(sums)
         if not all(map(math.isfinite, parts)):
             raise ValueError(f"the gradients of the pruned model are NaN or infinite: {OVERFLOW}")

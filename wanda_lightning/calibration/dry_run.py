@@ -124,8 +124,7 @@ def dry_run(
         layers: Layers that it calls one after another.
         batches: Calibration batches.
         activations: Where the hidden states wait for the first layer.
-        stand_in: What the layers may give instead of running, see :func:`~wanda_lightning.calibration.handed_on
-            .stand_in_for`; None: they run.
+        stand_in: What the layers may give instead of running, see ``handed_on.py``; None: they run.
 
     Returns:
         The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real.

@@ -6,13 +6,13 @@ of the first layer. What a model computes by itself, such as masks and positions
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, called, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 
@@ -21,8 +21,22 @@ class _LastLayerReachedError(Exception):
     """What follows the layers need not run."""
 
 
-def stand_in_for(feed: Feed, layers: list[nn.Module], batch: Batch) -> Any:
-    """Find what may stand in for what layers give, while it is recorded what the model passes to them.
+class Probed(NamedTuple):
+    """What a small part of a batch has shown.
+
+    Attributes:
+        few: That part.
+        given: What the first layer gives for it.
+        arguments: What enters each layer beside the hidden states, twice: layers may write to it.
+    """
+
+    few: Batch
+    given: Any
+    arguments: tuple[list[Arguments], list[Arguments]]
+
+
+def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
+    """Find what may stand in for what layers give while it is recorded what the model passes to them.
 
     The model runs twice on a small part of a batch with stand-ins for its layers, which give random numbers in the
     shape of what the first one gives. If what it passes to a layer differs, layers have to run.
@@ -33,19 +47,19 @@ def stand_in_for(feed: Feed, layers: list[nn.Module], batch: Batch) -> Any:
         batch: A calibration batch.
 
     Returns:
-        What the first layer gives; None where something is handed on.
+        What was seen; None where something is handed on.
 
     Raises:
-        ValueError: If it changes in place what enters it, or gives no hidden states.
+        ValueError: If the first layer changes in place what enters it, or gives no hidden states.
     """
     few = feed.first(batch)
     given: list[Any] = []
-    handed_on = not _same(*(_arguments(feed, layers, few, given, seed) for seed in (1, 2)))
-    return None if handed_on else given[0]
+    one, other = (_arguments(feed, layers, few, given, seed) for seed in (1, 2))
+    return Probed(few, given[0], (one, other)) if _same(one[1:], other[1:]) else None
 
 
 def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[Any], seed: int) -> list[Arguments]:
-    """Return what enters the layers beside the hidden states; ``given`` keeps what the first one gives."""
+    """Return what enters each layer beside the hidden states; ``given`` keeps what the first one gives."""
     found: list[Arguments] = []
 
     def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +78,43 @@ def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[An
         for index, layer in enumerate(layers):
             stack.enter_context(replaced(layer, "forward", stand_in(index, layer.forward)))
         feed.run(batch)
-    return found[1:]
+    return found
+
+
+def check_one_by_one(feed: Feed, layers: list[nn.Module], probed: Probed) -> None:
+    """Make sure that layers give what they give in the model if each is called for one batch after the other.
+
+    Args:
+        feed: Runs the model.
+        layers: Layers that it calls one after another.
+        probed: What is known of them.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    seen: list[Tensor] = []
+
+    def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(split(args, kwargs)[0].clone())
+
+    def last(_: nn.Module, __: Any, out: Any) -> None:
+        seen.append(hidden_states_of(out))
+        raise _LastLayerReachedError
+
+    with ExitStack() as hooks, suppress(_LastLayerReachedError):
+        hooks.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
+        hooks.callback(layers[-1].register_forward_hook(last).remove)
+        feed.run(probed.few)
+    hidden, expected = seen
+    for layer, own, others in zip(layers, *probed.arguments, strict=True):
+        of_another = 1.5 * hidden.flip(1)
+        hidden = hidden_states_of(own.call(layer, hidden))
+        others.call(layer, of_another)
+    if not torch.allclose(hidden.float(), expected.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(
+            "layers do not give what they give in the model if each is called for all batches before the next one, for "
+            "they hand something on by other ways than arguments: they cannot be pruned one by one"
+        )
 
 
 def _random(out: Any, generator: torch.Generator) -> Any:

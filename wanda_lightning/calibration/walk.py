@@ -22,7 +22,7 @@ from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
-from wanda_lightning.calibration.handed_on import stand_in_for
+from wanda_lightning.calibration.handed_on import check_one_by_one, probe
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
@@ -77,14 +77,16 @@ def walk(
         batches = chain([first], batches)
     for number, stack in enumerate(stacks):
         modules = [layer.module for layer in stack]
-        stand_in = None if feed.runs_layers or first is None else stand_in_for(feed, modules, first)
-        if stand_in is None and is_offloaded(model) and not feed.runs_layers:
+        probed = None if feed.runs_layers or first is None else probe(feed, modules, first)
+        if probed is None and is_offloaded(model) and not feed.runs_layers:
             log.warning(
                 "layers hand something on to later ones: all are read from disk once for each calibration batch"
             )
-        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, stand_in)
+        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, probed.given if probed else None)
         if first is not None and number == 0:
             _check_activations(model, layers, first, feed)
+            if probed and not is_offloaded(model):
+                check_one_by_one(feed, modules, probed)
         dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None
         for index, layer in enumerate(stack):
             memory = _size(layer.module) if is_offloaded(layer.module) else None

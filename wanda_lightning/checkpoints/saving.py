@@ -69,8 +69,14 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
+        ValueError: If it has no weights.
         RuntimeError: If what was written are not the same weights.
     """
+    if not model.state_dict():
+        raise ValueError(
+            f"{type(model).__name__} has no weights to save. If it loads them in configure_model, run fit or validate "
+            "first, and with several processes use strategy='ddp', whose first process is this one"
+        )
     check_weights_can_be_saved(model)
     folder = Path(folder).expanduser().resolve()
     with whole_folder(folder) as unfinished:

@@ -164,11 +164,11 @@ class _Fit:
 
     def error(self, batches: Sequence[int]) -> float:
         """Return the mean error of the real tokens of some batches, over all processes."""
-        sums = torch.zeros(2, device=self.weights[0].device)
+        sums = torch.zeros(2, dtype=torch.float32, device=self.weights[0].device)
         with self._processes.together():
             for batch in batches:
                 error_N = self._errors(batch)
-                sums += torch.stack([error_N.sum(), error_N.new_tensor(len(error_N))]).to(sums.device)
+                sums += torch.stack([error_N.sum(), error_N.new_tensor(len(error_N))]).to(sums)
         self._processes.sum([sums])
         total, tokens = self._processes.send(0, sums).tolist()
         return total / max(1.0, tokens)
@@ -176,7 +176,7 @@ class _Fit:
     def set_gradients(self, batch: int | None, unit: float) -> None:
         """Give each master the gradient of the mean error over a batch of every process, in a unit near the error."""
         gradients = [torch.zeros_like(master) for master in self.masters]
-        tokens = torch.zeros(1, device=self.weights[0].device)
+        tokens = torch.zeros(1, dtype=torch.float32, device=self.weights[0].device)
         with self._processes.together():
             if batch is not None:
                 tokens += self._backward(batch, unit, gradients)

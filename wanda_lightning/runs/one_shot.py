@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -34,6 +35,11 @@ def prune(
     gradual = any(callback.schedule is not None for callback in callbacks)
     if gradual and save:
         raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} loads and prunes the model in processes that end before it is saved: "
+            'use strategy="ddp"'
+        )
     if datamodule is not None and not hasattr(datamodule, "prepare_data"):
         raise ValueError(
             f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: give dataloaders by name, as "
