@@ -10,6 +10,7 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from wanda_lightning import prune_model
+from wanda_lightning.calibration.calls import is_the_same
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.handed_on import probe
 
@@ -113,3 +114,15 @@ def test_layers_that_give_no_tensor_are_refused():
         layer.forward = lambda hidden_BTD, **_: {"hidden_states": hidden_BTD}
     with pytest.raises(ValueError, match="a layer gives dict: only layers that give hidden states"):
         prune_model(model, BATCHES, "wanda", 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_told_from_another_result(dtype):
+    """Also where one token is ten thousand times as large as the others, or some are 0."""
+    hidden = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0))
+    hidden[:, 0] *= 10_000
+    hidden[:, 1] = 0
+    hidden = hidden.to(dtype)
+    rounded = (hidden.float() * (1 + torch.finfo(dtype).eps)).to(dtype) + torch.finfo(dtype).eps ** 2
+    another = torch.cat([hidden[:, :2], 1.2 * hidden[:, 2:]], 1)
+    assert (is_the_same(rounded, hidden), is_the_same(another, hidden)) == (True, False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -103,3 +104,14 @@ def called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], k
 def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
     """Put other values into a tuple, named tuple or list."""
     return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
+
+
+def is_the_same(one_BTD: Tensor, other_BTD: Tensor) -> bool:
+    """Whether two hidden states differ by rounding only, on the mean over tokens.
+
+    Sums may have another order each time, as those over experts on a GPU have, and half precision then decides
+    otherwise for single tokens. A few of them are far larger than the others, so each counts by its own size.
+    """
+    difference_BT, size_BT = (one_BTD.float() - other_BTD.float()).norm(dim=-1), other_BTD.float().norm(dim=-1)
+    relative_BT = difference_BT / size_BT.clamp_min(1e-3 * float(size_BT.mean()) + torch.finfo(torch.float32).tiny)
+    return not bool(relative_BT.mean() > (1e-3 if other_BTD.itemsize > 2 else 0.05))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, is_the_same, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.real_tokens import RealTokens
@@ -165,7 +165,7 @@ def _check_repeats(layers: list[nn.Module], recorder: _Recorder) -> None:
     for layer, arguments in zip(layers, recorder.arguments, strict=True):
         hidden = hidden_states_of(arguments[0].call(layer, hidden))
     expected = cast(Tensor, recorder.last_output)
-    if not torch.allclose(hidden.float(), expected.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not is_the_same(hidden, expected):
         raise ValueError(
             "layers give something else when they are called again with what the model passed to them (a cache, "
             "randomness, or states that they change in place): they cannot be pruned one by one"

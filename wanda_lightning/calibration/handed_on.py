@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, rebuilt, split
+from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, is_the_same, rebuilt, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 
@@ -110,7 +110,7 @@ def check_one_by_one(feed: Feed, layers: list[nn.Module], probed: Probed) -> Non
         of_another = 1.5 * hidden.flip(1)
         hidden = hidden_states_of(own.call(layer, hidden))
         others.call(layer, of_another)
-    if not torch.allclose(hidden.float(), expected.float(), rtol=1e-3, atol=1e-4, equal_nan=True):
+    if not is_the_same(hidden, expected):
         raise ValueError(
             "layers do not give what they give in the model if each is called for all batches before the next one, for "
             "they hand something on by other ways than arguments: they cannot be pruned one by one"
