@@ -1,6 +1,8 @@
 """Files and folders that are whole or not there, also where the disk is full or a rename fails."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,47 @@ def test_a_failed_write_leaves_what_was_there(where, older, tmp_path, monkeypatc
     assert names(tmp_path) == (["model"] if older else [])
     if older:
         assert names(tmp_path / "model") == ["old.txt"]
+
+
+KILLED = """
+import os
+from pathlib import Path
+from wanda_lightning.atomic_files import whole_folder
+rename = Path.rename
+Path.rename = lambda self, to: os._exit(9) if self.name == "new" else rename(self, to)
+with whole_folder(Path("model")) as unfinished:
+    (unfinished / "new.txt").write_text("new")
+"""
+
+
+def killed_before_the_last_step(folder):
+    assert subprocess.run([sys.executable, "-c", KILLED], cwd=folder, check=False).returncode == 9
+    assert [name for name in names(folder) if not name.startswith(".model-")] == []
+
+
+def test_what_a_write_that_was_killed_left_is_cleared_up(tmp_path):
+    killed_before_the_last_step(tmp_path)
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "newer.txt").write_text("newer")
+    assert (names(tmp_path), names(tmp_path / "model")) == (["model"], ["newer.txt"])
+
+
+def test_what_was_there_before_a_write_that_was_killed_is_put_back(tmp_path):
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "old.txt").write_text("old")
+    killed_before_the_last_step(tmp_path)
+    with pytest.raises(OSError, match="No space left"), whole_folder(tmp_path / "model"):
+        full()
+    assert (names(tmp_path), names(tmp_path / "model")) == (["model"], ["old.txt"])
+
+
+def test_a_write_that_goes_on_is_left_alone(tmp_path):
+    (tmp_path / ".model-and-more").mkdir()  # somebody's own
+    with whole_folder(tmp_path / "model") as unfinished:
+        with whole_folder(tmp_path / "model") as other:
+            (other / "first.txt").write_text("first")
+        (unfinished / "last.txt").write_text("last")
+    assert (names(tmp_path), names(tmp_path / "model")) == ([".model-and-more", "model"], ["last.txt"])
 
 
 def test_windows_opens_no_folders_and_flushes_only_what_may_be_written(tmp_path, monkeypatch):

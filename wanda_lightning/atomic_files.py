@@ -1,11 +1,17 @@
 """Files and folders that are whole or not there: written beside their place, to the disk, then renamed."""
 
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = "lock"
+"""Held within a temporary folder while it is written."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,22 +55,37 @@ def whole_folder(path: Path) -> Iterator[Path]:
         A temporary folder to write to. At the end it takes its place; after an error it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     unfinished, old = beside / "new", beside / "old"
     try:
-        unfinished.mkdir()
-        yield unfinished
-        for part in (*unfinished.rglob("*"), unfinished):  # safetensors makes files that nobody else may read
-            part.chmod(0o755 if part.is_dir() else 0o644)
-            _to_disk(part)
-        if path.exists():
-            path.rename(old)
-        unfinished.rename(path)
-        _to_disk(path.parent)
+        with FileLock(beside / LOCK):
+            unfinished.mkdir()
+            yield unfinished
+            for part in (*unfinished.rglob("*"), unfinished):  # safetensors makes files that nobody else may read
+                part.chmod(0o755 if part.is_dir() else 0o644)
+                _to_disk(part)
+            if path.exists():
+                path.rename(old)
+            unfinished.rename(path)
+            _to_disk(path.parent)
     finally:
-        if old.exists() and not path.exists():  # the last step failed
-            old.rename(path)
-        shutil.rmtree(beside, ignore_errors=True)
+        _take_back(path, beside)
+
+
+def _clear_up(path: Path) -> None:
+    """Delete what writes of a folder have left that were killed; those that go on hold a lock."""
+    for beside in path.parent.glob(f".{glob.escape(path.name)}-????????"):
+        if (beside / LOCK).exists():
+            with suppress(Timeout), FileLock(beside / LOCK, timeout=0):
+                _take_back(path, beside)
+
+
+def _take_back(path: Path, beside: Path) -> None:
+    """Delete a temporary folder, and put back what had been there before, if the last step did not come."""
+    if (beside / "old").exists() and not path.exists():
+        (beside / "old").rename(path)
+    shutil.rmtree(beside, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

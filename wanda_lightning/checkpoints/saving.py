@@ -108,7 +108,7 @@ def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
     """Compare with what transformers makes of the files, a weight at a time: no second model is in memory."""
     widest = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
     with (
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as converted,
+        tempfile.TemporaryDirectory(dir=folder.parent) as converted,  # deleted with the unfinished folder at the latest
         quiet("accelerate.big_modeling"),  # it warns that weights are offloaded
         without_progress_bars(),
     ):
