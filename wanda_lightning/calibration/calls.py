@@ -106,12 +106,14 @@ def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
     return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
 
 
+@torch.no_grad()
 def is_the_same(one_BTD: Tensor, other_BTD: Tensor) -> bool:
     """Whether two hidden states differ by rounding only, on the mean over tokens.
 
     Sums may have another order each time, as those over experts on a GPU have, and half precision then decides
     otherwise for single tokens. A few of them are far larger than the others, so each counts by its own size.
     """
-    difference_BT, size_BT = (one_BTD.float() - other_BTD.float()).norm(dim=-1), other_BTD.float().norm(dim=-1)
+    difference_BT = torch.linalg.vector_norm(one_BTD.float() - other_BTD.float(), dim=-1)
+    size_BT = torch.linalg.vector_norm(other_BTD.float(), dim=-1)
     relative_BT = difference_BT / size_BT.clamp_min(1e-3 * float(size_BT.mean()) + torch.finfo(torch.float32).tiny)
     return not bool(relative_BT.mean() > (1e-3 if other_BTD.itemsize > 2 else 0.05))
