@@ -306,3 +306,14 @@ def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
     run.fit(SomebodysModule(), datamodule=SomebodysData())
     assert done == [1]
     assert not {"setup", "load_model_state_dict"} & vars(run.strategy).keys()
+
+
+def test_the_model_is_moved_to_its_device_before_it_is_pruned(tmp_path, tiny_model_folder, monkeypatch):
+    """Which changes nothing on a CPU; on a GPU it would be pruned in the wrong place."""
+    callback, order = DepthPruning(layers=1), []
+    run = trainer(tmp_path, callback, max_steps=0)
+    move, prune = run.strategy.model_to_device, callback.prune
+    monkeypatch.setattr(run.strategy, "model_to_device", lambda: order.append("moved") or move())
+    callback.prune = lambda *args, **settings: order.append("pruned") or prune(*args, **settings)
+    run.fit(CausalLM(str(tiny_model_folder)), loader())
+    assert order[: order.index("pruned") + 1] == ["moved", "pruned"]

@@ -168,6 +168,7 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     if not prunes or not due:
         return
     refuse_averages(trainer)
+    trainer.strategy.model_to_device()
     for callback in due:
         callback.check(model)
     folder = run_folder(trainer)  # all processes must ask for it
