@@ -23,10 +23,9 @@ def averages(trainer: Trainer, begun: bool = True) -> Iterator[nn.Module]:
     for callback in getattr(trainer, "callbacks", []):
         average = getattr(callback, "_average_model", None)
         # torch's AveragedModel wraps its copy, and counts; Lightning's StochasticWeightAveraging holds it as it is.
-        if isinstance(average, AveragedModel) and (begun or not average.n_averaged):
-            yield average.module
-        elif isinstance(average, LightningModule) and begun:
-            yield average
+        waits = isinstance(average, AveragedModel) and not average.n_averaged
+        if isinstance(average, nn.Module) and (begun or waits):
+            yield average if isinstance(average, LightningModule) else getattr(average, "module", average)
 
 
 @torch.no_grad()
