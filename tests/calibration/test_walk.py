@@ -100,7 +100,7 @@ def test_the_statistics_pass_stops_at_the_last_linear(llama, batches):
     next(iter(walk(llama, decoder_layers(llama), batches))).collect(InputNorm)
     hook.remove()
     # Before that a few tokens go, as test_each_layer_runs_once has it; and once to learn which linear is the last.
-    assert len(outputs) == 5 + 1
+    assert len(outputs) == 4 + 1
 
 
 class Chunked(nn.Module):

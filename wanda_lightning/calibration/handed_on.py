@@ -81,31 +81,18 @@ def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[An
     return found
 
 
-def check_one_by_one(feed: Feed, layers: list[nn.Module], probed: Probed) -> None:
+def check_one_by_one(layers: list[nn.Module], probed: Probed, hidden: Tensor, expected: Tensor) -> None:
     """Make sure that layers give what they give in the model if each is called for one batch after the other.
 
     Args:
-        feed: Runs the model.
-        layers: Layers that it calls one after another.
+        layers: Layers that the model calls one after another.
         probed: What is known of them.
+        hidden: What enters the first one in the model, for the same part of a batch, shape (B, T, D).
+        expected: What the last one gives there, shape (B, T, D).
 
     Raises:
         ValueError: If they do not.
     """
-    seen: list[Tensor] = []
-
-    def first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(split(args, kwargs)[0].clone())
-
-    def last(_: nn.Module, __: Any, out: Any) -> None:
-        seen.append(hidden_states_of(out))
-        raise _LastLayerReachedError
-
-    with ExitStack() as hooks, suppress(_LastLayerReachedError):
-        hooks.callback(layers[0].register_forward_pre_hook(first, with_kwargs=True).remove)
-        hooks.callback(layers[-1].register_forward_hook(last).remove)
-        feed.run(probed.few)
-    hidden, expected = seen
     for layer, own, others in zip(layers, *probed.arguments, strict=True):
         of_another = 1.5 * hidden.flip(1)
         hidden = hidden_states_of(own.call(layer, hidden))

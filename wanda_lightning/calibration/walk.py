@@ -13,11 +13,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
-from wanda_lightning.calibration.calls import hidden_states_of
+from wanda_lightning.calibration.calls import hidden_states_of, split
 from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
@@ -83,10 +83,10 @@ def walk(
                 "layers hand something on to later ones: all are read from disk once for each calibration batch"
             )
         hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, probed.given if probed else None)
-        if first is not None and number == 0:
-            _check_activations(model, layers, first, feed)
-            if probed and not is_offloaded(model):
-                check_one_by_one(feed, modules, probed)
+        if first is not None and number == 0 and not is_offloaded(model):  # all of it would be read for that
+            hidden, behind = _tried(layers, stack, feed, feed.first(first))
+            if probed:
+                check_one_by_one(modules, probed, hidden, behind)
         dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None
         for index, layer in enumerate(stack):
             memory = _size(layer.module) if is_offloaded(layer.module) else None
@@ -148,22 +148,44 @@ def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:
     return stacks
 
 
-def _check_activations(model: nn.Module, layers: Sequence[DecoderLayer], batch: Batch, feed: Feed) -> None:
-    """Run one sequence through the model as it is: what overflows is better known before anything is pruned."""
-    if is_offloaded(model):  # all of it would be read for that
-        return
+def _tried(
+    layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Feed, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Run the model as it is: what overflows is better known before anything is pruned.
 
-    def look(layer: DecoderLayer, out: Any) -> None:
+    Args:
+        layers: Its layers, in the order in which they are called.
+        stack: The first list of them.
+        feed: Runs it.
+        batch: A batch, or a part of one.
+
+    Returns:
+        What enters the first layer, and what leaves the last one of its list.
+
+    Raises:
+        ValueError: If what a layer gives is NaN or infinite.
+    """
+    seen: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(split(args, kwargs)[0].clone())  # the layer may write to it
+
+    def leave(layer: DecoderLayer, out: Any) -> None:
+        if layer is stack[-1]:
+            seen.append(hidden_states_of(out))
         if not torch.isfinite(hidden_states_of(out)).all():
             raise ValueError(f"the activations of {layer.name} are NaN or infinite: {OVERFLOW}")
         if layer is layers[-1]:
             raise _AllLayersSeenError
 
     with ExitStack() as hooks, suppress(_AllLayersSeenError):
+        hooks.callback(layers[0].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for layer in layers:
-            handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: look(layer, out))
+            handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: leave(layer, out))
             hooks.callback(handle.remove)
-        feed.run(feed.first(batch))
+        feed.run(batch)
+    hidden, behind = seen
+    return hidden, behind
 
 
 def _size(module: nn.Module) -> int:
