@@ -116,7 +116,7 @@ def prune_model(
     Raises:
         ValueError: If an argument, the model or the calibration set cannot be used; no weight has changed then, except
             if activations overflow in a later layer and not already in the first tokens (in float16, the first
-            sequence), with which that is tried.
+            sequence), with which that is tried, or if a linear of a later layer is never called.
 
     Examples:
         >>> import torch
