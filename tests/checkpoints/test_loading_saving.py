@@ -6,7 +6,7 @@ import torch
 from helpers import tiny_llama
 
 from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
-from wanda_lightning.checkpoints.saving import save_pretrained
+from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
 from wanda_lightning.sparsity import Unstructured
@@ -56,6 +56,17 @@ def test_an_older_model_is_replaced_whole(tmp_path, llama):
     save_pretrained(llama, None, tmp_path / "model")
     assert load_model(str(tmp_path / "model")).config.num_hidden_layers == 3
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("save", [lambda model, folder: save_pretrained(model, None, folder), save_weights])
+@pytest.mark.parametrize("named", ["thesis", "thesis/chapter.tex"])
+def test_what_is_no_model_is_not_replaced(tmp_path, llama, save, named):
+    file = tmp_path / "thesis/chapter.tex"
+    file.parent.mkdir()
+    file.write_text("a year of work")
+    with pytest.raises(ValueError, match="holds no model, and would be replaced as a whole: name a new folder"):
+        save(llama, tmp_path / named)
+    assert file.read_text() == "a year of work"
 
 
 def test_a_failed_save_leaves_the_older_model(tmp_path, llama, monkeypatch):

@@ -38,16 +38,17 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
     Raises:
         RuntimeError: If what was written does not load as the same weights.
-        ValueError: If the model has adapters, which are not part of its weights, or cannot be saved for other reasons
-            that :func:`wanda_lightning.checkpoints.saving_check.check_can_be_saved` finds.
+        ValueError: If the folder holds other things than a model; if the model has adapters, which are not part of its
+            weights, or cannot be saved for other reasons that
+            :func:`wanda_lightning.checkpoints.saving_check.check_can_be_saved` finds.
     """
+    folder = _place_for(folder)
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
             "model with PruningTrainer.save_pretrained, or merge under the mask with wanda_lightning.merge_masked"
         )
     check_can_be_saved(model, tokenizer)
-    folder = Path(folder).expanduser().resolve()
     with whole_folder(folder) as unfinished:
         _write(model, unfinished)
         if tokenizer is not None:
@@ -69,7 +70,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: If it has no weights.
+        ValueError: If it has no weights, or the folder holds other things than a model.
         RuntimeError: If what was written are not the same weights.
     """
     if not model.state_dict():
@@ -78,13 +79,24 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
             "first, and with several processes use strategy='ddp', whose first process is this one"
         )
     check_weights_can_be_saved(model)
-    folder = Path(folder).expanduser().resolve()
+    folder = _place_for(folder)
     with whole_folder(folder) as unfinished:
         save_model(model, str(unfinished / "model.safetensors"))
         state = model.state_dict()
         for name, written in load_file(unfinished / "model.safetensors").items():
             if not _same(state[name].cpu(), written):
                 raise RuntimeError(f"the saved weights are not those of the model: {name} differs")
+    return folder
+
+
+def _place_for(folder: str | Path) -> Path:
+    """Return where a model goes; refuse a place that holds something else, which would be deleted."""
+    folder = Path(folder).expanduser().resolve()
+    is_model = any((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    if folder.is_file() or (not is_model and any(folder.glob("*"))):
+        raise ValueError(
+            f"{folder} holds no model, and would be replaced as a whole: name a new folder, an empty one, or a model's"
+        )
     return folder
 
 
