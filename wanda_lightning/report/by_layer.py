@@ -31,18 +31,19 @@ def by_kind(report: "PruningReport", value: Callable[[list[LinearReport]], float
 
 
 def layers(report: "PruningReport") -> list[str]:
-    """List the names of the decoder layers in order, those that were left dense too."""
-    stem = stem_of(report)
-    dense = [f"{stem}.{label(name, stem)}" for name in report.not_pruned if stem and name.startswith(f"{stem}.")]
+    """List the names of the decoder layers, list by list and in order, those that were left dense too."""
+    lists = [*dict.fromkeys(list_of(row.layer) for row in report.linears)]
+    dense = [
+        f"{each}.{name.removeprefix(f'{each}.').partition('.')[0]}"
+        for each in filter(None, lists)
+        for name in report.not_pruned
+        if name.startswith(f"{each}.")
+    ]
     names = dict.fromkeys([row.layer for row in report.linears] + dense)
-    return sorted(names, key=lambda name: -1 if (number := number_of(name)) is None else number)
+    return sorted(names, key=lambda name: (lists.index(list_of(name)), -1 if (n := number_of(name)) is None else n))
 
 
-def stem_of(report: "PruningReport") -> str:
-    """Return the name of the list of decoder layers, such as ``model.layers``."""
-    return list_of(report.linears[0].layer) if report.linears else ""
-
-
-def label(name: str, stem: str) -> str:
-    """Return what tells a layer, or the layer of a matrix, from others of the list: its number."""
-    return name.removeprefix(f"{stem}.").partition(".")[0]
+def labels(report: "PruningReport") -> list[str]:
+    """Say what tells the layers from each other: their numbers, or their names where they are of several lists."""
+    names = layers(report)
+    return names if len({*map(list_of, names)}) > 1 else [name.rpartition(".")[2] for name in names]

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.model.names import kind_of
-from wanda_lightning.report.by_layer import by_kind, label, layers, stem_of
+from wanda_lightning.model.names import kind_of, list_of
+from wanda_lightning.report.by_layer import by_kind, labels, layers
 from wanda_lightning.report.html.charts import bars, heat_map, histograms, lines
 from wanda_lightning.report.html.templates import render
 from wanda_lightning.report.layer_reconstruction import reconstruction_table
@@ -80,15 +80,13 @@ def _reconstruction(report: "PruningReport") -> dict[str, Any] | None:
     """Draw the errors of the layers before and after their training."""
     if not report.reconstruction:
         return None
-    stem = stem_of(report)
-    labels = [label(layer, stem) for layer in layers(report)]
     trained = [report.reconstruction.get(layer) for layer in layers(report)]
     series = {
         "pruned": [None if layer is None else layer.before for layer in trained],
         "and trained": [None if layer is None else layer.after for layer in trained],
     }
     header, rows = reconstruction_table(report.reconstruction)
-    return {"lines": lines(series, labels, "{:.3g}".format), "header": header, "rows": rows}
+    return {"lines": lines(series, labels(report), "{:.3g}".format), "header": header, "rows": rows}
 
 
 def _sparsities(report: "PruningReport") -> dict[str, Any] | None:
@@ -135,7 +133,7 @@ def _costs(report: "PruningReport") -> dict[str, Any]:
 
 
 def _not_pruned(report: "PruningReport") -> list[list[str]]:
-    stem = stem_of(report)
+    stem = list_of(report.linears[0].layer) if report.linears else ""
     kinds = Counter((reason, kind_of(name, stem)) for name, reason in report.not_pruned.items())
     return [[kind.removeprefix("*."), reason, str(count)] for (reason, kind), count in kinds.items()]
 
@@ -162,15 +160,14 @@ def _by_layer(
     curves: bool = True,
 ) -> dict[str, Any]:
     """Show values by layer and kind: as a map, as lines, and as a table that opens on demand."""
-    stem = stem_of(report)
-    labels = [label(layer, stem) for layer in layers(report)]
+    names = labels(report)
     return {
-        "map": heat_map(series, labels, top, show, level, color),
-        "lines": lines(series, labels, level) if curves and len(labels) > 1 else "",
+        "map": heat_map(series, names, top, show, level, color),
+        "lines": lines(series, names, level) if curves and len(names) > 1 else "",
         "header": ["layer", *series],
         "rows": [
             [name, *("" if value is None else show(value) for value in values)]
-            for name, *values in zip(labels, *series.values(), strict=True)
+            for name, *values in zip(names, *series.values(), strict=True)
         ],
     }
 
