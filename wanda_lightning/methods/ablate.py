@@ -66,7 +66,7 @@ class Ablate(SecondOrderMethod):
         return mask_OI
 
     @property
-    def zeros_stay(self) -> bool:
+    def zeros_stay(self) -> bool:  # type: ignore[override]
         """Whether weights that are zero stay so: if the whole mask is fixed before the first update."""
         return self.schedule == "sequential"
 

@@ -33,6 +33,7 @@ class ADMM(PruningMethod):
     """
 
     statistic = InputHessian
+    zeros_stay = False  # weights are chosen among once the others have adapted
     steps: int = 40
     rho: float = 1.0
     damping: float = 0.01
@@ -50,11 +51,6 @@ class ADMM(PruningMethod):
         assert isinstance(statistic, InputHessian)
         hessian_II = statistic.compute().to(weight_OI.device)
         return prune_with_admm(weight_OI, hessian_II, pattern, self.steps, self.rho, self.damping)
-
-    @property
-    def zeros_stay(self) -> bool:
-        """Whether weights that are zero stay so: no, they are chosen among once the others have adapted."""
-        return False
 
     def tolerance(self, shape: tuple[int, int]) -> float:
         """Return how far a mask may be from the asked sparsity: less than one weight of the matrix."""

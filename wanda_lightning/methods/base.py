@@ -24,7 +24,10 @@ class PruningMethod(ABC):
 
     @property
     def zeros_stay(self) -> bool:
-        """Whether weights that are zero stay so when more is pruned; not if others are updated before the choice."""
+        """Whether weights that are zero stay so when more is pruned; not if others are updated before the choice.
+
+        A class attribute will do.
+        """
         return True
 
     @property

@@ -20,13 +20,9 @@ class SecondOrderMethod(PruningMethod):
     """
 
     statistic = InputHessian
+    zeros_stay = False  # weights are updated before it is chosen among them
     block_size: int
     damping: float
-
-    @property
-    def zeros_stay(self) -> bool:
-        """Whether weights that are zero stay so: no, weights are updated before it is chosen among them."""
-        return False
 
     def __post_init__(self) -> None:
         whole_number("block_size", self.block_size, 1)
