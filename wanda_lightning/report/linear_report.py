@@ -69,12 +69,3 @@ def mean_sparsity(rows: list[LinearReport]) -> float:
     matrices = {row.same_as or row.name: row for row in rows}.values()
     weights = [row.shape[0] * row.shape[1] for row in matrices]
     return sum(w * row.sparsity for w, row in zip(weights, matrices, strict=True)) / max(1, sum(weights))
-
-
-def order_of(rows: list[LinearReport]) -> str:
-    """Say how often the calibration set ran through the layers of the rows; empty where there was none."""
-    passes = {row.layer: row.passes for row in rows if row.passes is not None}
-    twice = sum(number > 1 for number in passes.values())
-    if not passes or twice == len(passes):
-        return "two passes" if passes else ""
-    return "one pass" + (f"; two in {twice} of {len(passes)} layers" if twice else "")

@@ -13,7 +13,7 @@ from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.notebook import to_notebook
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction, reconstruction_table
-from wanda_lightning.report.linear_report import ERROR, LinearReport, mean_error, mean_sparsity, order_of
+from wanda_lightning.report.linear_report import ERROR, LinearReport, mean_error, mean_sparsity
 from wanda_lightning.report.on_terminal import to_table
 from wanda_lightning.report.samples import samples_table
 from wanda_lightning.report.tables import evaluation_table, in_bytes, markdown_table
@@ -151,7 +151,11 @@ class PruningReport:
     @property
     def order(self) -> str:
         """How often the calibration set ran through the layers: ``one pass; two in 3 of 30 layers``; empty without."""
-        return order_of(self.linears)
+        passes = {row.layer: row.passes for row in self.linears if row.passes is not None}
+        twice = sum(number > 1 for number in passes.values())
+        if not passes or twice == len(passes):
+            return "two passes" if passes else ""
+        return "one pass" + (f"; two in {twice} of {len(passes)} layers" if twice else "")
 
     def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
         """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""

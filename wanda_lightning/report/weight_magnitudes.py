@@ -38,11 +38,9 @@ class Magnitudes:
         kept_OI = mask_OI[::step]
         # The exponent of w^4 as a float32 is 127 above the bin: a quarter of the price of a logarithm.
         bins_OI = dense_OI[::step].float().square().square_().view(torch.int32) >> 23
-        both = torch.bincount(bins_OI.mul_(2).add_(kept_OI).flatten(), minlength=512).view(256, 2).tolist()
-        for exponent, (pruned, kept) in enumerate(both):
-            for counts, count in ((self.kept, kept), (self.pruned, pruned)):
-                if count:
-                    counts[exponent + ZERO] = counts.get(exponent + ZERO, 0) + count
+        both = torch.bincount(bins_OI.mul_(2).add_(kept_OI).flatten(), minlength=512).view(256, 2).t().tolist()
+        pruned, kept = ({b: count for b, count in enumerate(counts, ZERO) if count} for counts in both)
+        self.add(Magnitudes(kept, pruned))
 
     def add(self, other: "Magnitudes") -> None:
         """Add the counts of other weights."""

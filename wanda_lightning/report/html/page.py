@@ -138,8 +138,8 @@ def _not_pruned(report: "PruningReport") -> list[list[str]]:
     return [[kind.removeprefix("*."), reason, str(count)] for (reason, kind), count in kinds.items()]
 
 
-def _settings(report: "PruningReport") -> dict[str, str]:
-    settings = {
+def _settings(report: "PruningReport") -> dict[str, Any]:
+    return {
         "method": report.method,
         "pattern": report.pattern,
         "target sparsity": f"{report.target_sparsity:g}",
@@ -147,7 +147,6 @@ def _settings(report: "PruningReport") -> dict[str, str]:
         **report.calibration,
         **report.environment,
     }
-    return {key.replace("_", " "): str(value) for key, value in settings.items()}
 
 
 def _by_layer(

@@ -40,7 +40,7 @@ def to_html(shrinking: "Shrinking") -> str:
         evaluation=shrinking.evaluation_table(),
         sizes=shares(sizes),
         steps=[_step(step) for step in shrinking.steps],
-        settings=_in_words(settings | shrinking.calibration | shrinking.environment),
+        settings=settings | shrinking.calibration | shrinking.environment,
     )
 
 
@@ -82,7 +82,3 @@ def _by_layer(step: "ShrinkReport") -> tuple[dict[str, list[float | None]], list
         for kind, values in found.items()
     }
     return series, [*map(str, places)]
-
-
-def _in_words(settings: dict[str, Any]) -> dict[str, str]:
-    return {key.replace("_", " "): str(value) for key, value in settings.items()}
