@@ -181,16 +181,15 @@ def layer_shares(task: Task, shares: Sequence[float], by: str) -> dict[str, Patt
     Raises:
         ValueError: If a sparsity is outside of [0, 1).
     """
+    asked: dict[str, float] = {}
     for layer, share in zip(task.pruned_layers, shares, strict=True):
         if not 0 <= share < 1:
             raise ValueError(f"{by} gives {layer.name} a sparsity of {share:.4f}, outside of [0, 1)")
-    asked = {
-        linear.name: share for layer, share in zip(task.pruned_layers, shares, strict=True) for linear in layer.linears
-    }
-    return dict(exact(task.linears, asked))
+        asked |= {linear.name: share for linear in layer.linears}
+    return exact(task.linears, asked)
 
 
-def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dict[str, Unstructured]:
+def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dict[str, Pattern]:
     """Round sparsities so that whole numbers of weights go from every row, and the total does not suffer.
 
     Each is rounded up or down. What that adds or takes is carried over to the next linear, from those with many rows to
@@ -204,7 +203,8 @@ def exact(linears: Sequence[PrunableLinear], shares: Mapping[str, float]) -> dic
     Returns:
         The patterns by name.
     """
-    patterns, owed = {}, 0.0
+    patterns: dict[str, Pattern] = {}
+    owed = 0.0
     for linear in sorted(linears, key=lambda linear: -len(linear.weight_OI)):
         rows, columns = linear.weight_OI.shape
         wanted = shares[linear.name] * columns

@@ -86,7 +86,7 @@ class ATP(Allocator):
         layers = task.pruned_layers
         steps = [beta * place for place in range(len(layers))]
         middle = weighted_mean(steps, layers)
-        return layer_shares(task, [task.pattern.sparsity + step - middle for step in steps], f"{self}")
+        return layer_shares(task, [task.pattern.sparsity + step - middle for step in steps], str(self))
 
 
 def _largest_beta(task: Task) -> float:

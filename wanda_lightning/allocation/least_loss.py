@@ -132,7 +132,7 @@ class LeastLoss(Allocator):
         if not self.choices:
             reach = self.reach or (REACH_TO_DENSE if task.dense_target else REACH)
             shares = {name: asked + reach * (pattern.sparsity - asked) for name, pattern in patterns.items()}
-            patterns = dict(exact(task.linears, shares))
+            patterns = exact(task.linears, shares)
             story += f"; {reach:.0%} of the way to the best split"
         return self.allotment(patterns, story, "loss / sparsity", _by_name(units, slopes))
 

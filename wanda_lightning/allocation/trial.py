@@ -13,7 +13,6 @@ from wanda_lightning.allocation.allocator import Task
 from wanda_lightning.calibration.batches import Batch, tensors_of
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW
 from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
-from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
@@ -74,7 +73,9 @@ class Trials:
     """
 
     def __init__(self, task: Task, norms: Mapping[str, InputStatistic]) -> None:
-        self._task, self._norms, self._method = task, norms, cheap(task.method)
+        self._task, self._norms, self._method = task, norms, task.method
+        if task.method.statistic not in (None, InputNorm):  # which would take longer than all the rest
+            self._method = Wanda()
         self._dense: dict[str, Tensor] = {}
         self._now: dict[str, Pattern] = {}  # what is in place
 
@@ -188,11 +189,6 @@ class Trials:
         if not tokens:
             raise ValueError(NOTHING_PREDICTED)
         return [total / tokens for total in totals]
-
-
-def cheap(method: PruningMethod) -> PruningMethod:
-    """Return the method itself if it needs no more than norms, else Wanda."""
-    return method if method.statistic in (None, InputNorm) else Wanda()
 
 
 def _inner(linear: PrunableLinear, gradient: Tensor | None, step_OI: Tensor) -> float:
