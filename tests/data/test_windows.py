@@ -89,14 +89,16 @@ def test_document_windows_start_where_the_seed_says(tokenizer):
     assert torch.equal(windows[0], tokens[start : start + 20])
 
 
-def test_document_windows_never_search_for_ever(tokenizer):
+def test_document_windows_never_search_for_ever(tokenizer, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.data.windows.MAX_DOCUMENTS", 50)
+
     def endless():
         while True:
             yield "12 345"
 
     longest = len(tokenizer("12 345")["input_ids"])
     with pytest.raises(ValueError, match=rf"0 of 50 documents.*sequence_length=64.*the longest has {longest}"):
-        document_windows(endless(), tokenizer, num_samples=1, sequence_length=64, seed=0, max_documents=50)
+        document_windows(endless(), tokenizer, num_samples=1, sequence_length=64, seed=0)
 
 
 def test_tokenize_is_the_tokenizers_default_call_without_its_warning(tokenizer, monkeypatch, caplog):

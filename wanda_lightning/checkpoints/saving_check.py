@@ -42,7 +42,7 @@ def check_can_be_saved(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizer
     except OSError:  # no fault of the model's
         raise
     except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be saved: {_in_a_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be saved: {' '.join(str(error).split())}") from error
     if difference := next(_differences(model, reloaded), None):
         raise ValueError(f"{type(model).__name__} cannot be saved so that it loads as it is: {difference}")
 
@@ -107,7 +107,3 @@ def _shared(model: nn.Module) -> list[list[str]]:
         place: Any = weight if weight.is_meta else (weight.data_ptr(), weight.shape)
         names[place].append(name)
     return [shared for shared in names.values() if len(shared) > 1]
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())

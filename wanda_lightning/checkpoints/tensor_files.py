@@ -1,7 +1,6 @@
 """Safetensors files of a model, read and written tensor by tensor: the model need not fit into memory."""
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -114,5 +113,3 @@ def write_tensors(
         for entry, array in zip(entries, arrays, strict=True):
             assert array.nbytes == entry.nbytes, entry.name
             out.write(array.data)
-        out.flush()
-        os.fsync(out.fileno())

@@ -154,7 +154,7 @@ class TextDataModule(LightningDataModule):
         """Return the consecutive windows of the evaluation set, in order; a list where there are several sets."""
         processes = _processes(self.trainer)
         windows = [self._windows_of("evaluation", number) for number in range(len(self._sets))]
-        if self.evaluation_names[-1] == "calibration" and len(self.evaluation_names) > len(self._sets):
+        if len(self.evaluation_names) > len(self._sets):  # of evaluate_calibration
             windows.append(self._windows_of("calibration"))
         loaders = [self._in_order(evaluation_rows(*each, processes), self.batch_size) for each in windows]
         return loaders[0] if len(loaders) == 1 else loaders

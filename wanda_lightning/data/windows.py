@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# C4 documents have about 500 tokens: one of 2048 comes every 20 documents, one of 131072 may never come.
 MAX_DOCUMENTS = 100_000
+"""At most so many are looked at: of C4's, one of 2048 tokens comes every 20, and one of 131072 may never come."""
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -131,7 +131,6 @@ def document_windows(
     num_samples: int,
     sequence_length: int,
     seed: int,
-    max_documents: int = MAX_DOCUMENTS,
 ) -> Tensor:
     """Take one random window from each document that is longer than a window, in the order of the documents.
 
@@ -141,7 +140,6 @@ def document_windows(
         num_samples: Number of windows, N, each from another document.
         sequence_length: Tokens in a window, T.
         seed: Seed of the places in the documents.
-        max_documents: Give up after so many documents.
 
     Returns:
         Token ids, shape (N, T).
@@ -152,7 +150,7 @@ def document_windows(
     draw = random.Random(seed)
     windows: list[Tensor] = []
     searched = longest = 0
-    for document in islice(documents, max_documents):
+    for document in islice(documents, MAX_DOCUMENTS):
         token_ids_L = tokenize(tokenizer, document)
         found = len(token_ids_L)
         searched, longest = searched + 1, max(longest, found)

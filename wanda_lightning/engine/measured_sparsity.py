@@ -65,8 +65,8 @@ def report_as_found(
             if (sparsity := sparsity_of(weight_OI)) == 1:
                 continue
             report.linears.append(LinearReport(linear.name, layer.name, shape, sparsity, 0.0))
-            alike = selection.allocator is None
-            met = met and (not alike or _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape)))
+            if selection.allocator is None:
+                met = met and _has_zeros_of(weight_OI, patterns[linear.name], method.tolerance(shape))
     report.repeat(repeats)
     if selection.allocator is not None:  # how it would split them nobody knows yet
         met = met and report.sparsity >= pattern.sparsity - _rounding(report.linears, method)
