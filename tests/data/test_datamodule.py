@@ -1,3 +1,4 @@
+import json
 import random
 from types import SimpleNamespace
 
@@ -51,6 +52,17 @@ def files(tmp_path):
     calibration.write_text("".join(f"{number} sheep\n" for number in range(600)))
     evaluation.write_text("".join(f"{number} goats\n" for number in range(600)))
     return calibration, evaluation
+
+
+@pytest.mark.parametrize("several", [lambda file: file, lambda file: [file], lambda file: {"goats": file}])
+def test_files_may_be_paths(several, files, tmp_path):
+    calibration, evaluation = files
+    data = TextDataModule(calibration, several(evaluation), tokenizer=tmp_path)
+    named = TextDataModule(str(calibration), several(str(evaluation)), tokenizer=str(tmp_path))
+    plain = json.dumps([data.source, data.evaluation, data.tokenizer, dict(data.hparams), data.evaluation_names])
+    assert plain == json.dumps(
+        [named.source, named.evaluation, named.tokenizer, dict(named.hparams), named.evaluation_names]
+    )
 
 
 def test_without_a_trainer(tokenizer):

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens in a window, N windows.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class TextDataModule(LightningDataModule):
         evaluate_calibration: bool = False,
     ) -> None:
         super().__init__()
+        source, evaluation, tokenizer = map(_plain, (source, evaluation, tokenizer))
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         _check(self.hparams)
         self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
@@ -141,13 +143,8 @@ class TextDataModule(LightningDataModule):
         """Return the consecutive windows of the training part, shuffled anew in each epoch of a Trainer."""
         rows = _rows(self._windows_of("train")[0])
         sampler = ShuffledByEpoch(rows, self.seed)
-        return ResumableLoader(
-            rows,  # type: ignore[arg-type]
-            self.batch_size,
-            sampler=sampler,
-            generator=sampler.generator,
-            num_workers=self.num_workers,
-        )
+        order = {"sampler": sampler, "generator": sampler.generator}
+        return ResumableLoader(rows, self.batch_size, num_workers=self.num_workers, **order)  # type: ignore[arg-type]
 
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -208,6 +205,15 @@ class TextDataModule(LightningDataModule):
     def _tokenizer_and_length(self) -> tuple[PreTrainedTokenizerBase, int]:
         tokenizer = self._fit.tokenizer(self.tokenizer, _module(self.trainer))
         return tokenizer, self._fit.length(self.sequence_length, tokenizer, _module(self.trainer))
+
+
+def _plain(given: Any) -> Any:
+    """Write paths as text, which reports and checkpoints hold."""
+    if isinstance(given, dict):
+        return {name: _plain(each) for name, each in given.items()}
+    if isinstance(given, list):
+        return [*map(_plain, given)]
+    return str(given) if isinstance(given, Path) else given
 
 
 def _check(settings: Mapping[str, Any]) -> None:
