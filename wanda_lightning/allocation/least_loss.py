@@ -74,9 +74,10 @@ class LeastLoss(Allocator):
         whole_number("rounds", self.rounds, 1)
         whole_number("sequences", self.sequences, 1)
         if self.choices is not None:
+            is_list = isinstance(self.choices, Sequence) and not isinstance(self.choices, str)
+            if not is_list or len({*map(_choice, self.choices)}) < max(2, len(self.choices)):
+                raise ValueError(f"choices must be a list of two or more different patterns, got {self.choices!r}")
             object.__setattr__(self, "choices", [*self.choices])  # as it is written
-            if len({*map(_choice, self.choices)}) < max(2, len(self.choices)):
-                raise ValueError(f"choices must be two or more different patterns, got {[*self.choices]}")
 
     def check(self, task: Task) -> None:
         """Refuse what cannot be split.
