@@ -20,7 +20,7 @@ from wanda_lightning.inspection.load_check import LoadCheck, load_check
 from wanda_lightning.inspection.stored_linears import MatrixFinder, StoredLinear, measure
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.report.pruning_report import REPORT, PruningReport
-from wanda_lightning.report.tables import terminal_table
+from wanda_lightning.report.tables import Table, terminal_table
 from wanda_lightning.sparsity import Pattern, SemiStructured, parse_pattern
 
 COMMON = [SemiStructured(n, m) for n, m in ((1, 4), (2, 8), (1, 2), (2, 4), (4, 8), (3, 4), (6, 8))]
@@ -80,7 +80,7 @@ class StoredWeights:
 
         return Group(terminal_table(*self.by_layer_and_kind()), *self._findings())
 
-    def by_layer_and_kind(self) -> tuple[list[str], list[list[str]]]:
+    def by_layer_and_kind(self) -> Table:
         """Tabulate the sparsity; consecutive layers that read the same share a row."""
         kinds = list(dict.fromkeys(linear.kind for linear in self.linears))
         short = [kind.removesuffix(".*").rpartition(".")[2] for kind in kinds]

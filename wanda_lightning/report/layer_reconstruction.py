@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wanda_lightning.report.tables import Table
+
 
 @dataclass(frozen=True)
 class LayerReconstruction:
@@ -21,7 +23,7 @@ class LayerReconstruction:
     seconds: float
 
 
-def reconstruction_table(layers: Mapping[str, LayerReconstruction]) -> tuple[list[str], list[list[str]]]:
+def reconstruction_table(layers: Mapping[str, LayerReconstruction]) -> Table:
     """Show how the training of each layer changed its error on held-out batches: a header and rows of text."""
     return (
         ["reconstruction, held-out error", "before", "after", "change", "epochs", "seconds"],

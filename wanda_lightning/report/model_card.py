@@ -2,11 +2,11 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from wanda_lightning.report.tables import markdown_table
+from wanda_lightning.report.tables import Table, markdown_table
 
 if TYPE_CHECKING:
     from wanda_lightning.report.pruning_report import PruningReport
@@ -68,10 +68,8 @@ def model_card(
         ]
     if training != "none":
         lines += [TRAINED[training].format(steps=steps), ""]
-    for header, rows in report.overview():
-        lines += [*markdown_table(header, rows), ""]
     order = {"order": report.order} if report.order else {}
-    return "\n".join([*lines, *_settings({**order, **report.calibration, **report.environment})]) + "\n"
+    return _with_tables(lines, report.overview(), {**order, **report.calibration, **report.environment})
 
 
 def card_of_smaller(shrinking: "Shrinking", base: str | None = None, steps: int = 0) -> str:
@@ -90,9 +88,7 @@ def card_of_smaller(shrinking: "Shrinking", base: str | None = None, steps: int 
     lines += [f"{shrinking.summary} It is an ordinary model; `from_pretrained` loads it.", ""]
     if steps:
         lines += [f"It was then trained for {steps} steps.", ""]
-    for header, rows in shrinking.overview():
-        lines += [*markdown_table(header, rows), ""]
-    return "\n".join([*lines, *_settings({**shrinking.calibration, **shrinking.environment})]) + "\n"
+    return _with_tables(lines, shrinking.overview(), {**shrinking.calibration, **shrinking.environment})
 
 
 def _head(title: str, base: str | None, model: Mapping[str, Any], tags: list[str]) -> list[str]:
@@ -114,8 +110,12 @@ def _head(title: str, base: str | None, model: Mapping[str, Any], tags: list[str
     return lines
 
 
-def _settings(settings: Mapping[str, Any]) -> list[str]:
-    return markdown_table(["setting", ""], [[key, _without_folder(s)] for key, s in settings.items()], left=(0, 1))
+def _with_tables(lines: list[str], tables: Iterable[Table], settings: dict[str, Any]) -> str:
+    """Write tables and settings behind the text."""
+    for header, rows in tables:
+        lines += [*markdown_table(header, rows), ""]
+    values = [[key, _without_folder(value)] for key, value in settings.items()]
+    return "\n".join([*lines, *markdown_table(["setting", ""], values, left=(0, 1))]) + "\n"
 
 
 def _without_folder(value: Any) -> str:

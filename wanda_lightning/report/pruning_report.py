@@ -16,7 +16,7 @@ from wanda_lightning.report.layer_reconstruction import LayerReconstruction, rec
 from wanda_lightning.report.linear_report import ERROR, LinearReport, mean_error, mean_sparsity
 from wanda_lightning.report.on_terminal import to_table
 from wanda_lightning.report.samples import samples_table
-from wanda_lightning.report.tables import evaluation_table, in_bytes, markdown_table
+from wanda_lightning.report.tables import Table, evaluation_table, in_bytes, markdown_table
 from wanda_lightning.report.titles import title_of
 from wanda_lightning.report.weight_magnitudes import Magnitudes
 
@@ -157,12 +157,12 @@ class PruningReport:
             return "two passes" if passes else ""
         return "one pass" + (f"; two in {twice} of {len(passes)} layers" if twice else "")
 
-    def evaluation_table(self) -> tuple[list[str], list[list[str]]] | None:
-        """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+    def evaluation_table(self) -> Table | None:
+        """Return the metrics by stage; None if the model was not evaluated."""
         return evaluation_table(self.evaluations)
 
-    def overview(self) -> Iterable[tuple[list[str], list[list[str]]]]:
-        """Yield the tables that are not by layer, each a header and rows of text as Markdown has it."""
+    def overview(self) -> Iterable[Table]:
+        """Yield the tables that are not by layer."""
         if evaluation := self.evaluation_table():
             yield evaluation
         if samples := samples_table(self.samples):
@@ -195,8 +195,8 @@ class PruningReport:
         other = self.seconds - sum(self.seconds_by_phase.values())
         return {**self.seconds_by_phase, **({"other": max(0.0, other)} if self.seconds_by_phase else {})}
 
-    def tables(self) -> Iterable[tuple[list[str], list[list[str]]]]:
-        """Yield all tables, each a header and rows of text as Markdown has it."""
+    def tables(self) -> Iterable[Table]:
+        """Yield all tables."""
         yield from self.overview()
         costs = [["order", self.order]] if self.order else []
         costs += [[f"seconds: {phase}", f"{seconds:.2f}"] for phase, seconds in self.costs().items()]
@@ -216,7 +216,7 @@ def name_of_model(model: Mapping[str, Any]) -> str:
     return f"{name}{revision}{parameters}"
 
 
-def _layer_table(linears: Iterable[LinearReport], allocation: Allotment | None) -> tuple[list[str], list[list[str]]]:
+def _layer_table(linears: Iterable[LinearReport], allocation: Allotment | None) -> Table:
     layers: dict[str, list[LinearReport]] = {}
     for row in linears:
         layers.setdefault(row.layer, []).append(row)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from wanda_lightning.report.tables import Table
+
 Samples = Mapping[str, Mapping[str, str]]
 """Continuations by stage and prompt."""
 
@@ -17,7 +19,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
-def samples_table(samples: Samples) -> tuple[list[str], list[list[str]]] | None:
+def samples_table(samples: Samples) -> Table | None:
     """Write what was said as Markdown cells: a row for each prompt, a column for each stage; None if nothing was."""
     rows = [
         [_escaped(text) for text in (prompt, *(said.get(prompt, "") for said in samples.values()))]

@@ -10,13 +10,12 @@ from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.shrinking_page import to_html
 from wanda_lightning.report.pruning_report import name_of_model
-from wanda_lightning.report.tables import evaluation_table, in_bytes, markdown_table, terminal_table
+from wanda_lightning.report.tables import Table, evaluation_table, in_bytes, markdown_table, terminal_table
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 SHRINKING = "shrinking.json"
-Table = tuple[list[str], list[list[str]]]
 
 
 @dataclass
@@ -71,7 +70,7 @@ class ShrinkReport:
         return cls(**plain | pairs | {"sizes": {name: tuple(each) for name, each in plain["sizes"].items()}})
 
     def table(self) -> Table:
-        """Return the figures as a header and rows of text."""
+        """Return the figures."""
         gone = set(self.gone)
         rows = [
             [name, f"{value:.4g}", *(["removed" if name in gone else ""] if gone else [])]
@@ -134,7 +133,7 @@ class Shrinking:
         return cls(**rest | {"steps": [ShrinkReport.from_dict(step) for step in plain["steps"]]})
 
     def evaluation_table(self) -> Table | None:
-        """Return the metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+        """Return the metrics by stage; None if the model was not evaluated."""
         return evaluation_table(self.evaluations)
 
     def overview(self) -> Iterable[Table]:

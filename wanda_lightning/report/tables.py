@@ -4,7 +4,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
+
+Table = tuple[list[str], list[list[str]]]
+"""A header, and rows of text as Markdown has it."""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
@@ -13,12 +16,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: C
     return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
 
 
-def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "Table":
+def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "RichTable":
     """Return a table for a rich console; long names may break behind a slash."""
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    table = Table()
+    table = RichTable()
     for number, name in enumerate(header):
         table.add_column(Text(name.replace("/", "/\u200b")), justify="left" if number in left else "right")
     for row in rows:
@@ -45,8 +48,8 @@ def with_errors(metrics: dict[str, float]) -> dict[str, str]:
     }
 
 
-def evaluation_table(evaluations: Mapping[str, dict[str, float]]) -> tuple[list[str], list[list[str]]] | None:
-    """Return metrics by stage, as a header and rows of text; None if the model was not evaluated."""
+def evaluation_table(evaluations: Mapping[str, dict[str, float]]) -> Table | None:
+    """Return metrics by stage; None if the model was not evaluated."""
     if not evaluations:
         return None
     values = {stage: with_errors(metrics) for stage, metrics in evaluations.items()}
