@@ -40,10 +40,10 @@ class ADMM(PruningMethod):
     refine: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("steps", self.steps, 1)
         positive_number("rho", self.rho)
         positive_number("damping", self.damping)
-        whole_number("refine", self.refine, 0)
 
     @refined
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:

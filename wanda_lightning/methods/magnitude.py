@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
 from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputHessian, InputStatistic
@@ -23,9 +22,6 @@ class Magnitude(ScoreMethod):
     """
 
     refine: int = 0
-
-    def __post_init__(self) -> None:
-        whole_number("refine", self.refine, 0)
 
     @property
     def statistic(self) -> type[InputStatistic] | None:

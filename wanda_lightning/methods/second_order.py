@@ -25,9 +25,9 @@ class SecondOrderMethod(PruningMethod):
     damping: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("block_size", self.block_size, 1)
         positive_number("damping", self.damping)
-        whole_number("refine", self.refine, 0)
 
     def check(self, pattern: Pattern) -> None:
         """Refuse N:M groups that would straddle two blocks.

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import whole_number
 from wanda_lightning.methods.base import ScoreMethod
 from wanda_lightning.precision import longest_float
 from wanda_lightning.sparsity import Pattern, Unstructured
@@ -28,9 +27,6 @@ class Wanda(ScoreMethod):
 
     variant: bool = False
     refine: int = 0
-
-    def __post_init__(self) -> None:
-        whole_number("refine", self.refine, 0)
 
     @property
     def statistic(self) -> type[InputStatistic]:
