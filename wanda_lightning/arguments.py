@@ -47,15 +47,7 @@ def whole_number(name: str, value: object, least: int) -> None:
 
 
 def positive_number(name: str, value: object) -> None:
-    """Refuse what is not a finite number above 0.
-
-    Args:
-        name: What users call the value.
-        value: What they gave.
-
-    Raises:
-        ValueError: If it is not, with its name and what was given.
-    """
+    """Refuse what is not a finite number above 0, as :func:`whole_number` does."""
     if not is_finite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
@@ -83,15 +75,7 @@ def positive_up_to(name: str, value: object, most: float, what: str = "number") 
 
 
 def number_not_below_0(name: str, value: object) -> None:
-    """Refuse what is not a finite number of at least 0.
-
-    Args:
-        name: What users call the value.
-        value: What they gave.
-
-    Raises:
-        ValueError: If it is not, with its name and what was given.
-    """
+    """Refuse what is not a finite number of at least 0, as :func:`whole_number` does."""
     if not is_finite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 

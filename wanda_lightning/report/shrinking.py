@@ -132,13 +132,9 @@ class Shrinking:
         rest = {name: value for name, value in plain.items() if name not in ("parameters", "bytes")}
         return cls(**rest | {"steps": [ShrinkReport.from_dict(step) for step in plain["steps"]]})
 
-    def evaluation_table(self) -> Table | None:
-        """Return the metrics by stage; None if the model was not evaluated."""
-        return evaluation_table(self.evaluations)
-
     def overview(self) -> Iterable[Table]:
         """Yield the evaluations and the sizes."""
-        if evaluation := self.evaluation_table():
+        if evaluation := evaluation_table(self.evaluations):
             yield evaluation
         numbers = [(name, *numbers) for step in self.steps for name, numbers in step.sizes.items()]
         rows = [

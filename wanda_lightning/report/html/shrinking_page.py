@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.model.names import kind_of, list_of, number_of
 from wanda_lightning.report.html.charts import lines, shares, strip_of
 from wanda_lightning.report.html.templates import render
-from wanda_lightning.report.tables import in_bytes
+from wanda_lightning.report.tables import evaluation_table, in_bytes
 
 if TYPE_CHECKING:
     from wanda_lightning.report.shrinking import Shrinking, ShrinkReport
@@ -37,7 +37,7 @@ def to_html(shrinking: "Shrinking") -> str:
     return render(
         "shrinking.html",
         report=shrinking,
-        evaluation=shrinking.evaluation_table(),
+        evaluation=evaluation_table(shrinking.evaluations),
         sizes=shares(sizes),
         steps=[_step(step) for step in shrinking.steps],
         settings=settings | shrinking.calibration | shrinking.environment,
