@@ -253,3 +253,13 @@ def test_the_check_does_not_look_at_the_weights():
     with torch.device("meta"):
         model = tiny_llama(hidden_size=4096, intermediate_size=14336, layers=32, vocab_size=128256)
     check_can_be_saved(model)
+
+
+class WithEmptyParts(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.one, self.other = (torch.nn.Parameter(torch.empty(0)) for _ in range(2))
+
+
+def test_parameters_without_values_share_nothing():
+    check_can_be_saved(WithEmptyParts(tiny_llama(layers=1).config))

@@ -102,8 +102,8 @@ def _difference(name: str, weight: Tensor, loaded: Tensor) -> Iterator[str]:
 
 def _shared(model: nn.Module) -> list[list[str]]:
     """List the weights that have several names, each by its names."""
-    names = defaultdict(list)
+    names: dict[Any, list[str]] = defaultdict(list)
     for name, weight in model.named_parameters(remove_duplicate=False):
-        place: Any = weight if weight.is_meta else (weight.data_ptr(), weight.shape)
-        names[place].append(name)
+        address = weight.data_ptr()  # 0 on the meta device, and of an empty one
+        names[(address, weight.shape) if address else weight].append(name)
     return [shared for shared in names.values() if len(shared) > 1]
