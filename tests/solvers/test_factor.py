@@ -1,4 +1,5 @@
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -78,3 +79,9 @@ def test_damping_is_raised_until_the_factor_exists(caplog):
 def test_a_hopeless_hessian_is_an_error(bad):
     with pytest.raises(torch.linalg.LinAlgError, match=r"2 inputs is not positive definite.*damping"):
         factorize(torch.tensor(bad))
+
+
+def test_damping_of_zero_is_not_raised_for_ever(monkeypatch):
+    monkeypatch.setattr("wanda_lightning.solvers.factor._reverse_cholesky", mock.Mock(side_effect=[None]))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"with damping up to 0 .*set a larger damping"):
+        factorize(torch.ones(2, 2), damping=0.0)
