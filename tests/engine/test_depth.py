@@ -201,12 +201,17 @@ def test_layers_that_are_one_are_refused(llama):
 def test_what_may_not_go_is_not_tried():
     """The last layers of Gemma 3n read keys of earlier ones."""
     model = build("Gemma 3n")
-    with pytest.raises(ValueError, match="cannot go together"):
+    with pytest.raises(
+        ValueError,
+        match=r"only 0 layers can go, 1 are asked for: without model\.layers\.0 no number in Gemma3nTextConfig",
+    ):
         prune_depth(model, BATCHES, 1, choice="loss")
 
 
 def test_layers_that_depend_on_their_place_are_refused():
     model = build("Jamba")  # whether a layer has attention or experts goes by its number
-    with pytest.raises(ValueError, match=r"no number in JambaConfig makes model\.layers|would be built otherwise"):
+    with pytest.raises(
+        ValueError, match=r"only 2 layers can go, 3 are asked for: without model\.layers\.1, .* the model does not run"
+    ):
         prune_depth(model, BATCHES, 3)
     assert len(model.model.layers) == 4

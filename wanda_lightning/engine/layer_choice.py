@@ -5,9 +5,8 @@ Shapes: B batch, T tokens, D hidden size, N real tokens.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,6 @@ from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.model.offload import device_of
-from wanda_lightning.model.replaced import replaced
 from wanda_lightning.precision import longest_float
 
 
@@ -64,8 +61,15 @@ class LayerChooser:
             if len(entered) == run:
                 figures[index + 1 - run] = self._mean(_turned(entered[0], step, as_angle=contiguous))
         if contiguous:
-            return self._first_that_may([set(range(start, start + run)) for start in _ascending(figures)]), figures
-        return self._collect(_ascending(figures)), figures
+            return self._run_of([set(range(start, start + run)) for start in _ascending(figures)]), figures
+        gone: set[int] = set()
+        while len(gone) < self.number:  # beside a layer that went, one may go that could not alone
+            left = [layer for layer in _ascending(figures) if layer not in gone]
+            layer = next((each for each in left if not self.plan.why_not(self.model, {*gone, each})), None)
+            if layer is None:
+                self._refuse(gone, left)
+            gone.add(layer)
+        return gone, figures
 
     def by_loss(self, calibration: Iterable[Batch]) -> tuple[set[int], dict[int, float]]:
         """Choose one by one the layer without which the loss is smallest."""
@@ -75,26 +79,22 @@ class LayerChooser:
                 raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
         gone: set[int] = set()
         figures: dict[int, float] = {}
-        modules = [layer.module for layer in self.plan.layers]
-        stand_in = _stand_ins(self.model, modules, batches[0])
-        rounds = [(n, layer) for n in range(self.number) for layer in range(len(modules) - n)]
+        layers = len(self.plan.layers)
+        rounds = [(n, layer) for n in range(self.number) for layer in range(layers - n)]
         shown = iter(self.progress(rounds, len(rounds)))
         for _ in range(self.number):
             losses: dict[int, float] = {}
-            left = [layer for layer in range(len(modules)) if layer not in gone]
+            left = [layer for layer in range(layers) if layer not in gone]
             may_go = [layer for layer in left if not self.plan.why_not(self.model, {*gone, layer})]
             if not may_go:
-                self._first_that_may([{*gone, layer} for layer in left])  # which says why
+                self._refuse(gone, left)
             for layer in left:
                 next(shown)
-                if layer not in may_go:
-                    continue
-                with ExitStack() as stack:
-                    for each in (*gone, layer):
-                        stack.enter_context(replaced(modules[each], "forward", stand_in[each]))
-                    losses[layer] = self._mean(token_losses(self.model, batches))
+                if layer in may_go:
+                    with self.plan.without(self.model, {*gone, layer}):
+                        losses[layer] = self._mean(token_losses(self.model, batches))
             figures |= losses
-            gone = self._first_that_may([{*gone, layer} for layer in _ascending(losses)])
+            gone.add(_ascending(losses)[0])
         for _ in shown:
             pass
         return gone, figures
@@ -114,23 +114,17 @@ class LayerChooser:
             raise ValueError(f"what the layers are chosen by is NaN: {OVERFLOW}")
         return mean
 
-    def _collect(self, ascending: Sequence[int]) -> set[int]:
-        """Take the first layers that may go together."""
-        gone: set[int] = set()
-        for layer in ascending:
-            if len(gone) < self.number and not self.plan.why_not(self.model, {*gone, layer}):
-                gone.add(layer)
-        if len(gone) < self.number:
-            why = next(filter(None, (self.plan.why_not(self.model, {*gone, x}) for x in ascending if x not in gone)))
-            raise ValueError(f"only {len(gone)} layers can go, {self.number} are asked for: {why}")
-        return gone
-
-    def _first_that_may(self, sets: Sequence[set[int]]) -> set[int]:
-        """Take the first set of layers that may go."""
-        for gone in sets:
+    def _run_of(self, runs: Sequence[set[int]]) -> set[int]:
+        """Take the first run of layers that may go."""
+        for gone in runs:
             if not self.plan.why_not(self.model, gone):
                 return gone
-        raise ValueError(f"{len(sets[0])} layers cannot go together: {self.plan.why_not(self.model, sets[0])}")
+        raise ValueError(f"no {self.number} layers in a row can go: {self.plan.why_not(self.model, runs[0])}")
+
+    def _refuse(self, gone: set[int], others: Sequence[int]) -> NoReturn:
+        """Say why none of the others can go beside some layers: why the first cannot."""
+        why = self.plan.why_not(self.model, {*gone, others[0]})
+        raise ValueError(f"only {len(gone)} layers can go, {self.number} are asked for: {why}")
 
 
 def _ascending(figures: dict[int, float]) -> list[int]:
@@ -143,23 +137,3 @@ def _turned(entered: Sequence[Tensor], step: CalibratedLayer, as_angle: bool) ->
         cosine_BT = F.cosine_similarity(before_BTD.to(after_BTD.device).float(), after_BTD.float(), dim=-1)
         cosine_N = cosine_BT.flatten() if real.mask_BT is None else cosine_BT[real.mask_BT.to(cosine_BT.device)]
         yield cosine_N.clamp(-1, 1).acos() / torch.pi if as_angle else 1 - cosine_N
-
-
-def _stand_ins(model: nn.Module, modules: Sequence[nn.Module], batch: dict[str, Tensor]) -> list[Callable[..., Any]]:
-    """Return for each layer a forward that passes hidden states on, beside all else that the layer gives."""
-    given: dict[nn.Module, Any] = {}
-    with ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_hook(lambda module, _, out: given.update({module: out}))
-            hooks.callback(handle.remove)
-        device = device_of(cast(Any, model).get_input_embeddings())
-        model(**{name: tensor[:1].to(device) for name, tensor in batch.items()}, use_cache=False)
-
-    def stand_in(out: Any) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden_BTD = args[0] if args else kwargs["hidden_states"]
-            return type(out)((hidden_BTD, *out[1:])) if isinstance(out, tuple | list) else hidden_BTD
-
-        return forward
-
-    return [stand_in(given[module]) for module in modules]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from wanda_lightning.engine.reshaping import check_can_change_shape, described
+from wanda_lightning.engine.trial_run import why_it_fails
 from wanda_lightning.model.configuration import (
     Path,
     change,
@@ -54,12 +56,32 @@ class Shortening:
         return cls(decoder_layers(model, targets=["*"], layers=layer_list), described(model))
 
     def why_not(self, model: nn.Module, gone: Collection[int]) -> str:
-        """Say why a model without some layers could not be loaded again as it is; empty if it could."""
+        """Say why a model without some layers could not be loaded again as it is, or not run; empty if it could."""
+        names = ", ".join(self.layers[number].name for number in sorted(gone))
         try:
-            self._without(model, gone)
+            with self.without(model, gone):
+                failure = why_it_fails(model)
         except ValueError as error:
-            return str(error)
-        return ""
+            return f"without {names} {error}"
+        if not failure or why_it_fails(model):  # what fails with all layers, too, is not for want of some
+            return ""
+        return f"without {names} the model does not run: {failure}"
+
+    @contextmanager
+    def without(self, model: nn.Module, gone: Collection[int]) -> Iterator[None]:
+        """Take layers out of a model for a while; nothing is copied, and all is as it was afterwards."""
+        parts = [*model.modules(), *_configs(model)]
+        before = [(part, {**vars(part)}) for part in parts]
+        layers = _layer_list(model, self.layers[0].list_name)
+        modules = {**layers._modules}
+        try:
+            self.apply(model, gone)
+            yield
+        finally:
+            for part, attributes in before:
+                vars(part).clear()
+                vars(part).update(attributes)
+            layers._modules = modules
 
     def apply(self, model: nn.Module, gone: Collection[int]) -> dict[str, tuple[int, int]]:
         """Take layers out, number the others anew, and let the config say so.
@@ -130,6 +152,14 @@ def _renumbered(number: int, gone: Collection[int]) -> Iterator[tuple[int, int]]
 
 def _layer_list(model: nn.Module, name: str) -> nn.ModuleList:
     return cast(nn.ModuleList, dict(own_modules(model))[name])
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """List the configs that a model and its modules hold, and those within them."""
+    found = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
+    for config in found:
+        found += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+    return [*{id(config): config for config in found}.values()]
 
 
 def _cut_lists(config: Any, path: Path, number: int, gone: Collection[int]) -> None:

@@ -138,8 +138,8 @@ def find_numbers(
     if shapes != wanted:
         name = next(name for name in [*wanted, *shapes] if shapes.get(name) != wanted.get(name))
         raise ValueError(
-            f"no number in {type(config).__name__} makes {name} {wanted.get(name)} and leaves all else as it is or "
-            f"has to be, so the smaller model could not be loaded again; tried {_listed(path for path, _ in tried)}"
+            f"no number in {type(config).__name__} makes {name} {wanted.get(name, 'go')} and leaves all else as it is "
+            f"or has to be, so the smaller model could not be loaded again; tried {_listed(path for path, _ in tried)}"
         )
     return found
 
