@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 
 from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
+from wanda_lightning.callbacks.shape_pruning import due_callbacks
 from wanda_lightning.engine.depth import prune_depth
 from wanda_lightning.engine.layer_choice import LayerChooser
 from wanda_lightning.engine.neuron_removal import NeuronRemoval
@@ -187,7 +188,35 @@ def test_a_checkpoint_with_fewer_key_value_groups_is_loaded(tmp_path):
     trainer(tmp_path, again, max_steps=6).fit(resumed, datamodule=SomebodysData(), ckpt_path=saved)
     assert all(map(torch.equal, resumed.net.state_dict().values(), module.net.state_dict().values()))
     assert resumed.net.config.num_attention_heads == 2
-    assert again.is_done(resumed.net)
+    assert due_callbacks([again], resumed.net) == []
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        lambda: [DepthPruning(layers=1), DepthPruning(layers=2, choice="contiguous")],
+        lambda: [WidthPruning(keep=0.5), WidthPruning(keep=0.25)],
+    ],
+)
+def test_two_of_a_kind_prune_once_each_and_are_resumed(tmp_path, pair):
+    class Deeper(SomebodysModule):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_llama(layers=4)
+
+    module, callbacks, checkpoint = Deeper(), pair(), ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    trainer(tmp_path, *callbacks, max_steps=0).fit(module, datamodule=SomebodysData())
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    sizes = [pair for step in json.loads((tmp_path / "shrinking.json").read_text())["steps"] for pair in step["sizes"]]
+    run = trainer(tmp_path, *callbacks, checkpoint, max_steps=2, enable_checkpointing=True)
+    run.fit(module, datamodule=SomebodysData())
+    assert len(sizes) == 2
+    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == shapes
+    resumed, again = Deeper(), pair()
+    for _ in range(2):  # the second time it has these shapes already
+        saved = checkpoint.best_model_path
+        trainer(tmp_path, *again, max_steps=2).fit(resumed, datamodule=SomebodysData(), ckpt_path=saved)
+        assert all(map(torch.equal, resumed.state_dict().values(), module.state_dict().values()))
 
 
 def test_what_a_checkpoint_says_counts_whatever_the_callback_asks_for(tmp_path):

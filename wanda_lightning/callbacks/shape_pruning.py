@@ -90,18 +90,10 @@ class ShapePruning(Callback):
             partial(_reshape_all, callbacks, pl_module),
         )
 
-    def is_done(self, model: Any) -> bool:
-        """Whether a model is what this callback made."""
-        return self.report is not None and all(
-            says(model.config, tuple(path.split(".")), after) for path, (_, after) in self.report.sizes.items()
-        )
-
-    def look_again(self, model: Any) -> bool:
-        """Begin anew if this is another model than the one that was made smaller; return whether it is to be."""
-        due = not self.is_done(model)
-        if due and self.report is not None:
+    def begin_anew(self) -> None:
+        """Forget the model that was made smaller, if there is one: this is another."""
+        if self.report is not None:
             self.report, self.evaluations, self.trained = None, {}, False
-        return due
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -114,8 +106,9 @@ class ShapePruning(Callback):
         callbacks = shape_callbacks(trainer)
         if trainer.state.fn != "validate" or self is not callbacks[0]:
             return
-        model = find_language_model(pl_module)
-        due = [callback for callback in callbacks if callback.look_again(model)]
+        due = due_callbacks(callbacks, find_language_model(pl_module))
+        for callback in due:
+            callback.begin_anew()
         stage = "dense" if due else "fine-tuned" if self.trained else "smaller"
         self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         save(trainer, pl_module)
@@ -140,11 +133,18 @@ def shape_callbacks(trainer: Trainer) -> list[ShapePruning]:
     return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, ShapePruning)]
 
 
+def due_callbacks(callbacks: list[ShapePruning], model: Any) -> list[ShapePruning]:
+    """List the callbacks that did not make a model what it is; what a later one of a kind makes of a number, counts."""
+    made = {path: after for each in callbacks if each.report for path, (_, after) in each.report.sizes.items()}
+    says_so = {path: says(model.config, tuple(path.split(".")), after) for path, after in made.items()}
+    return [each for each in callbacks if each.report is None or not all(says_so[path] for path in each.report.sizes)]
+
+
 def shrinking_of(trainer: Trainer, module: LightningModule) -> Shrinking | None:
     """Gather what the callbacks of a Trainer made of a module's model; None before they did."""
     callbacks = shape_callbacks(trainer)
     model = find_language_model(module) if callbacks else None
-    if model is None or not all(callback.is_done(model) for callback in callbacks):
+    if model is None or due_callbacks(callbacks, model):
         return None
     return Shrinking(
         [callback.report for callback in callbacks if callback.report is not None],
@@ -164,18 +164,18 @@ def save(trainer: Trainer, module: LightningModule) -> None:
 def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: LightningModule, prunes: bool) -> None:
     """Have every callback make the model smaller, unless it did."""
     model: Any = find_language_model(module)
-    due = [callback for callback in callbacks if not callback.is_done(model)]
+    due = due_callbacks(callbacks, model)
     if not prunes or not due:
         return
     refuse_averages(trainer)
     trainer.strategy.model_to_device()
     for callback in due:
         callback.check(model)
+        callback.begin_anew()
     folder = run_folder(trainer)  # all processes must ask for it
     resume = [callback.resume if keeps_files(trainer) else None for callback in callbacks]
     with keeping_layers(trainer, folder, resume) as journals:
         for callback in due:
-            callback.look_again(model)
             batches = callback.calibration.of(trainer)  # which may draw from the random numbers of training
             with isolate_rng(), trainer.precision_plugin.forward_context(), noticing_sigterm() as asked_to_end:
                 callback.report = callback.prune(
@@ -201,8 +201,9 @@ def _reshape_all(callbacks: list[ShapePruning], module: LightningModule, checkpo
         number = [each for each in callbacks if type(each) is kind].index(callback)
         if number < len(of_kind) and of_kind[number]["report"]:
             callback.load_state_dict(of_kind[number])
-            if callback.report is not None and not callback.is_done(model):
-                callback.reshape(model, callback.report)
+    for callback in due_callbacks(callbacks, model):
+        if callback.report is not None:
+            callback.reshape(model, callback.report)
 
 
 def _check_strategy(trainer: Trainer) -> None:
