@@ -101,6 +101,10 @@ def test_the_table_reads_well(config_only):
     assert "100.00% of the matrix weights" in text
 
 
+def test_windows_are_no_longer_than_the_model_takes(config_only):
+    assert "128 windows of 128 tokens" in inspect_model(config_only).timed_for
+
+
 def test_the_folder_of_a_run(llama, tmp_path):
     llama.save_pretrained(tmp_path / "model")
     assert inspect_model(tmp_path).weights.nbytes == (tmp_path / "model/model.safetensors").stat().st_size
@@ -111,6 +115,7 @@ def test_the_folder_of_a_run(llama, tmp_path):
     [
         ({"num_samples": -5}, "num_samples must be a whole number of at least 1, got -5"),
         ({"sequence_length": 1}, "sequence_length must be a whole number of at least 2, got 1"),
+        ({"sequence_length": 129}, "sequence_length must be at most 128, the model's .* got 129"),
         ({"dtype": "bf16"}, "dtype must be .* got 'bf16'"),
         ({"device": "nothing"}, "device 'nothing' cannot be used here"),
     ],

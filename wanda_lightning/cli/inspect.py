@@ -7,14 +7,18 @@ from wanda_lightning.cli.commands import run_function
 
 
 def inspect(
-    pretrained: str, num_samples: int = 128, sequence_length: int = 2048, dtype: Dtype = "auto", device: str = "cpu"
+    pretrained: str,
+    num_samples: int = 128,
+    sequence_length: int | None = None,
+    dtype: Dtype = "auto",
+    device: str = "cpu",
 ) -> None:
     """Show what pruning a model would touch and take, and how sparse the weights in its folder are.
 
     Args:
         pretrained: A hub name, of which only the config is read, or the folder of a model or of a run.
         num_samples: Calibration windows.
-        sequence_length: Tokens in a window.
+        sequence_length: Tokens in a window. Default: as much as the model takes, at most 2048.
         dtype: Data type of weights and activations. Default: the checkpoint's.
         device: Where pruning would run.
     """

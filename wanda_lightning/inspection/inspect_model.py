@@ -16,8 +16,8 @@ from wanda_lightning.inspection.estimates import estimate_memory, estimate_secon
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
 from wanda_lightning.model.decoder import coverage, decoder_layers
-
-GIB = 2**30
+from wanda_lightning.model.language_model import max_sequence_length
+from wanda_lightning.report.tables import in_bytes, terminal_table
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,23 @@ class Inspection:
     def to_table(self) -> Any:
         """Return tables for a rich console."""
         from rich.console import Group
-        from rich.table import Table
 
-        linears = Table("prunable linear", "out x in", "number", "input")
-        for kind in self.kinds:
-            group = "" if kind.input_group is None else chr(ord("A") + kind.input_group)
-            linears.add_row(kind.name, f"{kind.shape[0]} x {kind.shape[1]}", f"{kind.count}", group)
-        costs = Table("estimate", "", title_justify="left")
-        for purpose, size in self.memory.items():
-            costs.add_row(f"memory: {purpose}", f"{size / GIB:.2f} GiB")
-        for purpose, seconds in self.seconds.items():
-            costs.add_row(f"time: {purpose}", f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min")
+        linears = [
+            [each.name, f"{each.shape[0]} x {each.shape[1]}", f"{each.count}", _letter(each)] for each in self.kinds
+        ]
+        costs = [[f"memory: {purpose}", in_bytes(size)] for purpose, size in self.memory.items()]
+        costs += [
+            [f"time: {purpose}", f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"]
+            for purpose, seconds in self.seconds.items()
+        ]
         dense = ", ".join(f"{number} {reason}" for reason, number in self.left_dense.items()) or "none"
         return Group(
-            f"{self.model}: {self.parameters / 1e6:,.0f}M parameters, {len(self.layers)} decoder layers "
+            f"{self.model}: {self.parameters:,} parameters, {len(self.layers)} decoder layers "
             f"({self.layers[0]} to {self.layers[-1]})",
-            linears,
+            terminal_table(["prunable linear", "out x in", "number", "input"], linears, left=(0, 1, 3)),
             "Linears with the same letter share one input, and so one statistic and one factorisation.",
             f"{self.coverage:.2%} of the matrix weights of the decoder layers are prunable; left dense: {dense}",
-            costs,
+            terminal_table(["estimate", ""], costs),
             f"Times are for {self.timed_for}; loading, evaluating and saving come on top.",
             *([self.weights.to_table()] if self.weights else []),
         )
@@ -78,7 +76,7 @@ class Inspection:
 def inspect_model(
     pretrained: str | Path,
     num_samples: int = 128,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
 ) -> Inspection:
@@ -89,7 +87,7 @@ def inspect_model(
     Args:
         pretrained: A hub name, of which only the config is read, or the folder of a model or of a run.
         num_samples: Calibration windows.
-        sequence_length: Tokens in a window.
+        sequence_length: Tokens in a window. Default: as much as the model takes, at most 2048.
         dtype: Data type of weights and activations; see :func:`wanda_lightning.load_model`.
         device: Where pruning would run. Its speed is measured in about a second.
 
@@ -98,15 +96,18 @@ def inspect_model(
 
     Raises:
         ValueError: If there is no such model, or it has no decoder layers; if nothing can be computed in the data
-            type; if a number is too small, or there is no such device; or if a weight file is missing or cut off.
+            type; if a number is too small, the windows are longer than the model takes, or there is no such device; or
+            if a weight file is missing or cut off.
     """
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 
     whole_number("num_samples", num_samples, 1)
-    whole_number("sequence_length", sequence_length, 2)
+    if sequence_length is not None:
+        whole_number("sequence_length", sequence_length, 2)
     wanted, place = checked_dtype(dtype), checked_device(device)
     folder = Path(model_folder(pretrained)).expanduser()
     config = load_config(pretrained)
+    tokens = _tokens(config, sequence_length)
     model = build_skeleton(config, dtype=wanted or _stored_dtype(pretrained, config))
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
@@ -118,11 +119,19 @@ def inspect_model(
         left_dense=dict(left_dense),
         coverage=coverage(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        memory=estimate_memory(model, layers, kinds, num_samples, sequence_length),
-        seconds=estimate_seconds(model, layers, kinds, num_samples, sequence_length, place),
-        timed_for=f"{num_samples} windows of {sequence_length} tokens in {_name(model.dtype)} on {_described(place)}",
+        memory=estimate_memory(model, layers, kinds, num_samples, tokens),
+        seconds=estimate_seconds(model, layers, kinds, num_samples, tokens, place),
+        timed_for=f"{num_samples} windows of {tokens} tokens in {_name(model.dtype)} on {_described(place)}",
         weights=stored_weights(folder, model, layers) if folder.is_dir() else None,
     )
+
+
+def _tokens(config: Any, asked: int | None) -> int:
+    """Return the length of the windows, as a datamodule chooses it."""
+    limit = max_sequence_length(config)
+    if asked is not None and limit is not None and asked > limit:
+        raise ValueError(f"sequence_length must be at most {limit}, the model's max_position_embeddings, got {asked}")
+    return asked or min(2048, limit or 2048)
 
 
 def _stored_dtype(pretrained: str | Path, config: Any) -> torch.dtype:
@@ -134,6 +143,10 @@ def _stored_dtype(pretrained: str | Path, config: Any) -> torch.dtype:
             "de-quantise it first, or say what it will be loaded in, such as --dtype bfloat16"
         )
     return cast(torch.dtype, getattr(torch, _name(stored)))
+
+
+def _letter(kind: LinearKind) -> str:
+    return "" if kind.input_group is None else chr(ord("A") + kind.input_group)
 
 
 def _name(dtype: Any) -> str:

@@ -1,10 +1,8 @@
 """A header and rows of text as a table, for Markdown and for the terminal."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+from wanda_lightning.report.fitting_table import FittingTable
 
 Table = tuple[list[str], list[list[str]]]
 """A header, and rows of text as Markdown has it."""
@@ -16,17 +14,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: C
     return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
 
 
-def terminal_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> "RichTable":
-    """Return a table for a rich console; long names may break behind a slash."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    table = RichTable()
-    for number, name in enumerate(header):
-        table.add_column(Text(name.replace("/", "/\u200b")), justify="left" if number in left else "right")
-    for row in rows:
-        table.add_row(*map(Text, row))  # rich would take [qk]_proj for markup
-    return table
+def terminal_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> FittingTable:
+    """Return a table for a rich console."""
+    return FittingTable(header, rows, left)
 
 
 def in_bytes(size: float) -> str:
