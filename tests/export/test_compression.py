@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mixtral, tiny_llama, token_batches
+from helpers import digests, mixtral, tiny_llama, token_batches
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.cli.compress import compress_command, decompress_command
+from wanda_lightning.export.bitmask import CHECKSUM
 from wanda_lightning.export.compression import compress, decompress, load_compressed
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.decoder import decoder_layers
@@ -200,13 +201,45 @@ def test_mistakes_are_explained(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clash", "empty", "model"]  # nothing half done
 
 
-def test_a_damaged_mask_is_noticed(tmp_path):
+def damaged(tmp_path: Path, at: int) -> Path:
+    """A compressed identity matrix, in which the last bit of a byte behind the header is another one."""
     compress(folder_of(tmp_path / "model", {"w": torch.eye(16)}), str(tmp_path / "small"))
     file = tmp_path / "small/model.compressed.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the last bit of the mask
+    content = bytearray(file.read_bytes())
+    content[8 + struct.unpack("<Q", content[:8])[0] + at] ^= 1
+    file.write_bytes(content)
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("at", [0, 16 * 4, -1], ids=["a value", "the first of the mask", "the last of the mask"])
+@pytest.mark.parametrize("read", [load_compressed, lambda folder: decompress(folder, folder.parent / "again")])
+def test_damage_is_noticed(tmp_path, at, read):
+    folder = damaged(tmp_path, at % (16 * 4 + 16 * 16 // 8))
+    tiny_llama().config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model\.compressed\.safetensors is damaged, its checksum is another one"):
+        read(folder)
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path):
+    folder = pruned(tmp_path / "model")
+    compress(folder, tmp_path / "small")
+    without_checksum(tmp_path / "small")
+    decompress(tmp_path / "small", tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(folder)
+
+
+def test_a_mask_that_does_not_fit_is_noticed_without_a_checksum(tmp_path):
+    folder = damaged(tmp_path, 16 * 4)
+    without_checksum(folder)
     with pytest.raises(ValueError, match="compressed tensor w is damaged"):
-        decompress(str(tmp_path / "small"), str(tmp_path / "again"))
+        decompress(folder, tmp_path / "again")
+
+
+def without_checksum(folder: Path) -> None:
+    file = folder / "model.compressed.safetensors"
+    with opened(file) as tensors:
+        metadata = {key: value for key, value in tensors.metadata().items() if key != CHECKSUM}
+    save_file(load_file(file), file, metadata)
 
 
 def test_shards_that_are_missing_or_elsewhere(tmp_path):
@@ -222,6 +255,11 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="is no index of weights"):
         weight_files(folder)
+
+
+def test_the_folder_of_a_run(tmp_path):
+    pruned(tmp_path / "run/model")
+    assert compress(tmp_path / "run", tmp_path / "small") == compress(tmp_path / "run/model", tmp_path / "same")
 
 
 def test_the_commands(tmp_path, capsys):

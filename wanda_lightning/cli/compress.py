@@ -9,7 +9,7 @@ def compress_folder(folder: str, output: str) -> None:
     """Write a copy of a pruned model without its zeros.
 
     Args:
-        folder: A model with safetensors weights.
+        folder: A model with safetensors weights, or the run that saved one.
         output: Folder of the compressed model; must not exist.
     """
     from wanda_lightning.export import compression

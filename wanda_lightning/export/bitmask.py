@@ -1,10 +1,12 @@
 """Safetensors files without zeros: a tensor becomes a mask of one bit a weight, and the values that are not zero.
 
 If some zeros are -0.0, the signs of the zeros are stored too: the round trip is exact to the bit. Files are
-worked on tensor by tensor. Which tensors were taken apart, and their shapes, is in the file's metadata.
+worked on tensor by tensor. Which tensors were taken apart, their shapes, and a checksum are in the file's metadata.
 """
 
+import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -19,6 +21,9 @@ from wanda_lightning.checkpoints.tensor_files import Entry, header_of, opened, w
 
 SHAPES = "wanda_lightning.compressed"
 """Key of a file's metadata: the shapes of the tensors that are stored without zeros, by name, as JSON."""
+
+CHECKSUM = "wanda_lightning.sha256"
+"""Key of a file's metadata: the SHA-256 of all that stands behind its header."""
 
 VALUES, BITMASK, SIGNS = PARTS = ".values", ".bitmask", ".zero_signs"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -73,6 +78,7 @@ def decompress_file(source: Path, target: Path) -> None:
         ValueError: If the file is damaged.
     """
     with opened(source) as tensors:
+        _check(source, tensors)
         shapes = _shapes(tensors)
         names = _ordered(tensors, _names(tensors))
         entries = []
@@ -82,7 +88,7 @@ def decompress_file(source: Path, target: Path) -> None:
             shape = shapes.get(name, tensor.shape)
             entries.append(Entry(name, dtype, shape, prod(shape) * tensor.element_size()))
         arrays = (_bits(_read(tensors, name, shapes.get(name))) for name in names)
-        metadata = {key: value for key, value in tensors.metadata().items() if key != SHAPES}
+        metadata = {key: value for key, value in tensors.metadata().items() if key not in (SHAPES, CHECKSUM)}
         write_tensors(target, entries, arrays, metadata)
 
 
@@ -99,6 +105,7 @@ def read_compressed(source: Path) -> dict[str, Tensor]:
         ValueError: If the file is damaged.
     """
     with opened(source) as tensors:
+        _check(source, tensors)
         shapes = _shapes(tensors)
         return {name: _read(tensors, name, shapes.get(name)) for name in _names(tensors)}
 
@@ -109,18 +116,22 @@ def _compressed(source: Path, tensors: Any) -> tuple[list[str], list[Entry], dic
     if clash := {name for name in names if {name + part for part in PARTS} & names}:
         raise ValueError(f"{source} has tensors of the names that compression would give to parts of {clash}")
     names_by_width = _ordered(tensors, names)
+    checksum = hashlib.sha256()
     entries: list[Entry] = []
     shapes: dict[str, list[int]] = {}
     for name in names_by_width:
         tensor, dtype = tensors.get_tensor(name), tensors.get_slice(name).get_dtype()
         parts = _take_apart(name, tensor)
+        for part in parts.values():
+            checksum.update(part.data)
         if name in parts:
             entries.append(Entry(name, dtype, tensor.shape, tensor.nbytes))
         else:
             shapes[name] = list(tensor.shape)
             types = {name + VALUES: dtype}
             entries += [Entry(n, types.get(n, "U8"), part.shape, part.nbytes) for n, part in parts.items()]
-    return names_by_width, entries, {**(tensors.metadata() or {}), SHAPES: json.dumps(shapes)}
+    metadata = tensors.metadata() or {}
+    return names_by_width, entries, {**metadata, SHAPES: json.dumps(shapes), CHECKSUM: checksum.hexdigest()}
 
 
 def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
@@ -134,6 +145,16 @@ def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
         return {name: bits}
     parts = {name + VALUES: bits[kept], name + BITMASK: _packed(kept)}
     return parts | {name + SIGNS: _packed(negative_zero[~kept])} if signed else parts
+
+
+def _check(source: Path, tensors: Any) -> None:
+    """Refuse a file whose contents are not those that were written; one that comes without a checksum may be read."""
+    written = tensors.metadata().get(CHECKSUM)
+    with source.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + header)
+        if written not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+            raise ValueError(f"{source} is damaged, its checksum is another one: copy or download it again")
 
 
 def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:

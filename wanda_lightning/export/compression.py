@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from wanda_lightning.atomic_files import whole_folder
+from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.tensor_files import COMPRESSED, PLAIN, weight_files
 from wanda_lightning.export.bitmask import compress_file, decompress_file, read_compressed
 
@@ -37,7 +38,7 @@ def compress(folder: str | Path, output: str | Path) -> Sizes:
     signs of the zeros are stored too. Tensors that would not get smaller stay as they are. Other files are copied.
 
     Args:
-        folder: A model with safetensors weights.
+        folder: A model with safetensors weights, or the run that saved one.
         output: Folder of the compressed model; must not exist, nor lie in the other.
 
     Returns:
@@ -46,7 +47,8 @@ def compress(folder: str | Path, output: str | Path) -> Sizes:
     Raises:
         ValueError: If the folder has no such weights, or the output exists or lies in it.
     """
-    files = weight_files(Path(folder))
+    folder = Path(model_folder(folder))
+    files = weight_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no weights as model.safetensors or model.safetensors.index.json")
     note = (
@@ -54,7 +56,7 @@ def compress(folder: str | Path, output: str | Path) -> Sizes:
         "`wanda-lightning decompress FOLDER OUTPUT` restores the files, and "
         "`wanda_lightning.load_compressed(FOLDER)` loads the model.\n"
     )
-    return _convert(Path(folder), files, Path(output), COMPRESSED, compress_file, note)
+    return _convert(folder, files, Path(output), COMPRESSED, compress_file, note)
 
 
 def decompress(folder: str | Path, output: str | Path) -> Sizes:
