@@ -331,6 +331,17 @@ def test_a_metric_that_is_not_logged_ends_it_before_a_weight_changes(trained, tm
     assert all(map(torch.equal, module.model.state_dict().values(), dense.model.state_dict().values()))
 
 
+@pytest.mark.parametrize("metric", ["foo", "continuation/foo"])
+def test_a_metric_that_is_not_logged_ends_it_before_the_evaluation(trained, tmp_path, monkeypatch, metric):
+    seen = []
+    step = CausalLM.validation_step
+    monkeypatch.setattr(CausalLM, "validation_step", lambda *a, **k: (step(*a, **k), seen.append(1))[0])
+    callbacks = WandaPruning(), ZeroShotEvaluation(["builtin_continuation"], limit=20)
+    with pytest.raises(ValueError, match="there are val/perplexity, val/zero_shot/builtin_continuation/acc"):
+        trainer(tmp_path, *callbacks).search(CausalLM(trained), data(), metric=metric, max_drop=0.1)
+    assert len(seen) == 1
+
+
 def test_a_metric_is_known_by_the_end_of_its_name():
     names = [f"val/zero_shot/{task}/acc" for task in ("a", "b", "aa")]
     assert budget_of(metric="a/acc", max_drop=0.1).name(dict.fromkeys(names, 1.0)) == names[0]

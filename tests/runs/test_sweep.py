@@ -93,6 +93,21 @@ def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
     assert (parts / "comparison.md").read_text() == (whole / "comparison.md").read_text()
 
 
+def test_what_was_done_there_before_stays_in_the_table(tiny_model_folder, tmp_path):
+    for method in (Magnitude(), Wanda()):
+        comparison = trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [method], [0.5])
+    assert [row["method"] for row in comparison.rows()] == ["", "Wanda", "Magnitude"]
+
+
+@pytest.mark.parametrize("stages", [{"dense": {"val/perplexity": 1.0}, "pruned": {}}, {}])
+def test_runs_that_no_sweep_made_or_that_broke_off_are_left_out(tiny_model_folder, tmp_path, stages):
+    for method in (Magnitude(), Wanda()):
+        comparison = trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [method], [0.5])
+        file = tmp_path / "magnitude-0.5/pruning.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"evaluations": stages}))
+    assert [row["method"] for row in comparison.rows()] == ["", "Wanda"]
+
+
 def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
     trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude()], [0.5])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}

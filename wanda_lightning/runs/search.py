@@ -25,6 +25,7 @@ from wanda_lightning.runs.trials import (
     DenseWeights,
     check_in_memory,
     evaluate,
+    logged_metrics,
     other_settings,
     prune_and_evaluate,
     settings_of,
@@ -97,6 +98,8 @@ def _find(
         without += [each for each in _callbacks(trainer) if isinstance(each, ZeroShotEvaluation)]
     with with_callbacks(trainer, without=without):
         if not result.dense:
+            if budget.kind != "increase":  # the user named it
+                budget.name(logged_metrics(trainer, model, held_out))
             dense = evaluate(trainer, model, held_out)
             if not math.isfinite(budget.value(dense)):
                 raise ValueError(f"{budget.name(dense)} of the dense model is {budget.value(dense)}: nothing compares")

@@ -58,7 +58,8 @@ def sweep(
         rank_zero_info(name)
         callback.evaluations["dense"] = dense
         prune_and_evaluate(trainer, model, datamodule, weights, callback)
-    comparison = Comparison([callback.output_dir for callback in callbacks if callback.output_dir])
+    asked = [Path(str(callback.output_dir)) for callback in callbacks]
+    comparison = Comparison([*dict.fromkeys([*asked, *_done_before(folder, dense)])])
     if trainer.is_global_zero:
         comparison.save(folder)
         plotting.plot(comparison, folder / "comparison.png")
@@ -118,6 +119,13 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
     if other := other_settings(found["settings"], settings):
         raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(other)}")
     return found["dense"]
+
+
+def _done_before(folder: Path, dense: dict[str, float]) -> list[Path]:
+    """Find the runs of earlier sweeps in this folder: what is compared with the same dense evaluation."""
+    reports = {file.parent: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{REPORT}"))}
+    evaluations = {run: report["evaluations"] for run, report in reports.items()}
+    return [run for run, stages in evaluations.items() if "pruned" in stages and stages.get("dense") == dense]
 
 
 def _is_done(callback: PruningCallback) -> bool:

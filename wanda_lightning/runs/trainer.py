@@ -100,8 +100,9 @@ class PruningTrainer(Trainer):
         """Prunes with every method to every sparsity and pattern, each from the dense weights, and compares.
 
         The dense model is evaluated once, for all. Every run has a folder with its report in the Trainer's ``log_dir``;
-        beside them stand the table and the picture of all. Runs that are done already are not done again. A copy of the
-        dense weights is kept in memory; pruned weights are not saved, and the model ends as the last run left it.
+        beside them stand the table and the picture of all, also of those that were done there before. Runs that are
+        done already are not done again. A copy of the dense weights is kept in memory; pruned weights are not saved,
+        and the model ends as the last run left it.
 
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
@@ -112,7 +113,7 @@ class PruningTrainer(Trainer):
             allocations: How sparsities are split among linears, such as ``OWL()``, besides pruning all alike.
 
         Returns:
-            The comparison of all runs.
+            The comparison of all runs in the folder.
 
         Raises:
             ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; or if matplotlib

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
+from wanda_lightning.model.replaced import replaced
 from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.runs.one_shot import end_if_asked, prune, with_callbacks
 
@@ -68,6 +70,17 @@ def evaluate(trainer: Trainer, model: LightningModule, datamodule: LightningData
     trainer.validate(model, datamodule=datamodule, verbose=False)
     end_if_asked(trainer)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def logged_metrics(trainer: Any, model: LightningModule, datamodule: LightningDataModule | None) -> dict[str, float]:
+    """Validate on one batch, and with one question of each zero-shot task, to see which metrics there are."""
+    with ExitStack() as soon:
+        soon.enter_context(replaced(trainer, "limit_val_batches", 1))
+        for each in trainer.callbacks:
+            if isinstance(each, ZeroShotEvaluation):
+                soon.enter_context(replaced(each, "settings", each.settings | {"limit": 1}))
+        soon.enter_context(with_callbacks(trainer, without=[trainer.progress_bar_callback]))
+        return evaluate(trainer, model, datamodule)
 
 
 def prune_and_evaluate(
