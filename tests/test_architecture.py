@@ -48,7 +48,7 @@ ROOMS = {
         "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",
         "methods", "model", "report", "sparsity", "training",
     },
-    "cli": {"arguments", "callbacks", "data", "export", "inspection", "runs", "sparsity"},
+    "cli": {"arguments", "callbacks", "checkpoints", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [

@@ -432,6 +432,12 @@ def test_ctrl_c_outside_of_lightning(wanda_lightning_command, ctrl_c):
     assert done.stderr == ""
 
 
+def test_a_mistyped_model_is_not_taken_for_another_one(wanda_lightning_command, small):
+    assert wanda_lightning_command("prune", "-c", RECIPE, *small).returncode == 0
+    done = wanda_lightning_command("prune", "no-such-model", "-c", RECIPE, *small[1:])
+    assert "error: cannot load the config of 'no-such-model': there is no such folder here" in done.stderr
+
+
 def test_what_a_failing_command_leaves_alone(wanda_lightning_command, small, tmp_path):
     results = tmp_path / "results"
     assert wanda_lightning_command("prune", "-c", RECIPE, *small).returncode == 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wanda_lightning.arguments import checked_dtype
-from wanda_lightning.checkpoints.folders import model_folder
+from wanda_lightning.checkpoints.folders import check_place, model_folder
 from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
@@ -197,15 +197,10 @@ def _auto_class(config: "PreTrainedConfig") -> Any:
 
 def _folder(pretrained: str) -> str:
     """Return what ``from_pretrained`` takes; a GGUF file is converted to a folder first."""
+    check_place(pretrained)
     path = Path(pretrained).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"no such GGUF file: {pretrained}")
         return str(_converted(path))
-    if str(pretrained).startswith((".", "/", "~")) and not path.exists():  # no name that a hub could know
-        raise ValueError(f"there is no folder {pretrained!r}")
-    if path.exists() and not (path / "config.json").is_file():
-        raise ValueError(f"{pretrained} is no model folder: it holds no config.json (a file must end in .gguf)")
     return str(path) if path.exists() else pretrained
 
 

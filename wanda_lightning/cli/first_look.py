@@ -4,6 +4,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from typing import Any
 
+from wanda_lightning.checkpoints.folders import check_place
 from wanda_lightning.cli.recipes import is_inline, settings_of
 from wanda_lightning.cli.short_options import FLAGS, LONG, OF_CALLBACK, closest
 
@@ -30,7 +31,7 @@ NO_MODEL = (
 
 
 def refuse_at_once(arguments: Sequence[str]) -> None:
-    """Refuse a recipe that is not there or for another command, a run without a model, and mistyped options.
+    """Refuse a recipe or a model that is not there, a recipe for another command, and mistyped options.
 
     Args:
         arguments: A sub-command of LightningCLI and its options.
@@ -60,6 +61,9 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
     open_to_doubt = any(word in text for text in words for word in ("model", "help", "print_", "-h"))
     if not open_to_doubt and not any(map(_names_a_model, recipes.values())):
         raise ValueError(NO_MODEL)
+    for word in others:
+        if word.startswith("--model.pretrained="):
+            check_place(word.partition("=")[2])
 
 
 def _names_a_model(settings: dict[str, Any]) -> bool:

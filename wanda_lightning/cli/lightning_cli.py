@@ -134,6 +134,8 @@ class PruningCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
+        if type(self.model) is CausalLM:  # others may take a name for something else
+            self.model.check_exists()  # a name that was mistyped is not taken for another model in the same folder
         for callback in self._prunes:
             callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
         if subcommand not in ("prune", "fit"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import Dtype
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
-from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
+from wanda_lightning.checkpoints.loading import load_config, load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.model.next_tokens import inputs_and_labels
@@ -103,6 +103,14 @@ class CausalLM(LightningModule):
         trainer = self.trainer
         if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
             self.check_trainable()
+
+    def check_exists(self) -> None:
+        """Refuse a model that is neither here nor on the hub; only its config is read.
+
+        Raises:
+            ValueError: If there is no such model, or it is no causal language model.
+        """
+        load_config(self.pretrained, **{name: value for name, value in self.model_kwargs.items() if name != "dtype"})
 
     def check_trainable(self) -> None:
         """Refuse to train a streamed model.
