@@ -128,6 +128,14 @@ def test_the_list_of_layers_can_be_named():
             decoder_layers(model, layers=wrong)
 
 
+def test_a_part_that_sees_images_is_no_decoder():
+    from transformers import GitConfig, GitForCausalLM
+
+    with torch.device("meta"):  # its image encoder is twice as large as the layers that read text, and beside them
+        model = GitForCausalLM(GitConfig())
+    assert decoder_layers(model)[0].name == "git.encoder.layer.0"
+
+
 def test_pruning_takes_the_list_of_layers_by_name(llama, batches):
     assert len(prune_model(llama, batches, Wanda(), Unstructured(0.5), layers="model.layers").linears) == 21
     with pytest.raises(ValueError, match=r"no list of layers 'layers'; its lists with linears: model\.layers \(3\)"):

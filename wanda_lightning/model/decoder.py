@@ -59,10 +59,10 @@ def decoder_layers(
     """List the decoder layers of a model with the linears that are to be pruned.
 
     The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
-    looked for in the model's own decoder first. Every ``nn.Linear``, ``transformers.Conv1D`` and ``Conv2d`` (without
-    groups) in them is prunable, and of fused experts (3-D parameters of transformers' experts interface) every
-    expert's matrix. Routers of mixtures of experts and linears with at most 4 inputs or outputs are pruned only when a
-    target names them.
+    looked for in the model's own decoder first, and not in parts for other inputs than text. Every ``nn.Linear``,
+    ``transformers.Conv1D`` and ``Conv2d`` (without groups) in them is prunable, and of fused experts (3-D parameters of
+    transformers' experts interface) every expert's matrix. Routers of mixtures of experts and linears with at most 4
+    inputs or outputs are pruned only when a target names them.
 
     Args:
         model: A causal language model of transformers.
@@ -195,7 +195,7 @@ def _layer_list(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]
         raise ValueError(f"{type(model).__name__} has no list of layers {path!r}; its lists with linears: {found}")
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
     for root in (decoder, model):
-        inside = {m for _, m in own_modules(root)} if isinstance(root, nn.Module) else set()
+        inside = _reading_text(root) if isinstance(root, nn.Module) else set()
         lists = [m for m in names if m in inside and all(map(_has_linear, m))]
         if lists:
             largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
@@ -204,6 +204,13 @@ def _layer_list(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]
         f"no decoder layers found in {type(model).__name__}: expected a ModuleList whose elements all hold an "
         f"nn.Linear or Conv1D, among {', '.join(name for name, _ in model.named_children()) or 'no children'}"
     )
+
+
+def _reading_text(root: nn.Module) -> set[nn.Module]:
+    """Return the modules of a model that are in none of its parts for other inputs, such as images."""
+    inside = {module for _, module in own_modules(root)}
+    others = [m for m in inside if m is not root and getattr(m, "main_input_name", "input_ids") != "input_ids"]
+    return inside.difference(module for other in others for _, module in own_modules(other))
 
 
 def _has_linear(module: nn.Module) -> bool:
