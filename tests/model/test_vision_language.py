@@ -82,10 +82,13 @@ def test_streamed_it_is_the_same(saved, batches, tmp_path):
     assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
 
 
-def test_a_model_without_a_decoder_is_refused(tmp_path):
-    from transformers import ViTConfig
+@pytest.mark.parametrize("kind", ["vit", "bart", "blip-2", "kosmos-2"])
+def test_a_model_that_does_not_take_text_alone_is_refused(kind, tmp_path):
+    from transformers import AutoConfig
 
-    ViTConfig().save_pretrained(tmp_path)
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
     for load in (load_model, load_streamed, inspect_model):
-        with pytest.raises(ValueError, match="a model of type 'vit' is no causal language model"):
+        with pytest.raises(
+            ValueError, match=f"a model of type '{kind}' is no causal language model .* takes text alone"
+        ):
             load(str(tmp_path))

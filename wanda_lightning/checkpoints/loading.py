@@ -183,16 +183,25 @@ def _auto_class(config: "PreTrainedConfig") -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
-    models = {
+    mappings = {
         AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }
-    families = {auto: mapping[type(config)] for auto, mapping in models.items() if type(config) in mapping}
-    saved_as = [auto for auto, model in families.items() if model.__name__ in (config.architectures or [])]
+    models = {auto: mapping[type(config)] for auto, mapping in mappings.items() if type(config) in mapping}
+    # Of an encoder-decoder such as BART only the decoder would be loaded; others are not called without an image.
+    families = [
+        auto
+        for auto, model in models.items()
+        if model.main_input_name == "input_ids" and not getattr(config, "is_encoder_decoder", False)
+    ]
+    saved_as = [auto for auto in families if models[auto].__name__ in (config.architectures or [])]
     remote = [AutoModelForCausalLM] if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) else []
     if choice := [*remote, *saved_as, *families]:
         return choice[0]
-    raise ValueError(f"a model of type {config.model_type!r} is no causal language model that transformers could load")
+    raise ValueError(
+        f"a model of type {config.model_type!r} is no causal language model of transformers that takes text alone: "
+        "prune it from Python, with batches of what it takes"
+    )
 
 
 def _folder(pretrained: str) -> str:
