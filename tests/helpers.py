@@ -36,6 +36,19 @@ def tiny_mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(config).eval()
 
 
+def tiny_zamba2():
+    """Four layers of which two share one block of attention, where each calls an adapter of its own."""
+    from transformers import Zamba2Config, Zamba2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, n_mamba_heads=8, mamba_d_state=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=8,
+        num_mem_blocks=1, adapter_rank=8, layer_types=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3], pad_token_id=0,
+    )  # fmt: skip
+    return Zamba2ForCausalLM(config).eval()
+
+
 def token_batches(batches: int = 4, batch_size: int = 2, length: int = 16, seed: int = 1, vocab: int = 256):
     """Random token ids, a list of (B, T) batches."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import tiny_llama, token_batches
+from helpers import tiny_llama, tiny_zamba2, token_batches
 from safetensors.torch import save_file
 from torch import nn
 
-from wanda_lightning import ATP, Magnitude, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning import ATP, InputNorm, Magnitude, SemiStructured, SparseGPT, Unstructured, Wanda, prune_model
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.engine.measured_sparsity import report_as_found, sparsity_now
 from wanda_lightning.export.bitmask import compressed_file_size
@@ -82,6 +82,22 @@ def test_two_linears_of_one_layer():
     report = prune_model(model, token_batches(), Wanda(), Unstructured(0.5))
     assert {row.sparsity for row in report.linears} == {0.5}
     assert len(report.linears) == 14
+
+
+@pytest.mark.parametrize("adapter", [0, 1])
+@torch.no_grad()
+def test_a_part_of_a_shared_block_is_pruned_where_it_is_called(adapter):
+    model, batches, name = tiny_zamba2(), token_batches(vocab=64), f"gate_up_proj_adapter_list.{adapter}.0"
+    linear = model.get_submodule(f"model.layers.{[1, 3][adapter]}.shared_transformer.feed_forward.{name}")
+    expected, norm = linear.weight.clone(), InputNorm(32)
+    hook = linear.register_forward_pre_hook(lambda _, args: norm.update(args[0]))
+    for ids in batches:
+        model(ids)
+    hook.remove()
+    Wanda().prune(expected, norm, Unstructured(0.5))
+    report = prune_model(model, iter(batches), Wanda(), Unstructured(0.5), targets=[name])
+    assert {row.tokens for row in report.linears} == {norm.tokens}
+    assert torch.equal(linear.weight, expected)
 
 
 def test_embeddings_are_never_pruned_by_way_of_a_linear():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import digests, tiny_llama, tiny_mixtral, token_batches
+from helpers import digests, tiny_llama, tiny_mixtral, tiny_zamba2, token_batches
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.checkpoints.loading import load_streamed
@@ -112,13 +112,6 @@ def test_a_model_that_was_never_loaded_is_refused():
 
 
 def test_matrices_that_layers_share_are_refused_where_each_has_a_copy(tmp_path):
-    from transformers import Zamba2Config, Zamba2ForCausalLM
-
-    config = Zamba2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, n_mamba_heads=8, mamba_d_state=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=8,
-        num_mem_blocks=1, adapter_rank=8, layer_types=["mamba", "hybrid"] * 2, hybrid_layer_ids=[1, 3], pad_token_id=0,
-    )  # fmt: skip
-    Zamba2ForCausalLM(config).save_pretrained(tmp_path)
+    tiny_zamba2().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="share one weight, of which a model that is not in memory has copies"):
         prune_model(load_streamed(tmp_path), token_batches(vocab=64), "wanda", 0.5, journal=Journal(tmp_path / "kept"))

@@ -88,7 +88,7 @@ class Plan:
         """
         selection = found.selection
         layers, patterns = selection.choose(model, pattern)
-        layers, repeats = without_repeats(model, found.in_order(layers), patterns)
+        layers, repeats = without_repeats(model, found.in_order(layers), patterns, found.uncalled)
         outside = found.look_outside(model, layers)
         return cls(
             method,

@@ -3,7 +3,7 @@
 Layers of some models share matrices, and users tie more of them. What counts is the memory, not the name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ from wanda_lightning.sparsity import Pattern
 
 
 class Repeat(NamedTuple):
-    """A linear whose matrix an earlier linear has.
+    """A linear whose matrix another linear has.
 
     Attributes:
         name: The linear.
         layer: Its decoder layer.
-        first: The linear that has the matrix too, and was pruned.
+        first: The linear that has the matrix too, and is pruned.
     """
 
     name: str
@@ -29,27 +29,38 @@ class Repeat(NamedTuple):
     first: str
 
 
-def repeats_in(decoder: Sequence[DecoderLayer]) -> list[Repeat]:
-    """Find the linears whose matrix an earlier linear has."""
+def repeats_in(decoder: Sequence[DecoderLayer], uncalled: Collection[str] = ()) -> list[Repeat]:
+    """Find the linears whose matrix another linear has: the first of those that the model calls.
+
+    Args:
+        decoder: Layers with their linears.
+        uncalled: Names of linears that the model does not call.
+
+    Returns:
+        All but that one, of every matrix.
+    """
+    linears = [(layer.name, linear) for layer in decoder for linear in layer.linears if linear.is_stored]
     first: dict[tuple[int, int | None, int | None], str] = {}
-    repeats = []
-    for layer in decoder:
-        for linear in filter(lambda linear: linear.is_stored, layer.linears):
-            earlier = first.setdefault((_place(linear.weight), linear.expert, linear.projection), linear.name)
-            if earlier != linear.name:
-                repeats.append(Repeat(linear.name, layer.name, earlier))
-    return repeats
+    for _, linear in linears:
+        if first.setdefault(_matrix(linear), linear.name) in uncalled and linear.name not in uncalled:
+            first[_matrix(linear)] = linear.name
+    pruned = [(layer, linear.name, first[_matrix(linear)]) for layer, linear in linears]
+    return [Repeat(name, layer, other) for layer, name, other in pruned if name != other]
 
 
 def without_repeats(
-    model: nn.Module, decoder: Sequence[DecoderLayer], patterns: Mapping[str, Pattern]
+    model: nn.Module,
+    decoder: Sequence[DecoderLayer],
+    patterns: Mapping[str, Pattern],
+    uncalled: Collection[str] = (),
 ) -> tuple[list[DecoderLayer], list[Repeat]]:
-    """Leave out linears whose matrix an earlier linear has.
+    """Leave out linears whose matrix another linear has.
 
     Args:
         model: The model.
         decoder: Its layers, with the linears that are to be pruned.
         patterns: What each is to be pruned to, by name.
+        uncalled: Names of linears that the model does not call.
 
     Returns:
         The layers without repeats; and the repeats.
@@ -59,7 +70,7 @@ def without_repeats(
             there are repeats in a model that is not in memory.
     """
     _refuse_left_dense(model, [linear for layer in decoder for linear in layer.linears if linear.is_stored])
-    repeats = repeats_in(decoder)
+    repeats = repeats_in(decoder, uncalled)
     if repeats and is_offloaded(model):
         raise ValueError(
             f"{repeats[0].first} and {repeats[0].name} share one weight, of which a model that is not in memory has "
@@ -87,6 +98,10 @@ def _refuse_left_dense(model: nn.Module, pruned: Sequence[PrunableLinear]) -> No
                     f"{names[_place(parameter)]} shares its weight with {name}, which is to stay dense: "
                     "leave both out with ignore, or prune both"
                 )
+
+
+def _matrix(linear: PrunableLinear) -> tuple[int, int | None, int | None]:
+    return _place(linear.weight), linear.expert, linear.projection
 
 
 def _place(weight: nn.Parameter) -> int:

@@ -1,7 +1,8 @@
 """Which layers of a model are pruned, where it is no language model: its lists of layers, and what lies outside."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,8 +15,10 @@ from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.called_stacks import called_stacks
 from wanda_lightning.calibration.feed import Feed, Forward, LanguageModelFeed
 from wanda_lightning.calibration.walk import in_stacks
+from wanda_lightning.engine.shared_weights import repeats_in
 from wanda_lightning.model.decoder import DecoderLayer, decoder_layers
 from wanda_lightning.model.language_model import is_language_model
+from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.model.stacks import outside_of, stack_names
 
 log = logging.getLogger(__name__)
@@ -34,12 +37,14 @@ class Found(NamedTuple):
         selection: What is asked for, with the names of the lists of layers.
         in_order: Puts layers in the order in which the model calls them.
         look_outside: Finds the matrices outside of them, with the reason why they stay dense.
+        uncalled: Names of linears that share a matrix and are not called.
     """
 
     calibration: Iterable[Batch] | None
     selection: Selection
     in_order: Callable[[Sequence[DecoderLayer]], list[DecoderLayer]] = list
     look_outside: Callable[[nn.Module, Sequence[DecoderLayer]], dict[str, str]] = lambda model, layers: {}
+    uncalled: Collection[str] = ()
 
 
 def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Selection) -> Found:
@@ -51,13 +56,14 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
         selection: What is asked for.
 
     Returns:
-        What was found. Of a language model that is fed as such nothing has to be.
+        What was found. Of a language model that is fed as such nothing has to be, unless its layers share lists of
+        which each calls other parts.
 
     Raises:
         ValueError: If there are no layers that are called one after another.
     """
     if isinstance(feed, LanguageModelFeed):
-        return Found(calibration, selection)
+        return _in_language_model(feed, calibration, selection)
     named = [selection.layers] if isinstance(selection.layers, str) else selection.layers
     if named is None and is_language_model(feed.model):
         named = [decoder_layers(feed.model)[0].list_name]
@@ -72,6 +78,24 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
         return [*chain(*sorted(in_stacks(layers), key=lambda stack: order(stack[0].module)))]
 
     return Found(batches, replace(selection, layers=tuple(names)), in_order, outside)
+
+
+def _in_language_model(feed: Feed, calibration: Iterable[Batch] | None, selection: Selection) -> Found:
+    """See where a language model calls what its layers share, if each calls other parts of a list, as Zamba 2's do."""
+    if calibration is None or is_offloaded(feed.model):  # once it has run, what it shares would not be known any more
+        return Found(calibration, selection)
+    decoder = decoder_layers(feed.model, layers=selection.layers)
+    shared = {name for repeat in repeats_in(decoder) for name in (repeat.name, repeat.first)}
+    linears = [x for layer in decoder for x in layer.linears if x.experts and x.expert is None and x.name in shared]
+    if not linears or not (batches := [*calibration]):
+        return Found(calibration, selection)
+    called: set[str] = set()
+    with ExitStack() as hooks:
+        for x in linears:
+            handle = x.module.register_forward_pre_hook(lambda *_, name=x.name: called.add(name))
+            hooks.callback(handle.remove)
+        feed.run(feed.first(batches[0]))
+    return Found(batches, selection, uncalled={x.name for x in linears} - called)
 
 
 def names_by_structure(model: nn.Module) -> list[str]:
