@@ -1,4 +1,4 @@
-"""Models that see images too are loaded whole; their language decoder is pruned, on text."""
+"""Models that see images, or hear, too are loaded whole; their language decoder is pruned, on text."""
 
 import pytest
 import torch
@@ -23,13 +23,17 @@ TOWER = {
 }
 
 # What transformers calls them, and the configs of their two parts. To AutoModelForCausalLM the first is unknown, the
-# second is what it is here, and of the third it would load the language model alone.
+# second is what it is here, and of the third it would load the language model alone. The last one hears.
 MODELS = {
     "Mistral3": ({"model_type": "mistral", **SIZE}, {"model_type": "pixtral", **TOWER}),
     "Gemma3": ({**SIZE, **LAYER_TYPES}, TOWER),
     "Qwen3_5": (
         {**SIZE, **LINEAR_ATTENTION},
         {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
+    ),
+    "Voxtral": (
+        {"model_type": "llama", **SIZE, "head_dim": 8},
+        {name: TOWER[name] for name in TOWER if "size" not in name} | {"hidden_size": 32, "intermediate_size": 64},
     ),
 }
 
@@ -39,8 +43,9 @@ def saved(request, tmp_path):
     """A tiny model of each kind, and its folder."""
     import transformers
 
-    text, vision = MODELS[request.param]
-    config = getattr(transformers, f"{request.param}Config")(text_config=text, vision_config=vision)
+    text, other = MODELS[request.param]
+    sense = "audio_config" if request.param == "Voxtral" else "vision_config"
+    config = getattr(transformers, f"{request.param}Config")(text_config=text, **{sense: other})
     torch.manual_seed(0)
     model = getattr(transformers, f"{request.param}ForConditionalGeneration")(config).eval()
     save_pretrained(model, None, tmp_path / "dense")
@@ -82,7 +87,7 @@ def test_streamed_it_is_the_same(saved, batches, tmp_path):
     assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["vit", "bart", "blip-2", "kosmos-2"])
+@pytest.mark.parametrize("kind", ["vit", "bart", "blip-2", "kosmos-2", "qwen3_omni_moe"])
 def test_a_model_that_does_not_take_text_alone_is_refused(kind, tmp_path):
     from transformers import AutoConfig
 

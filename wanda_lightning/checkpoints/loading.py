@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from wanda_lightning.arguments import checked_dtype
+from wanda_lightning.checkpoints.auto_class import auto_class
 from wanda_lightning.checkpoints.folders import check_place, model_folder
 from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
@@ -51,7 +52,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
     if dequantized and wanted not in (None, torch.bfloat16) and "offload_folder" in kwargs:
         raise ValueError(f"{pretrained} is de-quantised to bfloat16 where it is streamed, got dtype {dtype!r}")
     try:
-        model = _auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted or "auto", **kwargs | dequantized)
+        model = auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted or "auto", **kwargs | dequantized)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
     forget_quantization(model)
@@ -132,7 +133,7 @@ def build_skeleton(config: "PreTrainedConfig", **kwargs: Any) -> "PreTrainedMode
         ValueError: If it describes another kind of model.
     """
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, **kwargs).eval()
+        return auto_class(config).from_config(config, **kwargs).eval()
 
 
 def load_config(pretrained: str | Path, **kwargs: Any) -> "PreTrainedConfig":
@@ -176,32 +177,6 @@ def load_tokenizer(pretrained: str | Path, **kwargs: Any) -> "PreTrainedTokenize
             f"{pretrained!r} holds no tokenizer that can be loaded: save one there, or name another with "
             f"TextDataModule(tokenizer=...) or --data.tokenizer ({str(error).strip().splitlines()[0]})"
         ) from error
-
-
-def _auto_class(config: "PreTrainedConfig") -> Any:
-    """Choose the class of transformers that loads all of a model, also the part that sees images, if it has one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto import modeling_auto
-
-    mappings = {
-        AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    }
-    models = {auto: mapping[type(config)] for auto, mapping in mappings.items() if type(config) in mapping}
-    # Of an encoder-decoder such as BART only the decoder would be loaded; others are not called without an image.
-    families = [
-        auto
-        for auto, model in models.items()
-        if model.main_input_name == "input_ids" and not getattr(config, "is_encoder_decoder", False)
-    ]
-    saved_as = [auto for auto in families if models[auto].__name__ in (config.architectures or [])]
-    remote = [AutoModelForCausalLM] if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) else []
-    if choice := [*remote, *saved_as, *families]:
-        return choice[0]
-    raise ValueError(
-        f"a model of type {config.model_type!r} is no causal language model of transformers that takes text alone: "
-        "prune it from Python, with batches of what it takes"
-    )
 
 
 def _folder(pretrained: str) -> str:
