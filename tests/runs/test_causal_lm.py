@@ -1,4 +1,5 @@
 import os
+import pickle
 
 import pytest
 import torch
@@ -57,6 +58,12 @@ def test_scheduler_steps_with_the_optimizer(tiny_model_folder, tmp_path):
     run = trainer(tmp_path)
     run.fit(module, loader())
     assert run.optimizers[0].param_groups[0]["lr"] == 0.5**3
+
+
+def test_can_be_sent_to_spawned_processes_with_its_default_optimizer():
+    module = pickle.loads(pickle.dumps(CausalLM("anything")))
+    optimizer = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.AdamW, 1e-5)
 
 
 @pytest.mark.parametrize("monitor", ["train/loss", "val/perplexity"])

@@ -104,7 +104,9 @@ class PruningCLI(LightningCLI):
         )
         parser.add_argument("-v", "--details", action="store_true", help="Show also what was done to every layer.")
         parser.add_argument("-q", "--quiet", action="store_true", help="Show nothing but warnings.")
-        parser.set_defaults({"model": {"class_path": "CausalLM"}, "data": {"class_path": "TextDataModule"}})
+        adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5}}  # so that options can change parts of it
+        ours = {"class_path": "CausalLM", "init_args": {"optimizer": adamw}}
+        parser.set_defaults({"model": ours, "data": {"class_path": "TextDataModule"}})
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

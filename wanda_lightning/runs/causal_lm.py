@@ -1,6 +1,7 @@
 """A Hugging Face causal language model as a LightningModule."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -31,7 +32,7 @@ class CausalLM(LightningModule):
         attn_implementation: Such as ``sdpa``, ``eager`` or ``flash_attention_2``. Default: transformers' choice.
         gradient_checkpointing: Trade time for memory in training.
         trust_remote_code: Run code that the model's author put on the hub.
-        optimizer: Optimizer of all parameters, or of the adapters.
+        optimizer: Optimizer of all parameters, or of the adapters. Default: AdamW with a learning rate of 1e-5.
         lr_scheduler: Learning-rate scheduler, stepped after every optimizer step; ``ReduceLROnPlateau`` of
             ``lightning.pytorch.cli`` after every epoch.
         lora: Train low-rank adapters instead of the weights.
@@ -48,7 +49,7 @@ class CausalLM(LightningModule):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lora: LoraSettings | None = None,
         distillation: Distillation | None = None,
@@ -60,7 +61,7 @@ class CausalLM(LightningModule):
         self.pretrained = pretrained
         self.gradient_checkpointing = gradient_checkpointing
         self.trust_remote_code = trust_remote_code
-        self.optimizer = optimizer
+        self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)  # no lambda: it is pickled to be spawned
         self.lr_scheduler = lr_scheduler
         self.lora = lora
         self.distillation = distillation
