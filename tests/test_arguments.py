@@ -1,7 +1,20 @@
+import numpy as np
 import pytest
 import torch
 
-from wanda_lightning.arguments import checked_device, checked_dtype, is_finite, is_fraction, is_whole, whole_number
+from wanda_lightning.allocation.schedule import Gradual
+from wanda_lightning.arguments import (
+    checked_device,
+    checked_dtype,
+    is_finite,
+    is_fraction,
+    is_whole,
+    plain,
+    whole_number,
+)
+from wanda_lightning.methods import SparseGPT
+from wanda_lightning.sparsity import Unstructured, as_pattern, parse_pattern
+from wanda_lightning.training.lora import LoraSettings
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, "1", None])
@@ -22,6 +35,34 @@ def test_whole_numbers_pass():
 )  # fmt: skip
 def test_what_a_finite_number_is(value, is_one):
     assert is_finite(value) == is_one
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(np.int64(8), 8), (np.float32(0.7), 0.7), (np.float16(0.7), 0.7), (np.float64(0.1), 0.1),
+     ({"q_proj": np.float32(0.2), "up_proj": "2:4"}, {"q_proj": 0.2, "up_proj": "2:4"})],
+)  # fmt: skip
+def test_numpys_numbers_are_made_plain(given, meant):
+    assert repr(plain(given)) == repr(meant)
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True), "1", None, np.array([1.0])])
+def test_what_is_no_number_stays(value):
+    assert plain(value) is value
+
+
+@pytest.mark.parametrize(
+    ("swept", "settings"),
+    [
+        (SparseGPT(np.int64(64), np.float32(0.02), np.int32(2)), SparseGPT(64, 0.02, 2)),
+        (Gradual(np.int64(0), np.int64(8), initial=np.float32(0.2)), Gradual(0, 8, initial=0.2)),
+        (LoraSettings(np.int64(4), np.float32(8)), LoraSettings(4, 8.0)),
+        (as_pattern(np.float32(0.7)), Unstructured(0.7)),
+        (parse_pattern("2:4", np.float32(0.5)), as_pattern("2:4")),
+    ],
+)
+def test_settings_may_be_numpys_numbers(swept, settings):
+    assert repr(swept) == repr(settings)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import is_finite, is_fraction, is_whole
+from wanda_lightning.arguments import is_finite, is_fraction, is_whole, plain, plain_fields
 from wanda_lightning.lowest_scores import prune_lowest
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,6 +33,7 @@ class Unstructured:
     sparsity: float
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not is_fraction(self.sparsity):
             raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}{_meant(self.sparsity)}")
 
@@ -79,6 +80,7 @@ class SemiStructured:
     m: int
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not is_whole(self.n, 1) or not is_whole(self.m, self.n + 1):
             raise ValueError(f"an N:M pattern keeps n of every m weights with 1 <= n < m, got {self.n!r}:{self.m!r}")
 
@@ -143,6 +145,7 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
     Raises:
         ValueError: If the pattern cannot be read, or contradicts ``sparsity``.
     """
+    sparsity = plain(sparsity)
     if pattern == "unstructured":
         return Unstructured(0.5 if sparsity is None else sparsity)
     kept, colon, size = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
@@ -181,6 +184,7 @@ def as_pattern(pattern: Pattern | str | float) -> Pattern:
         >>> as_pattern(0.5), as_pattern("2:4")
         (Unstructured(sparsity=0.5), SemiStructured(n=2, m=4))
     """
+    pattern = plain(pattern)
     if isinstance(pattern, Unstructured | SemiStructured):
         return pattern
     if isinstance(pattern, str) or is_whole(pattern, 60):  # a number as large is what YAML makes of n:m

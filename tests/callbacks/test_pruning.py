@@ -2,6 +2,7 @@ import csv
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_llama, token_batches, trainer
@@ -43,6 +44,16 @@ def test_the_package_under_its_older_name_will_do(tmp_path):
 
 def test_a_method_by_its_name():
     assert PruningCallback("wanda", 0.5).method == Wanda()
+
+
+def test_numpys_numbers_are_those_of_python_in_report_and_checkpoint(tmp_path):
+    swept = WandaPruning(np.float32(0.75), num_samples=np.int64(2), allocation={"q_proj": np.float32(0.2)})
+    run = trainer(tmp_path, swept, max_steps=1)
+    run.fit(SomebodysModule(), batches())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]
+    expected = WandaPruning(0.75, num_samples=2, allocation={"q_proj": 0.2})
+    assert state[expected.state_key]["report"]["settings"] == describe_settings(expected)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama
@@ -9,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.data.datamodule import LEAST
 from wanda_lightning.data.evaluation_sets import evaluation_rows
 from wanda_lightning.data.sources import open_source
 
@@ -76,6 +78,11 @@ def test_without_a_trainer(tokenizer):
     assert batches[0].keys() == {"input_ids"}
     assert batches[0]["input_ids"].dtype == torch.int64
     assert next(iter(data.train_dataloader()))["input_ids"].shape == (3, LENGTH)
+
+
+def test_numpys_numbers_are_those_of_python_in_a_checkpoint():
+    counts = dict.fromkeys(LEAST, np.int64(2))
+    assert {type(value) for name, value in TextDataModule(**counts).hparams.items() if name in counts} == {int}
 
 
 def test_splits_hold_the_windows_of_their_parts(tokenizer, files):

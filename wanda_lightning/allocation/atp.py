@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
 from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
-from wanda_lightning.arguments import is_finite
+from wanda_lightning.arguments import is_finite, plain_fields
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern
 
@@ -39,6 +39,7 @@ class ATP(Allocator):
     beta: float | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.beta is not None and not is_finite(self.beta):
             raise ValueError(f"beta must be a finite number, or left out to be chosen, got {self.beta!r}")
 

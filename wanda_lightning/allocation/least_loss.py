@@ -8,7 +8,7 @@ from typing import TypeVar
 from wanda_lightning.allocation.allocator import Allocator, Task, exact
 from wanda_lightning.allocation.split import cheapest_split
 from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
-from wanda_lightning.arguments import positive_up_to, whole_number
+from wanda_lightning.arguments import plain_fields, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import kind_of
@@ -68,6 +68,7 @@ class LeastLoss(Allocator):
     reach: float | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         positive_up_to("step", self.step, 0.25)
         if self.reach is not None:
             positive_up_to("reach", self.reach, 1)

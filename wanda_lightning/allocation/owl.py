@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
-from wanda_lightning.arguments import positive_number
+from wanda_lightning.arguments import plain_fields, positive_number
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.offload import in_memory
@@ -37,6 +37,7 @@ class OWL(Allocator):
     spread: float = 0.08
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         positive_number("factor", self.factor)
         positive_number("spread", self.spread)
 

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
-from wanda_lightning.arguments import is_fraction, whole_number
+from wanda_lightning.arguments import is_fraction, plain_fields, whole_number
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
 
@@ -46,6 +46,7 @@ class Gradual:
     regrow: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         whole_number("start of a gradual schedule", self.start, 0)
         whole_number("end of a gradual schedule", self.end, self.start + 1)
         whole_number("every of a gradual schedule", self.every, 1)

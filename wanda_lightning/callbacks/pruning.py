@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.schedule import Gradual
+from wanda_lightning.arguments import plain
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
@@ -90,6 +91,7 @@ class PruningCallback(SparseFinetuning):
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = as_method(method), parse_pattern(pattern, sparsity)
+        num_samples, allocation = plain(num_samples), plain(allocation)
         self.calibration = CalibrationBatches(num_samples)
         self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
         self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume

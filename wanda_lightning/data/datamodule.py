@@ -4,7 +4,6 @@ Shapes: B batch, T tokens in a window, N windows.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import plain, whole_number
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
 from wanda_lightning.data.model_fit import ModelFit
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
@@ -93,7 +92,10 @@ class TextDataModule(LightningDataModule):
         evaluate_calibration: bool = False,
     ) -> None:
         super().__init__()
-        source, evaluation, tokenizer = map(_plain, (source, evaluation, tokenizer))
+        source, evaluation, tokenizer, seed = map(plain, (source, evaluation, tokenizer, seed))
+        num_samples, sequence_length, num_workers = map(plain, (num_samples, sequence_length, num_workers))
+        calibration_batch_size, batch_size = plain(calibration_batch_size), plain(batch_size)
+        max_evaluation_windows = plain(max_evaluation_windows)
         self.save_hyperparameters(ignore=["tokenizer"], logger=False)
         _check(self.hparams)
         self.source, self.evaluation, self.tokenizer = source, evaluation, tokenizer
@@ -205,15 +207,6 @@ class TextDataModule(LightningDataModule):
     def _tokenizer_and_length(self) -> tuple[PreTrainedTokenizerBase, int]:
         tokenizer = self._fit.tokenizer(self.tokenizer, _module(self.trainer))
         return tokenizer, self._fit.length(self.sequence_length, tokenizer, _module(self.trainer))
-
-
-def _plain(given: Any) -> Any:
-    """Write paths as text, which reports and checkpoints hold."""
-    if isinstance(given, dict):
-        return {name: _plain(each) for name, each in given.items()}
-    if isinstance(given, list):
-        return [*map(_plain, given)]
-    return str(given) if isinstance(given, Path) else given
 
 
 def _check(settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.arguments import positive_number, positive_up_to, whole_number
+from wanda_lightning.arguments import plain_fields, positive_number, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import held_out_batches
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.calibration.free_memory import free_memory
@@ -51,6 +51,7 @@ class Reconstruction:
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         whole_number("epochs", self.epochs, 1)
         positive_number("lr", self.lr)
         positive_up_to("held_out", self.held_out, 0.5)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import plain_fields, whole_number
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputStatistic
@@ -24,6 +24,7 @@ class PruningMethod(ABC):
     refine: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         whole_number("refine", self.refine, 0)
 
     @property

@@ -32,6 +32,7 @@ class RIA(ScoreMethod):
     power: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         number_not_below_0("power", self.power)
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from wanda_lightning.arguments import positive_up_to, whole_number
+from wanda_lightning.arguments import plain, positive_up_to, whole_number
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import at_sparsity, pruning_callbacks, run_folder
@@ -144,6 +144,7 @@ def _save(trainer: Trainer, result: SearchResult, folder: Path) -> None:
 
 def _grid(step: float) -> list[float]:
     """List the sparsities that are tried, from 0 on: the multiples of a step."""
+    step = plain(step)
     positive_up_to("step", step, 0.5, "sparsity")
     return [round(number * step, 9) for number in range(math.ceil(1 / step - 1e-9))]
 

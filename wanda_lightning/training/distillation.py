@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanda_lightning.arguments import is_finite, number_not_below_0, positive_number
+from wanda_lightning.arguments import is_finite, number_not_below_0, plain_fields, positive_number
 from wanda_lightning.training.hidden_states import hidden_state_error
 
 
@@ -41,6 +41,7 @@ class Distillation:
     hidden_states: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not is_finite(self.alpha) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be a number in [0, 1], got {self.alpha!r}")
         positive_number("temperature", self.temperature)

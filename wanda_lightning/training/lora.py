@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import nn
 
-from wanda_lightning.arguments import is_fraction, positive_number, whole_number
+from wanda_lightning.arguments import is_fraction, plain_fields, positive_number, whole_number
 
 Merge = Literal["none", "masked"]
 
@@ -40,6 +40,7 @@ class LoraSettings:
     merge: Merge = "none"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         whole_number("rank", self.rank, 1)
         positive_number("alpha", self.alpha)
         if not is_fraction(self.dropout):
