@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.datamodule import LEAST
-from wanda_lightning.data.evaluation_sets import evaluation_rows
+from wanda_lightning.data.evaluation_sets import evaluation_rows, evaluation_sets
 from wanda_lightning.data.sources import open_source
 
 LENGTH = 32
@@ -65,6 +65,15 @@ def test_files_may_be_paths(several, files, tmp_path):
     assert plain == json.dumps(
         [named.source, named.evaluation, named.tokenizer, dict(named.hparams), named.evaluation_names]
     )
+
+
+@pytest.mark.parametrize("spelled", ["~/calibration text.txt", "here/../calibration text.txt", "link.txt"])
+def test_a_file_under_two_spellings_is_one(spelled, files, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link.txt").symlink_to(files[0])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert evaluation_sets(spelled, str(files[0]), "text", "test")[0].source is None
 
 
 def test_without_a_trainer(tokenizer):

@@ -67,7 +67,7 @@ def evaluation_sets(
             location,
             # One file under two spellings must not end up whole on both sides.
             None
-            if os.path.realpath(location) == os.path.realpath(calibration_source)
+            if _place(location) == _place(calibration_source)
             else open_source(location, whole=True, text_field=text_field, evaluation_split=evaluation_split),
         )
         for name, location in named.items()
@@ -102,6 +102,10 @@ def evaluation_rows(windows_NT: Tensor, rest: Tensor | None = None, processes: i
         return rows
     positions_T = torch.arange(windows_NT.shape[1])
     return [row | {"attention_mask": (positions_T < length).long()} for row, length in zip(rows, lengths, strict=True)]
+
+
+def _place(location: str) -> str:
+    return os.path.realpath(os.path.expanduser(location))
 
 
 def _short(location: str) -> str:
