@@ -66,6 +66,15 @@ def test_a_local_folder_that_looks_like_a_hub_name_is_none(tmp_path, monkeypatch
     assert "Made from `model`" in card
 
 
+def test_folders_within_the_home_folder_are_private_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client/mail.txt").touch()
+    card = model_card(PruningReport("Wanda()", "2:4", 0.5, calibration={"source": "~/client/mail.txt"}), "~/client")
+    assert "| source | mail.txt |" in card
+    assert "Made from `client`" in card
+
+
 def finetuned(tmp_path, folder, callback=None, **settings) -> tuple[str, CausalLM]:
     """Prune, evaluate, train two steps, evaluate and save, as the command line does; returns card and module."""
     trainer = trainer_of(tmp_path, callback or WandaPruning(sparsity=0.5), steps=2)

@@ -121,4 +121,4 @@ def _with_tables(lines: list[str], tables: Iterable[Table], settings: dict[str, 
 def _without_folder(value: Any) -> str:
     """Write a setting without the folders of the user's files, which are private."""
     parts = str(value).split(", ")
-    return ", ".join(Path(part).name if os.path.exists(part) else part for part in parts)
+    return ", ".join(Path(part).name if os.path.exists(os.path.expanduser(part)) else part for part in parts)
