@@ -504,6 +504,11 @@ def run_and_removed(folder):
     Journal(folder).remove()
 
 
+def test_the_home_folder_may_be_written_as_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Journal("~/unfinished").folder == tmp_path / "unfinished"
+
+
 @pytest.mark.parametrize("use", [locked_and_released, run_and_removed])
 def test_hidden_files_of_others_stay(use, tmp_path):
     for name in (".git/config", ".env", ".eslintrc.json", ".model.safetensors"):

@@ -39,7 +39,7 @@ class Journal:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).resolve()
+        self.folder = Path(folder).expanduser().resolve()
         self._lock = FileLock(self.folder / "lock", is_singleton=True)
         self._made = False  # the folder that it stands in
 
