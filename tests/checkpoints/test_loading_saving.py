@@ -69,6 +69,14 @@ def test_what_is_no_model_is_not_replaced(tmp_path, llama, save, named):
     assert file.read_text() == "a year of work"
 
 
+def test_the_clone_of_a_repository_is_not_replaced(tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(ValueError, match="holds a git repository, and would be replaced"):
+        save_pretrained(llama, None, tmp_path)
+    assert (tmp_path / ".git").exists()
+
+
 def test_a_failed_save_leaves_the_older_model(tmp_path, llama, monkeypatch):
     save_pretrained(tiny_llama(layers=1), None, tmp_path / "model")
 

@@ -93,9 +93,11 @@ def _place_for(folder: str | Path) -> Path:
     """Return where a model goes; refuse a place that holds something else, which would be deleted."""
     folder = Path(folder).expanduser().resolve()
     is_model = any((folder / name).is_file() for name in ("config.json", "model.safetensors"))
-    if folder.is_file() or (not is_model and any(folder.glob("*"))):
+    is_clone = (folder / ".git").exists()
+    if folder.is_file() or is_clone or (not is_model and any(folder.glob("*"))):
         raise ValueError(
-            f"{folder} holds no model, and would be replaced as a whole: name a new folder, an empty one, or a model's"
+            f"{folder} holds {'a git repository' if is_clone else 'no model'}, and would be replaced as a whole: name "
+            "a new folder, an empty one, or an older model's"
         )
     return folder
 
