@@ -1,5 +1,6 @@
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,9 +137,10 @@ def test_a_checkpoint_resumes(tiny_model_folder, tmp_path):
     assert torch.equal(weight == 0, module.model.model.layers[0].mlp.up_proj.weight == 0)
 
 
-def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_path):
+@pytest.mark.parametrize("named", [str, Path])
+def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_path, named):
     run = trainer(tmp_path, WandaPruning(sparsity=0.5))
-    module = CausalLM(str(tiny_model_folder))
+    module = CausalLM(named(tiny_model_folder))
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "run.ckpt")
     opened = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")

@@ -4,9 +4,19 @@ import copy
 
 import pytest
 import torch
-from helpers import SomebodysData, SomebodysModule, batches, digests, few_windows, pruning_trainer, sparsities, trainer
+from helpers import (
+    SomebodysData,
+    SomebodysModule,
+    batches,
+    digests,
+    few_windows,
+    pruning_trainer,
+    sparsities,
+    tiny_llama,
+    trainer,
+)
 
-from wanda_lightning import CausalLM, Gradual, PruningTrainer, Wanda, WandaPruning, prune_model
+from wanda_lightning import CausalLM, Gradual, PruningTrainer, Wanda, WandaPruning, WidthPruning, prune_model
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -89,3 +99,38 @@ def test_a_model_that_is_not_loaded_replaces_none(tmp_path, tiny_model_folder):
     with pytest.raises(ValueError, match="CausalLM has no weights to save"):
         pruning_trainer(tmp_path, WandaPruning(sparsity=0.5)).save_pretrained(CausalLM(tiny_model_folder))
     assert digests(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize("callback", [WandaPruning(0.5), WidthPruning(0.5)])
+def test_a_model_of_no_run_is_not_replaced(tmp_path, callback):
+    """Such as the dense one, where the results go to the folder that it lies in."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    before = digests(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a model, and no report of the run that made it lies beside it"):
+        trainer(tmp_path, callback, cls=PruningTrainer).prune(SomebodysModule(), train_dataloaders=batches())
+    assert digests(tmp_path / "model") == before
+
+
+def test_what_a_model_cannot_take_the_place_of_is_known_before_it_is_pruned(tmp_path):
+    module = SomebodysModule()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/thesis.tex").write_text("a year of work")
+    with pytest.raises(ValueError, match="holds no model, and would be replaced as a whole"):
+        trainer(tmp_path, WandaPruning(0.5, overwrite=True), cls=PruningTrainer).prune(
+            module, train_dataloaders=batches()
+        )
+    assert sparsities(module) == {0.0}
+
+
+def test_a_model_of_no_run_is_replaced_if_that_is_asked_for(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    asked = WandaPruning(0.5, overwrite=True)
+    trainer(tmp_path, asked, cls=PruningTrainer).prune(SomebodysModule(), train_dataloaders=batches())
+    assert "pruning.json" in {file.name for file in tmp_path.iterdir()}
+
+
+def test_results_go_to_a_folder_within_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = WandaPruning(0.5, output_dir="~/results")
+    trainer(tmp_path, asked, cls=PruningTrainer).prune(SomebodysModule(), train_dataloaders=batches())
+    assert (tmp_path / "results/pruning.json").is_file()

@@ -202,7 +202,7 @@ class PruningCallback(SparseFinetuning):
 
     def folder(self, trainer: Trainer) -> Path:
         """Return where the files go, for the second callback of a folder ``pruning-2`` in it; each process must ask."""
-        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir).expanduser()
         alike = [callback for callback in pruning_callbacks(trainer) if callback.output_dir == self.output_dir]
         number = alike.index(self) + 1 if self in alike else 1
         return folder if number == 1 else folder / f"pruning-{number}"

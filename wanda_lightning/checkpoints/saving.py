@@ -42,7 +42,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
             weights, or cannot be saved for other reasons that
             :func:`wanda_lightning.checkpoints.saving_check.check_can_be_saved` finds.
     """
-    folder = _place_for(folder)
+    folder = place_for(folder)
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
@@ -79,7 +79,7 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
             "first, and with several processes use strategy='ddp', whose first process is this one"
         )
     check_weights_can_be_saved(model)
-    folder = _place_for(folder)
+    folder = place_for(folder)
     with whole_folder(folder) as unfinished:
         save_model(model, str(unfinished / "model.safetensors"))
         state = model.state_dict()
@@ -89,8 +89,18 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def _place_for(folder: str | Path) -> Path:
-    """Return where a model goes; refuse a place that holds something else, which would be deleted."""
+def place_for(folder: str | Path) -> Path:
+    """Return where a model goes; refuse a place that holds something else, which would be deleted.
+
+    Args:
+        folder: The place.
+
+    Returns:
+        Its whole path.
+
+    Raises:
+        ValueError: If a file is there, a git repository, or a folder with other things than a model.
+    """
     folder = Path(folder).expanduser().resolve()
     is_model = any((folder / name).is_file() for name in ("config.json", "model.safetensors"))
     is_clone = (folder / ".git").exists()

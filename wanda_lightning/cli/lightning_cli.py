@@ -19,6 +19,7 @@ from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import StageBar
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
+from wanda_lightning.checkpoints.loading import load_config
 from wanda_lightning.cli.help import description, usage
 from wanda_lightning.cli.parser_messages import HelpFormatter, shortened, with_hint
 from wanda_lightning.cli.quiet_terminal import leave_out_what_nobody_asked
@@ -137,7 +138,9 @@ class PruningCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
         if type(self.model) is CausalLM:  # others may take a name for something else
-            self.model.check_exists()  # a name that was mistyped is not taken for another model in the same folder
+            # A name that was mistyped is not taken for another model in the same folder.
+            named = {name: value for name, value in self.model.model_kwargs.items() if name != "dtype"}
+            load_config(self.model.pretrained, **named)
         for callback in self._prunes:
             callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
         if subcommand not in ("prune", "fit"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import Dtype
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
-from wanda_lightning.checkpoints.loading import load_config, load_model, load_streamed, load_tokenizer
+from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.model.next_tokens import inputs_and_labels
@@ -57,6 +57,7 @@ class CausalLM(LightningModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        pretrained = str(pretrained)  # a path of pathlib would not be read from a checkpoint
         self.save_hyperparameters("pretrained")  # what a checkpoint needs to load; the rest is the run's to choose
         self.pretrained = pretrained
         self.gradient_checkpointing = gradient_checkpointing
@@ -104,14 +105,6 @@ class CausalLM(LightningModule):
         trainer = self.trainer
         if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
             self.check_trainable()
-
-    def check_exists(self) -> None:
-        """Refuse a model that is neither here nor on the hub; only its config is read.
-
-        Raises:
-            ValueError: If there is no such model, or it is no causal language model.
-        """
-        load_config(self.pretrained, **{name: value for name, value in self.model_kwargs.items() if name != "dtype"})
 
     def check_trainable(self) -> None:
         """Refuse to train a streamed model.

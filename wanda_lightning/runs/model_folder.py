@@ -18,6 +18,8 @@ from wanda_lightning.model.language_model import find_model, is_of_transformers
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.model_card import Training, card_of_smaller, model_card
+from wanda_lightning.report.pruning_report import REPORT
+from wanda_lightning.report.shrinking import SHRINKING
 from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
 
 
@@ -43,6 +45,28 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
             pruning.run.files.forget_layers(trainer)
     if getattr(trainer, "push_to_hub", None):
         _push(cast(Any, trainer), folder / "model")
+
+
+def check_model_folder(trainer: Trainer) -> None:
+    """Refuse to save over a model that no run has left there, such as the dense one; every process must ask.
+
+    Args:
+        trainer: The Trainer; what its callbacks are to overwrite may be any model.
+
+    Raises:
+        ValueError: If there is such a model, or something else than one.
+    """
+    callbacks: list[Any] = [*pruning_callbacks(trainer), *shape_callbacks(trainer)]
+    if not callbacks or not keeps_files(trainer):
+        return
+    folder = run_folder(trainer)
+    place = saving.place_for(folder / "model")
+    is_of_a_run = any((folder / report).exists() for report in (REPORT, SHRINKING))
+    if any(place.glob("*")) and not is_of_a_run and not any(callback.overwrite for callback in callbacks):
+        raise ValueError(
+            f"{place} holds a model, and no report of the run that made it lies beside it: choose another folder, or "
+            "say overwrite=True to the callback (--overwrite on the command line) to replace the model"
+        )
 
 
 def _write(trainer: Trainer, module: LightningModule, language_model: Any, folder: Path) -> None:

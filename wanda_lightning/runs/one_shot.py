@@ -13,7 +13,7 @@ from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.callbacks.shape_pruning import check_folder, shape_callbacks, shrinking_of
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
-from wanda_lightning.runs.model_folder import save_pretrained
+from wanda_lightning.runs.model_folder import check_model_folder, save_pretrained
 
 
 def prune(
@@ -80,9 +80,12 @@ def whole_run(trainer: Trainer, module: LightningModule, will_save: bool) -> Ite
         will_save: Whether the model will be saved: then one that cannot be is refused before it is pruned.
 
     Raises:
-        ValueError: If these results are of another model or of other settings, and are not to be overwritten.
+        ValueError: If these results are of another model or of other settings, or a model is there that is of no run,
+            and they are not to be overwritten.
     """
     check_folder(trainer)
+    if will_save:
+        check_model_folder(trainer)
     runs = [callback.run.files for callback in pruning_callbacks(trainer)]
     for run in runs:
         run.begin(trainer, module, loaded=False)
