@@ -20,7 +20,7 @@ class EarlyStop:
         works: Whether it may be used: not where a router decides which modules are called.
     """
 
-    def __init__(self, modules: Collection[nn.Module], works: bool = True) -> None:
+    def __init__(self, modules: Collection[nn.Module], works: bool) -> None:
         self._number = len(modules)
         self._works = works
         self._once_each: set[tuple[int, ...]] = set()

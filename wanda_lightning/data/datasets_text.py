@@ -88,7 +88,7 @@ class C4(Source):
     max_evaluation_windows = 256
     train_documents, evaluation_documents = 10_000, 1100
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int):
         self.seed = seed
 
     def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str | Iterable[str]:

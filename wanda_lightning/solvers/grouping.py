@@ -34,7 +34,7 @@ def grouped(score_OI: Tensor, pattern: SemiStructured) -> Tensor:
         The inputs in their new order, shape (in_features,); what is lost then is not more than in the order given.
     """
     order_GM = torch.arange(score_OI.shape[1], device=score_OI.device).view(-1, pattern.m)
-    lost = first = float(_lost(score_OI, order_GM, pattern).sum())
+    lost = first = _lost(score_OI, order_GM, pattern)
     while lost:
         for place in range(pattern.m):
             others_OGM = score_OI[:, torch.cat([order_GM[:, :place], order_GM[:, place + 1 :]], 1)]
@@ -44,15 +44,15 @@ def grouped(score_OI: Tensor, pattern: SemiStructured) -> Tensor:
             # Of a group (rows) with an input (columns), up to a sum of its own.
             loss_GG = _least_sums(next_OG, moved_OG)
             order_GM[:, place] = order_GM[_exchanged(loss_GG), place]
-        before, lost = lost, float(_lost(score_OI, order_GM, pattern).sum())
+        before, lost = lost, _lost(score_OI, order_GM, pattern)
         if before - lost < ENOUGH * first:
             break
     return order_GM.flatten()
 
 
-def _lost(score_OI: Tensor, order_GM: Tensor, pattern: SemiStructured) -> Tensor:
+def _lost(score_OI: Tensor, order_GM: Tensor, pattern: SemiStructured) -> float:
     lowest_OGP = score_OI[:, order_GM].sort(-1).values[..., : pattern.m - pattern.n]
-    return lowest_OGP.sum((0, 2), dtype=longest_float(score_OI.device))
+    return float(lowest_OGP.sum(dtype=longest_float(score_OI.device)))
 
 
 def _least_sums(one_OG: Tensor, other_OG: Tensor) -> Tensor:
