@@ -29,9 +29,10 @@ def loop(weight: torch.Tensor, x: torch.Tensor, power: float) -> list[list[float
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("power", [0, 0.5, 1.0])
-def test_score_equals_a_loop(power):
-    weight, x = random(6, 12), random(40, 12, seed=1) * torch.linspace(0.1, 9, 12)
+def test_score_equals_a_loop(power, dtype):
+    weight, x = random(6, 12).to(dtype), random(40, 12, seed=1) * torch.linspace(0.1, 9, 12)
     score = RIA(power).score(weight, norm_of(x))
     torch.testing.assert_close(score.double(), torch.tensor(loop(weight, x, power)).double(), rtol=1e-5, atol=0)
 

@@ -14,7 +14,7 @@ METHODS = [
     RIA(),
     SparseGPT(block_size=8),
     SparseGPT(block_size=8, refine=3),
-    ADMM(steps=5),
+    ADMM(rho=0.1, refine=0),
     *(
         Ablate(selection, schedule, 8)
         for selection in ("wanda", "magnitude")
@@ -25,7 +25,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_what_a_method_says_is_so(method):
-    """Zeros that are said to stay do, in many trials; the solvers that go block by block bring some back."""
+    """Zeros that are said to stay do, in many trials; solvers that move weights before they choose bring some back."""
     came_back = 0
     for seed in range(20):
         torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def test_what_a_method_says_is_so(method):
         came_back += int((weight_OI[zero_OI] != 0).sum())
     if method.zeros_stay:
         assert came_back == 0
-    elif not isinstance(method, ADMM):  # which may, and rarely does
+    else:
         assert came_back > 0
 
 

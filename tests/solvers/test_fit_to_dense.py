@@ -84,6 +84,14 @@ def test_batches_may_come_in_any_parts(tokens, monkeypatch):
     torch.testing.assert_close(drift_of(x, pruned, parts=parts).target("o", weight)[0], target)
 
 
+def test_the_scale_of_the_inputs_does_not_matter(tokens):
+    x, pruned, *_, weight = tokens
+    target, alpha = drift_of(x, pruned).target("o", weight)
+    same, again = drift_of(1e-6 * x, 1e-6 * pruned).target("o", weight)
+    assert 0.1 < again == pytest.approx(alpha)
+    torch.testing.assert_close(same, target)
+
+
 def test_same_inputs_change_nothing(tokens):
     x, _, _, _, weight = tokens
     for lost in (None, torch.zeros(TOKENS, OUT)):
