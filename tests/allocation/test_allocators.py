@@ -24,6 +24,7 @@ from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import SemiStructured, Unstructured
+from wanda_lightning.statistics import InputNorm
 
 ALLOCATORS = [OWL(spread=0.1), ATP(0.05), ATP(), LeastLoss(rounds=2)]
 
@@ -238,6 +239,35 @@ def test_the_least_sum_of_errors_is_found(choices, monkeypatch):
     least = min(cost(choice) for choice in itertools.product(*(range(len(each)) for each in costs)) if reaches(choice))
     assert cost(picked) == pytest.approx(least)
     assert math.isfinite(least)
+
+
+def test_rounds_go_on_as_long_as_the_loss_falls(monkeypatch):
+    """With losses that are made up: the third is the least, the fourth ends it, and the third split is the result."""
+    losses, tried = iter([4.0, 3.0, 2.0, 2.0, 0.0]), []
+    monkeypatch.setattr(Trials, "loss", lambda self, patterns, _: tried.append(patterns) or next(losses))
+    task = task_of(tiny_llama(layers=2), token_batches())
+    with torch.no_grad():
+        allotment = LeastLoss(rounds=9, step=0.125, reach=1).allocate(task)
+    assert allotment.story.startswith("held-out loss 4.000, then 3.000, then 2.000, then 2.000; 100%")
+    assert tried[2] not in (tried[1], tried[3])
+    best = exact(task.linears, {name: pattern.sparsity for name, pattern in tried[2].items()})
+    assert allotment.patterns == {name: pattern.sparsity for name, pattern in best.items()}
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_reached_is_tried_by_size():
+    task = task_of(tiny_llama(layers=1))
+    name, weight = task.linears[0].name, task.linears[0].weight_OI.clone()
+    with Trials(task, {name: InputNorm(weight.shape[1])}) as trials:
+        pruned = trials.pruned(name, Unstructured(0.5))
+    larger = weight.abs() > weight.abs().median(1, keepdim=True).values  # the lower one of the two in the middle
+    assert torch.equal(pruned, weight * larger)
+
+
+def test_a_beta_that_leads_too_far_is_refused_by_a_look():
+    """Before the dense model is evaluated, say."""
+    with pytest.raises(ValueError, match=r"gives model\.layers\.0 a sparsity of -0\.1000"):
+        ATP(0.6).check(task_of(tiny_llama()))
 
 
 def test_choices_become_the_patterns_of_linears():

@@ -38,6 +38,7 @@ def test_every_linear_reaches_its_own_target(llama, batches):
         assert row.sparsity == expected
         assert (llama.get_parameter(f"{row.name}.weight") == 0).float().mean() == expected
     assert report.target_sparsity == 0.5
+    assert report.matches == {"v_proj": 3, "down_proj": 3, "layers.2.*": 7}
 
 
 @pytest.mark.parametrize(
