@@ -5,6 +5,7 @@ import torch
 from kinds_of_models import STACKS, build, t5, vit
 from torch import nn
 
+from wanda_lightning.calibration.batches import tensors_in
 from wanda_lightning.calibration.called_stacks import called_stacks
 from wanda_lightning.calibration.feed import Feed, call_with
 from wanda_lightning.calibration.walk import walk
@@ -38,6 +39,16 @@ def unfolded(conv, x):
     n, c, h, w = x.shape
     k = conv.kernel_size[0]
     return x.reshape(n, c, h // k, k, w // k, k).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, c * k * k)
+
+
+@pytest.mark.parametrize("kind", [torch.stack, tuple, list, lambda xs: {"input": xs[0]}])
+def test_what_of_a_batch_enters_a_module(kind):
+    """A tensor, the first of several, or a mapping by the names of the arguments."""
+    seen, linear, batch = [], nn.Linear(3, 2), kind([torch.randn(4, 3), torch.zeros(4, 3)])
+    linear.register_forward_pre_hook(lambda _, args, kwargs: seen.extend([*args, *kwargs.values()]), with_kwargs=True)
+    Feed(linear).run(batch)
+    first = next(tensor for _, tensor in tensors_in(batch))
+    assert torch.equal(seen.pop(), first)
 
 
 @torch.no_grad()

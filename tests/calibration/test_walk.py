@@ -313,7 +313,7 @@ def test_batches_may_be_tuples(llama, batches):
     expected = [
         n.compute() for n in next(iter(walk(llama, decoder_layers(llama), batches))).collect(InputNorm).values()
     ]
-    tuples = [(batch, batch) for batch in batches]
+    tuples = [(batch, batch + 1) for batch in batches]
     given = [n.compute() for n in next(iter(walk(llama, decoder_layers(llama), tuples))).collect(InputNorm).values()]
     assert all(map(torch.equal, given, expected))
 

@@ -139,6 +139,7 @@ def test_half_precision(batches):
         ({"calibration": None}, "needs calibration batches, got None"),
         ({"calibration": None, "method": Magnitude(), "exact_error": True}, "^exact_error needs calibration batches"),
         ({"calibration": []}, "the calibration set is empty"),
+        ({"calibration": token_batches(length=0)}, r"hold input_ids, .* got a torch.int64 tensor of shape \(2, 0\)"),
         ({"calibration": token_batches(length=129)}, "129 tokens, the model takes at most 128"),
         ({"targets": ["nothing"]}, "'nothing' matches no linear"),
         ({"targets": ["q_proj"], "ignore": ["*_proj"]}, "nothing is left to prune"),
