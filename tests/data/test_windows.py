@@ -58,6 +58,14 @@ def test_windows_between_overlap_nothing_and_miss_no_room(samples, length, seed,
     assert len(windows) == min(most, sum(len(gap) // length for gap in free))
 
 
+def test_windows_start_at_randint_from_0_to_the_length_less_a_window_less_1(tokenizer):
+    """As in the papers' own code: of a text that is one token longer than a window, it is always the first."""
+    text = tokenize(tokenizer, "some text")
+    first, length = text[:-1].tolist(), len(text) - 1
+    assert random_windows(text, 8, length, seed=0).tolist() == [first] * 8
+    assert document_windows(["some text"] * 8, tokenizer, 8, length, seed=0).tolist() == [first] * 8
+
+
 def test_no_room_between_windows_is_an_error():
     with pytest.raises(ValueError, match=r"100 random windows of sequence_length=9 leave no room.*20 tokens"):
         windows_between(torch.arange(20), 100, 9, seed=0, max_windows=1)

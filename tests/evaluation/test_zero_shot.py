@@ -12,6 +12,7 @@ import torch
 from helpers import tiny_llama
 from tokenizers.processors import TemplateProcessing
 
+from wanda_lightning.data.builtin_text import BuiltinText
 from wanda_lightning.evaluation import evaluate_zero_shot, load_tasks
 from wanda_lightning.evaluation.continuation import questions
 from wanda_lightning.evaluation.zero_shot import _metrics
@@ -256,6 +257,10 @@ def test_the_builtin_questions_are_fair():
     assert all(len(set(row["choices"])) == 4 and row["context"] for row in rows)
     counts = [sum(row["label"] == label for row in rows) for label in range(4)]
     assert max(counts) < 0.35 * len(rows)
+    assert all(len(choice.split()) >= 8 for row in rows for choice in row["choices"] if len(choice) < 80)  # not cut
+    text = " ".join(BuiltinText().text("evaluation").split())
+    places = [text.index(row["context"]) for row in rows]
+    assert 0.3 < sum(places[:50]) / 50 / len(text) < 0.7  # the first ones are from all of the text
 
 
 @pytest.mark.parametrize("before", [None, "0"])
