@@ -79,7 +79,6 @@ class Shortening:
             yield
         finally:
             for part, attributes in before:
-                vars(part).clear()
                 vars(part).update(attributes)
             layers._modules = modules
 
