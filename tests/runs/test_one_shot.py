@@ -16,7 +16,16 @@ from helpers import (
     trainer,
 )
 
-from wanda_lightning import CausalLM, Gradual, PruningTrainer, Wanda, WandaPruning, WidthPruning, prune_model
+from wanda_lightning import (
+    CausalLM,
+    DepthPruning,
+    Gradual,
+    PruningTrainer,
+    Wanda,
+    WandaPruning,
+    WidthPruning,
+    prune_model,
+)
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
@@ -83,6 +92,21 @@ def test_what_cannot_be_done_is_refused_before_the_evaluation(tmp_path, monkeypa
     pruning = trainer(tmp_path, WandaPruning(sparsity=0.5, **asked), cls=PruningTrainer, max_epochs=-1)
     with pytest.raises(ValueError, match=message):
         pruning.prune(SomebodysModule(), train_dataloaders=batches(), val_dataloaders=batches(), save=save)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (DepthPruning(layers=2), "layers=2 of 2 decoder layers leaves none"),
+        (WidthPruning(keep=0.5, attention_keep=0.1), "attention_keep=0.1 of 2 key/value groups leaves none"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_before_the_evaluation(tmp_path, monkeypatch, callback, message):
+    monkeypatch.setattr(SomebodysModule, "validation_step", lambda *_: pytest.fail("it was evaluated"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, callback, cls=PruningTrainer).prune(
+            SomebodysModule(), train_dataloaders=batches(), val_dataloaders=batches()
+        )
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])

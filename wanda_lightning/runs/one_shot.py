@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from wanda_lightning.callbacks.pruning import pruning_callbacks
-from wanda_lightning.callbacks.shape_pruning import check_folder, shape_callbacks, shrinking_of
+from wanda_lightning.callbacks.shape_pruning import check_folder, due_callbacks, shape_callbacks, shrinking_of
+from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.model_folder import check_model_folder, save_pretrained
@@ -54,7 +55,7 @@ def prune(
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
         if evaluate:
-            with with_callbacks(trainer, _NamesFirst()):
+            with with_callbacks(trainer, _ChecksFirst()):
                 _evaluate(trainer, module, datamodule, val_dataloaders)
         if gradual:
             first = callbacks[0]
@@ -106,10 +107,14 @@ def end_if_asked(trainer: Trainer) -> None:
         raise SIGTERMException(143)
 
 
-class _NamesFirst(Callback):
-    """Refuses targets and the like that match no linear when the model is there, not after hours of evaluation."""
+class _ChecksFirst(Callback):
+    """Refuses targets that match no linear, too many layers and the like when the model is there, not hours later."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if shaping := shape_callbacks(trainer):
+            model = find_language_model(pl_module)
+            for each in due_callbacks(shaping, model):
+                each.check(model)
         for callback in pruning_callbacks(trainer):
             callback.run.stage(pl_module)  # which looks for all of them
 
