@@ -1,5 +1,7 @@
 """Models that see images, or hear, too are loaded whole; their language decoder is pruned, on text."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from sizes import LAYER_TYPES, LINEAR_ATTENTION, SIZE, VOCABULARY
@@ -85,6 +87,40 @@ def test_streamed_it_is_the_same(saved, batches, tmp_path):
         prune_model(model, batches, Wanda(), SemiStructured(2, 4), journal=Journal(tmp_path / f"{model is whole}"))
     after = dict(stored_parameters(streamed))
     assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
+
+
+@pytest.fixture
+def mllama():
+    """Of its four layers two attend to an image, and are passed by where there is none."""
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    text = {**SIZE, "num_hidden_layers": 4, "cross_attention_layers": [1, 3], "rope_parameters": rope}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
+    sizes = {"attention_heads": 4, "image_size": 28, "intermediate_layers_indices": [0, 1], "vision_output_dim": 96}
+    torch.manual_seed(0)
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision | sizes)).eval()
+
+
+def test_layers_that_need_an_image_are_named_where_there_is_none(mllama, batches):
+    before = [parameter.clone() for parameter in mllama.parameters()]
+    with pytest.raises(
+        ValueError, match=r"passes by 2 of its 4 .*ignore=\['model.language_model.layers.1.\*', .*3.\*'\]"
+    ):
+        prune_model(mllama, batches, Wanda(), SemiStructured(2, 4))
+    assert all(map(torch.equal, mllama.parameters(), before))
+
+
+def test_layers_that_are_passed_by_can_be_left_out(mllama, batches):
+    without = deepcopy(mllama)
+    text = without.model.language_model
+    text.layers, text.cross_attention_layers = torch.nn.ModuleList([text.layers[0], text.layers[2]]), []
+    report = prune_model(mllama, iter(batches), Wanda(), SemiStructured(2, 4), ignore=["layers.1.*", "layers.3.*"])
+    prune_model(without, batches, Wanda(), SemiStructured(2, 4))
+    layers = mllama.model.language_model.layers
+    assert all(map(torch.equal, [*layers[0].parameters(), *layers[2].parameters()], text.layers.parameters()))
+    assert report.matches == {"layers.1.*": 7, "layers.3.*": 7}
+    assert len(report.not_pruned) == 14
 
 
 @pytest.mark.parametrize("kind", ["vit", "bart", "blip-2", "kosmos-2", "qwen3_omni_moe"])

@@ -1,6 +1,6 @@
 """What is to be pruned, to what and by what: made and checked before any weight changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Plan:
         dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
         allotment: What an allocator has decided; None before that, and where there is none.
         neurons: Those that may stand in another order, by the name of the layer; none unless that is asked for.
+        passed_by: Layers in which nothing is to be pruned, and which the model does not call.
     """
 
     method: PruningMethod
@@ -54,6 +55,7 @@ class Plan:
     outside: Mapping[str, str] = field(default_factory=dict)
     allotment: Allotment | None = None
     neurons: Mapping[str, list[Neurons]] = field(default_factory=dict)
+    passed_by: Sequence[DecoderLayer] = ()
 
     @classmethod
     def of(
@@ -87,8 +89,9 @@ class Plan:
             ValueError: If the selection does not fit the model.
         """
         selection = found.selection
-        layers, patterns = selection.choose(model, pattern)
-        layers, repeats = without_repeats(model, found.in_order(layers), patterns, found.uncalled)
+        every, patterns = selection.choose(model, pattern)
+        called = [layer for layer in every if layer.name not in found.uncalled]
+        layers, repeats = without_repeats(model, found.in_order(called), patterns, found.uncalled)
         outside = found.look_outside(model, layers)
         return cls(
             method,
@@ -102,6 +105,7 @@ class Plan:
             reconstruction=reconstruction,
             dense_target=dense_target,
             outside=outside,
+            passed_by=[layer for layer in every if layer.name in found.uncalled],
         )
 
     @property
@@ -140,9 +144,10 @@ class Plan:
     def new_report(self) -> PruningReport:
         """Begin the report."""
         report = PruningReport(str(self.method), str(self.pattern), self.pattern.sparsity)
-        report.matches = self.selection.matches(self.layers)
+        every = [*self.layers, *self.passed_by]
+        report.matches = self.selection.matches(every)
         report.allocation = self.allotment
-        for layer in self.layers:
+        for layer in every:
             report.not_pruned |= layer.left_dense
         report.not_pruned |= self.outside
         return report

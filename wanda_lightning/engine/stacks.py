@@ -37,7 +37,7 @@ class Found(NamedTuple):
         selection: What is asked for, with the names of the lists of layers.
         in_order: Puts layers in the order in which the model calls them.
         look_outside: Finds the matrices outside of them, with the reason why they stay dense.
-        uncalled: Names of linears that share a matrix and are not called.
+        uncalled: Names of layers and of linears with a shared matrix that are not called.
     """
 
     calibration: Iterable[Batch] | None
@@ -56,11 +56,10 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
         selection: What is asked for.
 
     Returns:
-        What was found. Of a language model that is fed as such nothing has to be, unless its layers share lists of
-        which each calls other parts.
+        What was found. Of a language model that is fed as such it is only what it does not call.
 
     Raises:
-        ValueError: If there are no layers that are called one after another.
+        ValueError: If there are no layers that are called one after another, or some are not called.
     """
     if isinstance(feed, LanguageModelFeed):
         return _in_language_model(feed, calibration, selection)
@@ -81,21 +80,33 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
 
 
 def _in_language_model(feed: Feed, calibration: Iterable[Batch] | None, selection: Selection) -> Found:
-    """See where a language model calls what its layers share, if each calls other parts of a list, as Zamba 2's do."""
+    """See what a language model does not call, where its structure leaves that open, by running it on a few tokens.
+
+    Layers of several kinds may be passed by, as Mllama's cross-attention without an image; and each of the layers that
+    share a block may call another part of it, as Zamba 2's do.
+    """
     if calibration is None or is_offloaded(feed.model):  # once it has run, what it shares would not be known any more
         return Found(calibration, selection)
-    decoder = decoder_layers(feed.model, layers=selection.layers)
+    decoder = decoder_layers(feed.model, selection.targets, selection.ignore, selection.layers)
     shared = {name for repeat in repeats_in(decoder) for name in (repeat.name, repeat.first)}
     linears = [x for layer in decoder for x in layer.linears if x.experts and x.expert is None and x.name in shared]
-    if not linears or not (batches := [*calibration]):
+    layers = decoder if len({type(layer.module) for layer in decoder}) > 1 else []
+    if not (linears or layers) or not (batches := [*calibration]):
         return Found(calibration, selection)
+    watched = {x.name: x.module for some in (linears, layers) for x in some}
     called: set[str] = set()
     with ExitStack() as hooks:
-        for x in linears:
-            handle = x.module.register_forward_pre_hook(lambda *_, name=x.name: called.add(name))
-            hooks.callback(handle.remove)
+        for name, module in watched.items():
+            hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)).remove)
         feed.run(feed.first(batches[0]))
-    return Found(batches, selection, uncalled={x.name for x in linears} - called)
+    uncalled = watched.keys() - called
+    if patterns := [f"{layer.name}.*" for layer in layers if layer.name in uncalled and layer.linears]:
+        raise ValueError(
+            f"the model passes by {len(patterns)} of its {len(layers)} decoder layers on these batches, as "
+            "cross-attention is not called without an image: leave them out with "
+            f"ignore={patterns}, or give images, too, and say with forward how the model is called"
+        )
+    return Found(batches, selection, uncalled=uncalled)
 
 
 def names_by_structure(model: nn.Module) -> list[str]:
