@@ -178,6 +178,18 @@ def test_what_does_not_load_is_said(tmp_path, capsys):
     assert "Does not load whole" in capsys.readouterr().out
 
 
+def test_layers_of_other_names_are_not_said_to_be_dense(tmp_path):
+    def rename(tensors):
+        for name in [*tensors]:
+            tensors[name.replace("layers", "blocks")] = tensors.pop(name)
+
+    saved(tiny_llama(), tmp_path)
+    change(tmp_path, rename)
+    text = text_of(inspect_model(str(tmp_path)).weights)
+    assert "None was found" in text
+    assert "n:m pattern" not in text
+
+
 def test_files_that_are_missing_or_cut_off(tmp_path):
     saved(tiny_llama(), tmp_path, max_shard_size="20KB")
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]

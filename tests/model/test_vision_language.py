@@ -25,12 +25,17 @@ TOWER = {
 }
 
 # What transformers calls them, and the configs of their two parts. To AutoModelForCausalLM the first is unknown, the
-# second is what it is here, and of the third it would load the language model alone. The last one hears.
+# second is what it is here, and of the third it would load the language model alone. The fourth has shorter names for
+# its layers in files. The last one hears.
 MODELS = {
     "Mistral3": ({"model_type": "mistral", **SIZE}, {"model_type": "pixtral", **TOWER}),
     "Gemma3": ({**SIZE, **LAYER_TYPES}, TOWER),
     "Qwen3_5": (
         {**SIZE, **LINEAR_ATTENTION},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
+    ),
+    "Qwen2_5_VL": (
+        {**SIZE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
         {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32},
     ),
     "Voxtral": (

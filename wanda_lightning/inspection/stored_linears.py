@@ -64,10 +64,10 @@ class MatrixFinder:
         match = self._pattern.fullmatch(name)
         if match is None:
             return None
-        stored, own = f".{match[1]}", f".{self._list}"  # files may have a prefix more than the model, or less
-        same = stored.endswith(own) or own.endswith(stored)
-        turned = sorted(stored.split(".")) == sorted(own.split("."))  # language_model.model, model.language_model
-        return (int(match[2]), match[3]) if same or turned else None
+        # Files may have a prefix more than the model, or leave parts of the name out (model.layers for what is
+        # model.language_model.layers in Qwen2-VL), or turn them round (language_model.model.layers).
+        same = f".{match[1]}".endswith(f".{self._list}") or {*match[1].split(".")} <= {*self._list.split(".")}
+        return (int(match[2]), match[3]) if same else None
 
     def matrices(self, name: str, place: tuple[int, str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the prunable matrices of a tensor by name, each seen as (out_features, in_features)."""

@@ -101,7 +101,9 @@ class StoredWeights:
         from rich.markup import escape
 
         yield f"{self.sparsity:.2%} of the {len(self.linears)} prunable matrices are zeros."
-        if self.pattern is None:
+        if not self.linears:
+            yield "[red]None was found[/red]: the files have other names for them than the model."
+        elif self.pattern is None:
             yield "They keep to no n:m pattern."
         elif not self.exceptions:
             yield f"Every one of them is {self.pattern}: in each group of inputs no more weights are kept."
