@@ -150,6 +150,25 @@ FAMILIES = {
         "RecurrentGemmaConfig",
         {"lru_width": 32, "block_types": ["recurrent", "attention"], "attention_window_size": 8, "head_dim": 8},
     ),
+    "MiniMax": ("MiniMaxConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
+    "Kimi Linear": (
+        "KimiLinearConfig",
+        {**DEEPSEEK, "num_experts": 4, "num_experts_per_token": 2, "num_expert_group": 1, "topk_group": 1}
+        | {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "DeepSeek-V4": (  # several streams of hidden states, and a matrix of blocks that stays dense
+        "DeepseekV4Config",
+        {"head_dim": 8, "q_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {
+            "sliding_window": 4,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_topk": 4,
+        }
+        | {"hc_mult": 2, "num_nextn_predict_layers": 0, "mlp_layer_types": ["moe"] * 2},
+    ),
 }
 
 # Models that cannot be pruned yet: what they need, the reason for docs/models.md, and what the error says.
@@ -165,6 +184,13 @@ REFUSED = {
         {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
         "its fused experts are outside transformers' experts interface",
         r"of the decoder's matrix weights are not in linears.*mlp\.input_linear\.weight",
+    ),
+    "LongCat-Flash": (
+        "LongcatFlashConfig",
+        {**DEEPSEEK, "num_layers": 2, "ffn_hidden_size": 32, "moe_intermediate_size": 64, "moe_topk": 2}
+        | {"zero_expert_num": 2, "topk_group": 1, "n_group": 1},
+        "its fused experts are outside transformers' experts interface",
+        r"of the decoder's matrix weights are not in linears.*mlp\.experts\.gate_up_proj \(6, 128, 32\)",
     ),
     "DBRX": (
         "DbrxConfig",
@@ -200,8 +226,17 @@ STREAMED = [
     "Falcon-H1",
 ]
 
-# Not matrices of linears: what state-space models and their like multiply with channel by channel, or head by head.
-NO_LINEARS = ("conv1d.weight", "conv_1d.weight", "conv.conv.weight", "A_log", "_gate_weight")
+# Not matrices of linears: what state-space models and their like multiply with channel by channel, or head by head;
+# DeepSeek-V4's output projection, group by group, and what mixes its streams.
+NO_LINEARS = (
+    "conv1d.weight",
+    "conv_1d.weight",
+    "conv.conv.weight",
+    "A_log",
+    "_gate_weight",
+    "o_a_proj.weight",
+    "hc.fn",
+)
 
 PRUNINGS = [
     (method, pattern) for method in (Wanda(), SparseGPT()) for pattern in (Unstructured(0.5), SemiStructured(2, 4))
