@@ -94,6 +94,13 @@ def test_streamed_it_is_the_same(saved, batches, tmp_path):
     assert all(torch.equal(after[name], parameter) for name, parameter in whole.named_parameters())
 
 
+@pytest.mark.parametrize("saved", ["Gemma3"], indirect=True)
+def test_images_that_are_left_out_are_named_once(saved, batches, caplog):
+    with_images = [{"input_ids": ids, "pixel_values": torch.zeros(2, 3, 28, 28)} for ids in batches]
+    prune_model(saved[0], with_images, Wanda(), SemiStructured(2, 4))
+    assert caplog.text.count("calibrated on token ids alone, and not on pixel_values") == 1
+
+
 @pytest.fixture
 def mllama():
     """Of its four layers two attend to an image, and are passed by where there is none."""

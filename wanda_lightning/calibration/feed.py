@@ -1,5 +1,6 @@
 """How a calibration batch goes through a model: with its token ids alone, or in the way that its owner calls it."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -14,11 +15,16 @@ from wanda_lightning.model.attention import every_linear_is_called
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
 
+log = logging.getLogger(__name__)
+
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch; what it returns is not used."""
 
 FEW = 32
 """Tokens that show whether a model overflows whose numbers have the range of float32: then its weights do."""
+
+SENSES = ("pixel_values", "input_features")
+"""How the names of what transformers' models see and hear begin."""
 
 
 class Feed:
@@ -98,6 +104,7 @@ class LanguageModelFeed(Feed):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._has_said_so = False
         self.device = device_of(cast(Any, model).get_input_embeddings())
         self.head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
@@ -107,6 +114,14 @@ class LanguageModelFeed(Feed):
 
     def tensors(self, batch: Any) -> dict[str, Tensor]:
         """Return ``input_ids`` and what goes with them, checked; see :func:`model_inputs`."""
+        unread = [name for name in batch if str(name).startswith(SENSES)] if isinstance(batch, Mapping) else []
+        if unread and not self._has_said_so:
+            self._has_said_so = True
+            log.warning(
+                "the model is calibrated on token ids alone, and not on %s: tokens that stand for them are taken for "
+                "text. To calibrate on all, say how the model is called: with forward, or a calibration_step",
+                ", ".join(unread),
+            )
         return model_inputs(batch, self.model)
 
     def real_tokens(self, batch: Any, hidden: Tensor, arguments: Mapping[str, Any]) -> RealTokens:
