@@ -1,19 +1,31 @@
 """One line a stage."""
 
 import re
+from io import StringIO
 
 import pytest
 from helpers import SomebodysData, SomebodysModule, trainer
+from rich.console import Console
+from rich.progress import Progress
 
 from wanda_lightning import WandaPruning
 from wanda_lightning.callbacks.plumbing.progress import StageBar
 from wanda_lightning.evaluation.harness import Tqdm
-from wanda_lightning.terminal import track
+from wanda_lightning.terminal import columns, track
 
 
 def test_where_there_is_no_terminal_a_stage_is_a_plain_line(capsys):
     assert list(track(iter("abc"), 3, "Pruning", "layers", lambda: "2 GiB")) == ["a", "b", "c"]
     assert capsys.readouterr().out.split() == ["Pruning", "3/3", "layers", "in", "0:00:00", "2", "GiB"]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_on_a_narrow_terminal_figures_come_before_the_bar(width):
+    bars = Progress(*columns(Console(width=width, force_terminal=True), "layers", lambda: "1.1 GiB"))
+    bars.update(bars.add_task("Pruning", total=3), completed=3)
+    console = Console(width=width, file=StringIO())
+    console.print(bars.make_tasks_table(bars.tasks))
+    assert re.fullmatch(r"Pruning +[━ ]*3/3 layers in 0:00:00 1.1 GiB *\n", console.file.getvalue())
 
 
 def test_a_bar_as_lm_eval_uses_it(capsys):

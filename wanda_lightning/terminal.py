@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 Step = TypeVar("Step")
+ROOM = 50  # columns of a terminal: figures come before the bar
 
 
 class TimeLeft(ProgressColumn):
@@ -56,7 +57,7 @@ def columns(console: Console, unit: str = "", note: Callable[[], str] | None = N
         Columns for rich.
     """
     count = f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}".strip()
-    bar = [BarColumn()] if console.is_terminal else []
+    bar = [BarColumn()] if console.is_terminal and console.width >= ROOM else []
     notes = [Note(note)] if note else []
     return [TextColumn("{task.description:<10}"), *bar, TextColumn(count), TimeLeft(), *notes]
 

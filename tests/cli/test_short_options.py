@@ -1,6 +1,7 @@
 """``prune MODEL --method wanda --sparsity 0.6``, and what it is written out to."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,18 @@ from wanda_lightning.methods.named import METHODS as METHODS_IN_PYTHON
 def test_the_names_of_methods_are_those_of_python():
     classes = {name: getattr(callbacks, callback)().method for name, callback in METHODS.items()}
     assert {name: type(method) for name, method in classes.items()} == METHODS_IN_PYTHON
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "search"])
+def test_what_help_says_of_the_options_is_one_column(command):
+    options = [line for line in description(command).splitlines() if line.startswith(("  -", "  MODEL"))][:-1]
+    assert len({re.match(r"  \S.*?  +", line).end() for line in options}) == 1
+
+
+def test_help_names_every_budget_of_a_search():
+    assert {"--max_perplexity_increase", "--max_bytes", "--max_drop", "--max_rise"} <= {
+        *re.findall(r"--\w+", description("search"))
+    }
 
 
 def test_help_names_every_short_option():

@@ -34,6 +34,6 @@ def main(arguments: list[str]) -> None:
             "type": str,
             "default": [],
             "metavar": "PROMPT",
-            "help": "A text to continue.",
+            "help": "A text to continue; without any, the three of the reports.",
         },
     )

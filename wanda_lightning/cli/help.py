@@ -14,6 +14,8 @@ _OPTIONS = {
     "--sparsities LIST": "such as '[0.4, 0.6]'",
     "--patterns LIST": "such as '[\"2:4\"]'",
     "--max_perplexity_increase X": "how much worse it may get: the most sparsity within that is searched for",
+    "--max_bytes N": "instead: how large the compressed weights may be",
+    "--metric NAME --max_drop X": "instead: how much lower a metric may be; --max_rise X: how much higher",
     "--max_steps N": "training steps",
     "--data TEXT": "to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set",
     "--eval TEXT": "to evaluate with, named alike; by default a part of the other",
@@ -30,7 +32,7 @@ _OPTIONS = {
 }
 _SAVING = ("--push_to_hub ME/NAME",)
 _PRUNING = ("--method NAME", "--sparsity FRACTION", "--pattern N:M", "--prompt TEXT")
-_SEARCHING = ("--max_perplexity_increase X",)
+_SEARCHING = ("--max_perplexity_increase X", "--max_bytes N", "--metric NAME --max_drop X")
 _SWEEPING = ("--methods LIST", "--sparsities LIST", "--patterns LIST")
 _TRAINING = ("--max_steps N",)
 _LEFT_OUT = {
@@ -70,6 +72,8 @@ def description(name: str) -> str:
     Returns:
         What its help says below the usage.
     """
-    options = [f"  {option:<22}  {text}" for option, text in _OPTIONS.items() if option not in _LEFT_OUT[name]]
+    shown = {option: text for option, text in _OPTIONS.items() if option not in _LEFT_OUT[name]}
+    width = max(map(len, shown))
+    options = [f"  {option:{width}}  {text}" for option, text in shown.items()]
     listed = "\n".join(["The options that matter most:", *options])
     return f"{COMMANDS[name].description}\n\n{listed}\n\n{_PARTS}"

@@ -137,10 +137,7 @@ class PruningCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave model, report and configuration of an earlier run as they are until this one is through."""
-        if type(self.model) is CausalLM:  # others may take a name for something else
-            # A name that was mistyped is not taken for another model in the same folder.
-            named = {name: value for name, value in self.model.model_kwargs.items() if name != "dtype"}
-            load_config(self.model.pretrained, **named)
+        _check_exists(self.model)
         for callback in self._prunes:
             callback.overwrite = callback.overwrite or self.config_init[subcommand].overwrite
         if subcommand not in ("prune", "fit"):
@@ -208,6 +205,12 @@ class PruningCLI(LightningCLI):
             names = ("report.html", "search.png", "shrinking.html", "model", "adapter")
             there = [name for name in names if (folder / name).exists()]
             Console().print(f"Results are in {folder}: {', '.join(there)}", markup=False, soft_wrap=True)
+
+
+def _check_exists(module: LightningModule) -> None:
+    """Read the model's config: a mistyped name must not be taken for another model than the folder has results of."""
+    if type(module) is CausalLM:  # others may take a name for something else
+        load_config(module.pretrained, **{name: x for name, x in module.model_kwargs.items() if name != "dtype"})
 
 
 def run(args: ArgsType = None) -> PruningCLI:

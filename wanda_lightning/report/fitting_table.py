@@ -42,10 +42,12 @@ class FittingTable:
                 parts.append([])
             parts[-1].append(number)
         for part in parts:
-            spare, widths = room - sum(least[each] + GAP for each in part), {}
-            for number in [0, *part]:
-                widths[number] = max(min(whole[number], least[number] + spare), SHORT)
-                spare -= widths[number] - least[number]
+            widths = {number: whole[number] for number in [0, *part]}
+            while BORDER + sum(width + GAP for width in widths.values()) > options.max_width:
+                wide = [number for number, width in widths.items() if width > least[number]]
+                if not wide and widths[0] <= SHORT:
+                    break
+                widths[max(wide, key=lambda number: widths[number], default=0)] -= 1
             yield self._table(widths)
 
     def _least(self, number: int, column: Sequence[str]) -> int:
