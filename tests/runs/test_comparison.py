@@ -52,6 +52,17 @@ def test_the_shared_dense_evaluation_appears_once(runs):
     ]
 
 
+def test_a_folder_of_runs_is_all_of_them(runs, tmp_path):
+    (tmp_path / "something_else").mkdir()
+    names = [each.folder.name for each in Comparison([tmp_path, runs[0]]).runs]
+    assert names == ["2of4", "sparsegpt", "wanda", "wanda-0.7", "wanda"]
+
+
+def test_the_trials_of_a_search_are_no_runs_of_their_own(tmp_path):
+    run(run(tmp_path, pruned=20.0) / "inner", pruned=21.0)
+    assert [each.folder for each in Comparison([tmp_path]).runs] == [tmp_path]
+
+
 def test_dense_evaluations_that_differ_both_appear(tmp_path):
     rows = Comparison([run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", dense=11.0, pruned=21.0)]).rows()
     assert [row["metrics"]["val/perplexity"] for row in rows if row["stage"] == "dense"] == [10, 11]
@@ -203,10 +214,17 @@ def test_the_command(runs, tmp_path, capsys):
     assert "SparseGPT" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("metric", ["perplexity", "val/perplexity"])
+def test_a_metric_is_drawn_by_the_name_that_the_table_has(runs, tmp_path, metric):
+    main([str(runs[0]), "--plot", str(tmp_path / "p.svg"), "--metric", metric])
+    assert (tmp_path / "p.svg").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--plot", "x.foo"], r"must be one of \.png, \.svg"),
+        (["--plot", "x.png", "--metric", "plexity"], "no run has the metric 'plexity'; they have val/perplexity"),
         (["--plot", "x.png", "--metric", "foo"], "no run has the metric 'foo'; they have val/perplexity"),
         (["--metric", "val/perplexity"], "--metric says what --plot draws"),
     ],

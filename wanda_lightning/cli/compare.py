@@ -9,10 +9,10 @@ def compare(runs: list[Path], output: Path | None = None, plot: Path | None = No
     """Print the results of several runs as one table.
 
     Args:
-        runs: Folders of runs.
+        runs: Folders of runs, or of several, as of a sweep.
         output: Write comparison.md and comparison.json into this folder.
         plot: Draw perplexity against sparsity into this file, a .png or .svg.
-        metric: What to draw. Default: the first perplexity.
+        metric: What to draw, by its name or the end of it. Default: the first perplexity.
 
     Raises:
         ValueError: If a folder holds no finished run, or there is nothing to draw.
@@ -37,5 +37,5 @@ def compare(runs: list[Path], output: Path | None = None, plot: Path | None = No
 
 def main(arguments: list[str]) -> None:
     """Run ``wanda-lightning compare``."""
-    runs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": "Folder of a run."}
+    runs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": "Folder of a run, or of several, as of a sweep."}
     run_function("compare", compare, arguments, runs=runs)

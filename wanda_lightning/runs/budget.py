@@ -1,7 +1,7 @@
 """What a search keeps to: a perplexity or another metric that a validation logs, or the bytes of the file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,11 +94,17 @@ class Budget:
         Raises:
             ValueError: If it was not logged.
         """
-        found = [name for name in metrics if f"/{name}".endswith(f"/{self.metric}")]
-        if self.metric in found or len(found) == 1:
-            return self.metric if self.metric in found else found[0]
+        found = names_of(self.metric, metrics)
+        if len(found) == 1:
+            return found[0]
         said = f"{len(found)} metrics end in {self.metric!r}" if found else f"no metric {self.metric!r} was logged"
         raise ValueError(f"{said}; there are {', '.join(metrics) or 'none'}")
+
+
+def names_of(metric: str, names: Iterable[str]) -> list[str]:
+    """Find the metrics that a name or the end of one may mean: one alone, if it is the whole name."""
+    found = [name for name in names if f"/{name}".endswith(f"/{metric}")]
+    return [metric] if metric in found else found
 
 
 def budget_of(

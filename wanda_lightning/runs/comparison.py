@@ -47,7 +47,7 @@ class Comparison:
     """Several runs side by side.
 
     Args:
-        folders: Folders that hold a ``pruning.json``, or such files.
+        folders: Folders that hold a ``pruning.json``, or such files; a folder of runs, as of a sweep, is all of them.
 
     Raises:
         ValueError: If there is no run, or a folder holds none that can be read.
@@ -56,7 +56,7 @@ class Comparison:
     def __init__(self, folders: Sequence[str | Path]) -> None:
         if not folders:
             raise ValueError("nothing to compare: name the folders of one or more runs")
-        self.runs = [_read(Path(folder)) for folder in folders]
+        self.runs = [_read(run) for folder in folders for run in _runs_in(Path(folder))]
 
     def label(self, run: Run) -> str:
         """Name a run's method: with its model and data where others have other ones, else its folder if need be."""
@@ -149,6 +149,13 @@ class Comparison:
 
 def _asked(run: Run) -> tuple[object, ...]:
     return run.method, run.allocation, run.pattern, run.sparsity
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """List the runs in a folder; where it is a run itself, or there are none, the folder."""
+    reports = [file for name in (REPORT, SHRINKING) for file in folder.glob(f"*/{name}")]
+    is_run = any((folder / name).exists() for name in (REPORT, SHRINKING))
+    return [folder] if is_run or not reports else sorted({file.parent for file in reports})
 
 
 def _read(folder: Path) -> Run:

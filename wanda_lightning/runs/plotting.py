@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import whole_file
+from wanda_lightning.runs.budget import names_of
 
 if TYPE_CHECKING:
     from wanda_lightning.runs.comparison import Comparison
@@ -42,20 +43,22 @@ def metric_of(comparison: "Comparison", metric: str | None) -> str:
 
     Args:
         comparison: The runs.
-        metric: Its name. Default: the first perplexity.
+        metric: Its name, or the end of it, as in the table. Default: the first perplexity.
 
     Returns:
         Its name.
 
     Raises:
-        ValueError: If no run has it.
+        ValueError: If no run has it, or several end so.
     """
     names = list(dict.fromkeys(name for row in comparison.rows() for name in row["metrics"]))
     if metric is None:
-        metric = next((name for name in names if "perplexity" in name), None)
-    if metric is None or metric not in names:
-        raise ValueError(f"no run has the metric {metric or 'perplexity'!r}; they have {', '.join(names) or 'none'}")
-    return metric
+        metric = next((name for name in names if "perplexity" in name), "perplexity")
+    found = names_of(metric, names)
+    if len(found) == 1:
+        return found[0]
+    said = f"{len(found)} metrics end in {metric!r}" if found else f"no run has the metric {metric!r}"
+    raise ValueError(f"{said}; they have {', '.join(names) or 'none'}")
 
 
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
