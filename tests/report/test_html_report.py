@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from wanda_lightning.report.html.charts import breakable
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.pruning_report import PruningReport
@@ -125,6 +126,10 @@ def test_time_and_memory(report):
     assert "forward0.75 s (25%)solve1.50 s (50%)other0.75 s (25%)" in page.text
     assert "peak process memory3.0 GiB" in page.text
     assert "mlp.experts.*.up1.00 sattn.q0.50 s" in page.text
+
+
+def test_names_break_behind_their_parts_and_numbers_do_not():
+    assert breakable("val/mlp.up_proj, sparsity 0.5") == "val/<wbr>mlp.<wbr>up_<wbr>proj, sparsity 0.5"
 
 
 def test_nothing_is_loaded_and_names_are_escaped(report):

@@ -94,6 +94,11 @@ def test_another_teacher_may_be_named(tmp_path, tiny_model_folder):
     assert len(module.teacher.model.model.layers) == 1
 
 
+def test_a_small_teacher_is_loaded_without_a_bar(tmp_path, tiny_model_folder, capsys):
+    trainer(tmp_path).fit(distilled(tiny_model_folder), loader())
+    assert "Loading weights" not in capsys.readouterr().err
+
+
 def test_another_vocabulary_is_refused(tmp_path, tiny_model_folder):
     tiny_llama(layers=1, vocab_size=270).save_pretrained(tmp_path / "teacher")
     module = distilled(tiny_model_folder, teacher=str(tmp_path / "teacher"))

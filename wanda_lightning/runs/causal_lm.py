@@ -218,7 +218,9 @@ def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any
 def _load_teacher(module: CausalLM, distillation: Distillation) -> Teacher:
     """Load the dense model, and find out which of its layers are left."""
     reports = [callback.report for callback in shape_callbacks(module.trainer)]
-    dense = load_model(distillation.teacher or module.pretrained, **module.model_kwargs)
+    teacher = distillation.teacher or module.pretrained
+    with quiet_if_small(teacher):
+        dense = load_model(teacher, **module.model_kwargs)
     return Teacher(dense, distillation, hidden_states_kept(filter(None, reports)))
 
 

@@ -5,6 +5,7 @@ Marks are drawn in stretched SVGs and text is HTML, so that text keeps its size 
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup, escape
@@ -16,11 +17,8 @@ COLORS = 8
 
 
 def breakable(name: str) -> Markup:
-    """Escape a name and let it break behind dots, slashes and underscores."""
-    text = str(escape(name))
-    for mark in "._/":
-        text = text.replace(mark, f"{mark}<wbr>")
-    return Markup(text)
+    """Escape a name and let it break behind dots, slashes and underscores; a number stays whole."""
+    return Markup(re.sub(r"(?<=[._/])(?!\d)", "<wbr>", str(escape(name))))
 
 
 def heat_map(
