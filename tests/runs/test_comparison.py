@@ -176,6 +176,16 @@ def test_the_picture_has_every_point(runs, tmp_path):
     assert {path.name for path in tmp_path.glob("p.*")} == {"p.svg", "p.png"}
 
 
+def test_a_dense_level_that_runs_share_is_drawn_once(tmp_path):
+    """Also where one of them was evaluated on tasks besides."""
+    folders = [run(tmp_path / name, pruned=20.0) for name in "ab"]
+    report = json.loads((folders[0] / "pruning.json").read_text())
+    report["evaluations"]["dense"]["val/zero_shot/mean/acc"] = 0.4
+    (folders[0] / "pruning.json").write_text(json.dumps(report))
+    plot(Comparison(folders), tmp_path / "p.svg")
+    assert (tmp_path / "p.svg").read_text().count("<!-- dense -->") == 1
+
+
 def test_no_point_is_outside_of_the_picture(tmp_path):
     """Nor is the largest, where it is that of a pattern, drawn a little beside its place."""
     runs = [run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", pattern="2:4", pruned=9000.0)]

@@ -87,9 +87,9 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     log_scale_if_wide(axes, levels)
     labels = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
     dense = [row for row in rows if row["stage"] in ("dense", "as loaded")]
-    for number, row in enumerate(dense):
-        name = ", ".join(filter(None, (row["stage"], row["of"])))
-        axes.axhline(row["metrics"][metric], color="0.5", linestyle=LEVELS[number % len(LEVELS)], label=name)
+    named = [(", ".join(filter(None, (row["stage"], row["of"]))), row["metrics"][metric]) for row in dense]
+    for number, (name, level) in enumerate(dict.fromkeys(named)):  # runs may share it and have other metrics besides
+        axes.axhline(level, color="0.5", linestyle=LEVELS[number % len(LEVELS)], label=name)
     pruned = [row for row in rows if row["method"]]
     series: dict[tuple[str, str, str], list[Point]] = {}
     for row in pruned:
@@ -104,7 +104,7 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
             color=color,
             label=name,
             marker="s" if not unstructured else "D" if stage == "merged" else "o",
-            markerfacecolor=color if stage == "pruned" else "white",
+            markerfacecolor=color if stage in ("pruned", "smaller") else "white",
             linestyle="none" if not unstructured else "-" if stage == "pruned" else "--",
         )
     if pruned:
