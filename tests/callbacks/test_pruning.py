@@ -15,7 +15,7 @@ from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.schedule import Gradual
-from wanda_lightning.callbacks import MagnitudePruning, SparseGPTPruning, WandaPruning
+from wanda_lightning.callbacks import MagnitudePruning, SparseFinetuning, SparseGPTPruning, WandaPruning
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import PruningCallback
 from wanda_lightning.engine.pruner import prune_model
@@ -145,6 +145,30 @@ def test_one_shot_is_fit_without_steps(tmp_path, settings):
     module = SomebodysModule()
     trainer(tmp_path, WandaPruning(sparsity=0.5), **settings).fit(module, datamodule=SomebodysData())
     assert sparsities(module) == {0.5}
+
+
+class WithTeacher(SomebodysModule):
+    """Learns from a model that it holds beside its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = tiny_llama(layers=2)
+
+
+@pytest.mark.parametrize("callback", [WandaPruning, SparseFinetuning])
+def test_a_frozen_teacher_is_left_alone(tmp_path, callback):
+    module = WithTeacher()
+    module.teacher.requires_grad_(False)
+    prune_model(module.net, None, Magnitude(), 0.5)
+    trainer(tmp_path, callback()).fit(module, batches(), batches())
+    assert sparsities(module) == {0.5}
+    assert all(map(torch.equal, module.teacher.parameters(), tiny_llama(layers=2).parameters()))
+
+
+def test_of_two_models_that_train_none_is_chosen(tmp_path):
+    message = r"found: net \(LlamaForCausalLM\), teacher \(LlamaForCausalLM\)\..* freeze all but the one you mean"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, WandaPruning()).fit(WithTeacher(), batches())
 
 
 def test_validate_and_test_change_no_weight(tmp_path):

@@ -1,5 +1,6 @@
 """The Hugging Face model that a module is or holds."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
     Args:
         module: A model of transformers (also with adapters, or compiled), or any module (such as a LightningModule)
             that holds exactly one. Another form of the same weights beside it, such as a compiled or adapted one, or
-            the model's own decoder, is no second model.
+            the model's own decoder, is no second model; nor is a frozen one, such as a teacher, beside one that trains.
 
     Returns:
         The outermost model; if it is compiled, its original.
@@ -21,16 +22,24 @@ def find_language_model(module: nn.Module) -> nn.Module:
     """
     found = {uncompiled(child): name for name, child in module.named_modules() if is_of_transformers(child)}
     held = {model: set(model.parameters()) for model in found}
-    # The one that holds the most, and of several forms the outermost, which comes first.
-    model = max(found, key=lambda model: (len(held[model]), len(list(model.modules()))), default=None)
-    if model is None or not all(held[other] <= held[model] for other in found):
+    model = _that_holds_all(held)
+    if model is None:
+        model = _that_holds_all({m: own for m, own in held.items() if any(p.requires_grad for p in own)})
+    if model is None:
         outermost = [m for m in found if not any(held[m] < held[other] for other in found)]
         names = ", ".join(f"{found[m]} ({type(m).__name__})" for m in outermost) or "none"
         raise ValueError(
             f"{type(module).__name__} must hold exactly one transformers model to prune, found: {names}. "
-            "Models load in __init__ or configure_model; with several, prune the one you mean with prune_model."
+            "Models load in __init__ or configure_model; of several, freeze all but the one you mean, as by "
+            "teacher.requires_grad_(False), or prune that one with prune_model."
         )
     return model
+
+
+def _that_holds_all(held: Mapping[nn.Module, set[nn.Parameter]]) -> nn.Module | None:
+    """Find the model that holds the parameters of all; of several forms the outermost, which comes first."""
+    model = max(held, key=lambda model: (len(held[model]), len(list(model.modules()))), default=None)
+    return model if model is not None and all(own <= held[model] for own in held.values()) else None
 
 
 def is_language_model(model: nn.Module) -> bool:
