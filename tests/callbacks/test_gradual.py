@@ -243,6 +243,14 @@ def test_a_schedule_that_cannot_end_is_refused(tmp_path):
         trainer(tmp_path, pruning, cls=PruningTrainer).prune(SomebodysModule(), SomebodysData())
 
 
+def test_a_fast_dev_run_prunes_as_at_the_end_of_the_schedule(tmp_path, caplog):
+    module = SomebodysModule()
+    pruning = WandaPruning(sparsity=0.5, schedule=Gradual(4, 100, 8))
+    trainer(tmp_path, pruning, fast_dev_run=True).fit(module, datamodule=SomebodysData())
+    assert sparsities(module) == {0.5}
+    assert "training ended" not in caplog.text
+
+
 def test_training_that_ends_too_early_says_so(tmp_path, caplog):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):

@@ -15,7 +15,8 @@ class KeepZeros(TrainerCallback):
     What :class:`wanda_lightning.SparseFinetuning` is to Lightning: gradients of pruned weights are dropped, before they
     are accumulated and clipped, and the weights are zeroed after every optimizer step. The masks are taken from the
     zeros of the decoder's linears when training starts, after a checkpoint is restored. Under DDP every process does
-    the same; FSDP and DeepSpeed are not tested.
+    the same; FSDP and DeepSpeed are not tested. Where the Trainer warns that keys are missing in the checkpoint that it
+    resumes from, as with fused experts, load the model from the checkpoint's folder first.
 
     Args:
         layers: Name of the list of decoder layers, such as ``model.layers``, where the rule for finding it fails.

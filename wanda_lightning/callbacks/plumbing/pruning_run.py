@@ -83,9 +83,8 @@ class PruningRun:
 
     def is_pruned(self, model: nn.Module) -> bool:
         """Whether the report is of these weights. While pruned weights may regrow, zeros do not tell."""
-        return self.results.report is not None and (
-            self.regrows or self.results.is_of(model, lists_in(model, self.asked.layers))
-        )
+        own = self.results
+        return (self.regrows and own.report is not None) or own.is_of(model, lists_in(model, self.asked.layers))
 
     def report_of(self, model: nn.Module) -> PruningReport | None:
         """Return what was pruned, by this run, or before it where the weights came with zeros."""
@@ -103,8 +102,8 @@ class PruningRun:
     def stage(self, module: LightningModule) -> Stage:
         """Name the stage that the weights are in, by looking at them."""
         model = find_model(module)
-        pruned, report = self.is_pruned(model), self.report_of(model)
-        return stage_of(module, pruned, self.results.trained, report is not None and not pruned)
+        pruned = self.is_pruned(model)
+        return stage_of(module, pruned, self.results.trained, not pruned and _was_pruned(*_look_at(model, self.asked)))
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin anew if the weights are others than those that were pruned."""
@@ -144,9 +143,10 @@ class PruningRun:
             self._prune_to(self.asked.pattern, trainer, module)
 
     def prune_gradually(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Prune if the schedule says so at this step; a step that was skipped is made up for."""
+        """Prune if the schedule says so at this step, or at one that was skipped; a trial of the code is at the end."""
         schedule = self.asked.schedule
-        if schedule is None or (due := schedule.last_due(trainer.global_step)) is None or due <= self.pruned_at:
+        step = schedule.end if schedule and cast(Any, trainer).fast_dev_run else trainer.global_step
+        if schedule is None or (due := schedule.last_due(step)) is None or due <= self.pruned_at:
             return False
         self.pruned_at = due
         if sparsity := schedule.sparsity(due, self.asked.pattern.sparsity):
@@ -158,9 +158,9 @@ class PruningRun:
         if self.pruned_at > trainer.global_step:
             self._forget(trainer)
         schedule = self.asked.schedule
-        if schedule is None or not module.automatic_optimization:  # of modules that step by themselves nobody can know
-            return
-        schedule.check_steps(trainer.estimated_stepping_batches)
+        known = module.automatic_optimization  # of modules that step by themselves nobody can know how often they do
+        if schedule is not None and known and not cast(Any, trainer).fast_dev_run:
+            schedule.check_steps(trainer.estimated_stepping_batches)
 
     def end_training(self, trainer: Trainer, module: LightningModule) -> None:
         """Warn if training ended before the schedule did."""
