@@ -67,6 +67,20 @@ def test_can_be_sent_to_spawned_processes_with_its_default_optimizer():
     assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.AdamW, 1e-5)
 
 
+def test_predictions_are_logits(tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder))
+    predicted = torch.cat(trainer(tmp_path).predict(module, loader(masked=True)))
+    with torch.no_grad():
+        expected = torch.cat([module.model(**batch).logits for batch in loader(masked=True)])
+    assert torch.equal(predicted, expected)
+
+
+@pytest.mark.parametrize("name", ["lora", "distillation"])
+def test_settings_of_another_kind_are_refused_at_once(name):
+    with pytest.raises(ValueError, match=rf"{name} must be something like \w+\(.*\), got True"):
+        CausalLM("anything", **{name: True})
+
+
 @pytest.mark.parametrize("monitor", ["train/loss", "val/perplexity"])
 def test_a_scheduler_waits_for_the_metric_that_it_names(tiny_model_folder, tmp_path, monitor):
     """With patience 0 and a rate that moves nothing, each epoch after the first is one without progress."""

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from wanda_lightning.arguments import Dtype
+from wanda_lightning.arguments import Dtype, instance_or_none
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
@@ -67,11 +67,7 @@ class CausalLM(LightningModule):
         self.lora = lora
         self.distillation = distillation
         self.stream = stream
-        if stream and (lora or distillation or gradient_checkpointing):
-            raise ValueError(
-                "a model that is streamed from disk cannot be trained: leave out lora, distillation and "
-                "gradient_checkpointing, or stream"
-            )
+        _check_settings(self)
         self.model_kwargs = {
             "dtype": dtype,
             "trust_remote_code": trust_remote_code,
@@ -149,6 +145,10 @@ class CausalLM(LightningModule):
         """Add a batch to ``test/perplexity``, or to ``test/perplexity/<name>`` if there are several sets."""
         self._evaluate(batch, "test/perplexity", dataloader_idx)
 
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return the logits of a batch, shape (B, T, V)."""
+        return self(**inputs_and_labels(batch)[0]).logits
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler that were asked for.
 
@@ -205,6 +205,16 @@ class CausalLM(LightningModule):
         )
 
 
+def _check_settings(module: CausalLM) -> None:
+    instance_or_none("lora", module.lora, LoraSettings, "LoraSettings(rank=8)")
+    instance_or_none("distillation", module.distillation, Distillation, "Distillation(alpha=0.5)")
+    if module.stream and (module.lora or module.distillation or module.gradient_checkpointing):
+        raise ValueError(
+            "a model that is streamed from disk cannot be trained: leave out lora, distillation and "
+            "gradient_checkpointing, or stream"
+        )
+
+
 def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any:
     """Load the model's own tokenizer; where it has none, take the one that the datamodule was given."""
     try:
@@ -230,8 +240,7 @@ def _when_to_step(scheduler: Any) -> dict[str, Any]:
         return {"scheduler": scheduler, "interval": "step"}
     if not hasattr(scheduler, "monitor"):
         raise ValueError(
-            "ReduceLROnPlateau needs a metric: use that of lightning.pytorch.cli, with monitor='val/perplexity' or "
-            "'train/loss'"
+            "ReduceLROnPlateau needs a metric: take lightning.pytorch.cli's, monitor='val/perplexity' or 'train/loss'"
         )
     return {"scheduler": scheduler, "monitor": scheduler.monitor}
 
