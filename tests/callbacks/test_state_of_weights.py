@@ -204,3 +204,17 @@ def test_a_schedule_keeps_the_zeros_that_a_model_came_with(tmp_path):
     trainer(tmp_path, WandaPruning(sparsity=0.75, schedule=Gradual(0, 8, 2)), **LONG).fit(one, SomebodysData())
     assert all(not p[before[name]].any() for name, p in one.net.named_parameters())
     assert zeros(one) == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_checkpoint_that_is_loaded_twice_keeps_what_was_found_of_it_in_between(tmp_path):
+    """But not what was found of other weights of the same run."""
+    callback, model, best = WandaPruning(sparsity=0.5), module(), tmp_path / "step=2.ckpt"
+    checkpoints = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    run = trainer(tmp_path, callback, checkpoints, max_steps=4, enable_checkpointing=True)
+    run.fit(model, batches())
+    run.validate(model, batches(2), verbose=False)
+    run.test(model, batches(2), ckpt_path=best, verbose=False)
+    assert "fine-tuned" not in callback.evaluations
+    (found,) = run.validate(model, batches(2), ckpt_path=best, verbose=False)
+    run.test(model, batches(2), ckpt_path=best, verbose=False)
+    assert callback.evaluations["fine-tuned"] == pytest.approx(found)

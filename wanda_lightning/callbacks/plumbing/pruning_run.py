@@ -102,8 +102,8 @@ class PruningRun:
     def stage(self, module: LightningModule) -> Stage:
         """Name the stage that the weights are in, by looking at them."""
         model = find_model(module)
-        pruned = self.is_pruned(model)
-        return stage_of(module, pruned, self.results.trained, not pruned and _was_pruned(*_look_at(model, self.asked)))
+        pruned, trained = self.is_pruned(model), self.results.trained > 0
+        return stage_of(module, pruned, trained, not pruned and _was_pruned(*_look_at(model, self.asked)))
 
     def look_again(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin anew if the weights are others than those that were pruned."""

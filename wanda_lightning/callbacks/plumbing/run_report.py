@@ -28,7 +28,7 @@ class RunReport:
         evaluations: Metrics by stage.
         samples: What the model said, by stage and prompt.
         training: The loss since the pruning, by step.
-        trained: Whether the weights were trained since they were pruned.
+        trained: How many batches the weights were trained on since they were pruned.
         came_with_zeros: Whether they had zeros of an earlier pruning.
     """
 
@@ -37,7 +37,7 @@ class RunReport:
         self.evaluations: dict[str, dict[str, float]] = {}
         self.samples: dict[str, dict[str, str]] = {}
         self.training: list[Point] = []
-        self.trained = self.came_with_zeros = False
+        self.trained, self.came_with_zeros = 0, False
         self._zeros: dict[str, Tensor] = {}  # samples of them, to know the weights again
         self._begun = 0
         self._held: dict[Path, Callable[[], None]] | None = None  # what is to be written in the end
@@ -51,7 +51,7 @@ class RunReport:
     def forget(self) -> None:
         """Begin anew, for other weights."""
         self.report, self.evaluations, self.samples, self.training, self._zeros = None, {}, {}, [], {}
-        self.trained = self.came_with_zeros = False
+        self.trained, self.came_with_zeros = 0, False
 
     def take(self, report: PruningReport, model: nn.Module, layers: Lists) -> None:
         """Take a new report of a model as it is now."""
@@ -62,7 +62,7 @@ class RunReport:
 
     def note_step(self, trainer: Trainer, outputs: Any) -> None:
         """Keep the loss of a training step; Lightning divides it where gradients are accumulated."""
-        self.trained = True
+        self.trained += 1
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and is_wanted(self.training, trainer.global_step):
             add_point(self.training, trainer.global_step, float(loss) * trainer.accumulate_grad_batches)
@@ -149,9 +149,12 @@ class RunReport:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave, also in an older version."""
-        self.evaluations, self.samples = state["evaluations"], state.get("samples", {})
-        self.training, self.trained = state.get("training", []), state["trained"]
+        """Take up what :meth:`state_dict` gave, also in an older version; evaluations of the same weights stay."""
+        evaluations, samples, training = state["evaluations"], state.get("samples", {}), state.get("training", [])
+        known = bool(training) and (self.trained, self.training) == (state["trained"], training)
+        self.evaluations = evaluations | (self.evaluations if known else {})
+        self.samples = samples | (self.samples if known else {})
+        self.training, self.trained = training, state["trained"]
         self.came_with_zeros = state.get("came_with_zeros", "as loaded" in self.evaluations)
         self._zeros = state.get("zeros", {})
         self.report = PruningReport.from_dict(state["report"]) if state["report"] else None
