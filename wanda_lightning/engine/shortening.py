@@ -96,10 +96,10 @@ class Shortening:
         path, numbers, after = self._without(model, gone)
         _cut_lists(model.config, path[:-1], len(self.layers), gone)
         set_number(model, path, *numbers)
-        layers = _layer_list(model, name)
+        layers, as_built = _layer_list(model, name), _layer_list(after, name)
         _delete(layers, gone)
         for old, new in _renumbered(len(self.layers), gone):
-            built = dict(own_modules(_layer_list(after, name)[new]))
+            built = dict(own_modules(as_built[new]))
             for part, module in own_modules(layers[new]):
                 for attribute, value in [*vars(module).items()]:
                     if type(value) is int and value == old and vars(built[part]).get(attribute) == new:
