@@ -149,6 +149,7 @@ def test_rounding_is_exact_over_shapes_of_all_kinds():
         def __init__(self, name, rows, columns):
             self.name, self.weight_OI = name, torch.empty(rows, columns, device="meta")
 
+    assert exact([Linear("narrow", 5, 4)], {"narrow": 0.95}) == {"narrow": Unstructured(3 / 4)}  # a row keeps one
     generator = torch.Generator().manual_seed(0)
     linears = [Linear(str(n), 7 + 13 * n, 577 - 9 * n) for n in range(40)]
     shares = {linear.name: float(torch.rand((), generator=generator)) * 0.98 for linear in linears}
@@ -252,6 +253,16 @@ def test_rounds_go_on_as_long_as_the_loss_falls(monkeypatch):
     assert tried[2] not in (tried[1], tried[3])
     best = exact(task.linears, {name: pattern.sparsity for name, pattern in tried[2].items()})
     assert allotment.patterns == {name: pattern.sparsity for name, pattern in best.items()}
+
+
+@pytest.mark.parametrize(("asked", "less", "more"), [(0.5, 0.375, 0.625), (0.1, 0, 0.225), (0.94, 0.815, 0.99)])
+def test_slopes_are_measured_half_a_step_around_what_is_pruned(monkeypatch, asked, less, more):
+    line = {}
+    slopes = Trials.slopes
+    monkeypatch.setattr(Trials, "slopes", lambda self, *ends: line.update(ends=ends) or slopes(self, *ends))
+    with torch.no_grad():
+        LeastLoss(rounds=1, step=0.25).allocate(task_of(tiny_llama(layers=1), token_batches(), asked))
+    assert [{round(pattern.sparsity, 9) for pattern in end.values()} for end in line["ends"][:2]] == [{less}, {more}]
 
 
 @torch.no_grad()

@@ -47,10 +47,13 @@ def prune(processes: Processes, model: str, name: str, folder: Path | None = Non
 
 
 def reconstruct(processes: Processes, model: str, size: int):
-    """Train on a batch of every process at a step; one process does the same with these batches in one."""
-    rows = token_batches(batches=3 * size, batch_size=2, length=16)
-    steps = [rows[step * size : (step + 1) * size] for step in range(3)]
-    batches = [step[processes.rank] if processes.size > 1 else torch.cat(step) for step in steps]
+    """Train on a batch of every process at a step; one process does the same with these batches in one.
+
+    The first process has a batch more: it trains on three and the others on two; the last of each is held out.
+    """
+    rows = token_batches(batches=3 * size + 1, batch_size=2, length=16)
+    steps = [rows[:size], rows[size : 2 * size], [rows[2 * size]], rows[2 * size + 1 :]]
+    batches = rows[processes.rank :: size] if processes.size > 1 else [*map(torch.cat, steps)]
     net = MODELS[model]()
     settings = Reconstruction(epochs=2, lr=1e-3)
     report = prune_model(net, batches, Magnitude(), Unstructured(0.5), reconstruction=settings, processes=processes)

@@ -98,6 +98,9 @@ def test_every_linear_is_fitted_to_the_dense_model(family):
         fit = torch.linalg.solve(x.t() @ x + damping_I.diag(), x.t() @ wanted)
         expected = w + row.dense_target * fit.t()
         torch.testing.assert_close(given[row.name].double(), expected, rtol=1e-3, atol=1e-4 * float(w.abs().max()))
+        wanted = x @ given[row.name].double().t()
+        lost = (wanted - x @ weights(model)[row.name].double().t()).square().sum()
+        assert row.error == pytest.approx(float(lost / wanted.square().sum()), rel=1e-3)  # of what was to be pruned
 
 
 def _order_of(model):

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from helpers import tiny_llama, token_batches
 
 from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.solvers import factor
@@ -213,6 +215,20 @@ def test_the_reports_reconstruction_errors(llama, batches, method, exact_error):
             assert row.error_is_exact == exact
     if not isinstance(method, Magnitude) or exact_error:
         assert any(abs(errors[name] - estimates[name]) > 0.01 * errors[name] for name in errors)
+
+
+@pytest.mark.parametrize("exact_error", [False, True])
+def test_a_matrix_of_zeros_loses_nothing(llama, batches, exact_error):
+    llama.model.layers[1].mlp.down_proj.weight.data.zero_()
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5), exact_error=exact_error)
+    assert {row.error for row in report.linears if row.name == "model.layers.1.mlp.down_proj"} == {0}
+
+
+def test_seconds_are_of_the_time_that_passed(llama, batches):
+    started = time.perf_counter()
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5), reconstruction=Reconstruction(epochs=1))
+    rows = [*report.linears, *report.reconstruction.values()]
+    assert 0 < sum(row.seconds for row in rows) < time.perf_counter() - started
 
 
 def test_exact_errors_change_no_mask(batches):
