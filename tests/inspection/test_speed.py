@@ -101,6 +101,14 @@ def test_seconds_are_operations_by_rate(monkeypatch, tmp_path):
         assert found.timed_for.startswith(f"3 windows of 20 tokens in {dtype} on the CPU with ")
 
 
+def test_layers_may_differ_in_the_size_of_their_heads():
+    from transformers import LlamaConfig
+
+    size = {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = LlamaConfig(**size, per_layer_config={1: {"head_dim": 16}})
+    assert estimates._attention(config, 2, 10) == 2 * 10**2 * 4 * (8 + 16)
+
+
 def test_types_that_nothing_is_computed_in_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "_rate", lambda *_: pytest.fail("something was timed"))
     config = tiny_llama().config

@@ -78,7 +78,7 @@ def estimate_seconds(
     rate = product_rate(dtype, device)
     exact_rate = rate if dtype == torch.float32 else product_rate(torch.float32, device)
     linears = sum(2 * seen * kind.tokens * kind.count * kind.shape[0] * kind.shape[1] for kind in kinds)
-    forward = (linears + windows * len(layers) * _attention(model.config.get_text_config(), tokens)) / rate
+    forward = (linears + windows * _attention(model.config.get_text_config(), len(layers), tokens)) / rate
     # Scores are sorted; checking a mask, counting what it removes and measuring the error take as long again.
     masks = 2 * sum(kind.count * kind.shape[0] * kind.shape[1] for kind in kinds) / sorting_rate(device)
     # 1.13: nine sixteenths of the product, which has 2
@@ -90,8 +90,16 @@ def estimate_seconds(
     return {"Wanda": wanda, "SparseGPT, Ablate": wanda + hessians + (factors + solving) / exact_rate}
 
 
-def _attention(config: Any, tokens: int) -> int:
-    """Count the operations of causal attention in one layer over one window; 0 where the config has no heads."""
+def _attention(config: Any, layers: int, tokens: int) -> int:
+    """Count the operations of causal attention in all layers over one window."""
+    try:
+        return layers * _attention_of_one(config, tokens)
+    except RuntimeError:  # by which transformers says that the layers differ in a number
+        return sum(_attention_of_one(layer, tokens) for layer in config.per_layer_config)
+
+
+def _attention_of_one(config: Any, tokens: int) -> int:
+    """Count those in one layer; 0 where the config has no heads."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return 0
