@@ -61,13 +61,17 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
     open_to_doubt = any(word in text for text in words for word in ("model", "help", "print_", "-h"))
     if not open_to_doubt and not any(map(_names_a_model, recipes.values())):
         raise ValueError(NO_MODEL)
-    for word in others:
-        if word.startswith("--model.pretrained="):
-            check_place(word.partition("=")[2])
+    values = {name: value for name, _, value in (word.partition("=") for word in others)}
+    ours = not any(map(is_inline, given.config)) and all(map(_is_ours, recipes.values()))
+    if ours and values.keys().isdisjoint({"--model", "--model.class_path"}) and values.get("--model.pretrained"):
+        check_place(values["--model.pretrained"])
 
 
 def _names_a_model(settings: dict[str, Any]) -> bool:
+    return "pretrained" in str(settings) or not _is_ours(settings)  # ours takes it as an argument
+
+
+def _is_ours(settings: dict[str, Any]) -> bool:
+    """Whether a recipe leaves it at our module, to which a name means a language model."""
     model = settings.get("model") or {}
-    if not isinstance(model, dict) or "pretrained" in str(settings):
-        return True
-    return model.get("class_path", "CausalLM").rpartition(".")[2] != "CausalLM"  # ours takes it as an argument
+    return isinstance(model, dict) and model.get("class_path", "CausalLM").rpartition(".")[2] == "CausalLM"
