@@ -109,6 +109,11 @@ def test_shapes_that_cannot_be_are_refused_before_the_evaluation(tmp_path, monke
         )
 
 
+def test_a_fast_dev_run_may_be_shorter_than_a_schedule(tmp_path):
+    run = pruning_trainer(tmp_path, WandaPruning(sparsity=0.5, schedule=Gradual(0, 4)), fast_dev_run=True)
+    assert run.prune(SomebodysModule(), SomebodysData(), save=False).linears == []  # fit will prune
+
+
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
 def test_processes_that_end_before_the_model_is_saved_are_refused(tmp_path, strategy):
     run = pruning_trainer(tmp_path, WandaPruning(sparsity=0.5), devices=2, strategy=strategy)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -48,9 +48,10 @@ def prune(
         )
     if train_dataloaders is not None and val_dataloaders is None:  # as fit, which then does not validate
         evaluate = evaluate and is_overridden("val_dataloader", module)
-    for callback in callbacks:
-        if callback.schedule is not None and module.automatic_optimization and trainer.max_steps >= 0:
-            callback.schedule.check_steps(trainer.max_steps)
+    if module.automatic_optimization and trainer.max_steps >= 0 and not cast(Any, trainer).fast_dev_run:
+        for callback in callbacks:
+            if callback.schedule is not None:
+                callback.schedule.check_steps(trainer.max_steps)
     with whole_run(trainer, module, save):
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
