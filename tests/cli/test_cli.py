@@ -167,6 +167,12 @@ def test_print_config(wanda_lightning_command, small):
     assert config["data"]["init_args"]["num_samples"] == 4
 
 
+def test_a_part_of_the_default_optimizer_can_be_changed(wanda_lightning_command):
+    done = wanda_lightning_command("prune", "MODEL", "--model.optimizer.weight_decay=0.5", "--print_config")
+    optimizer = yaml.safe_load(done.stdout)["model"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (1e-5, 0.5)
+
+
 def test_short_names_on_the_command_line(wanda_lightning_command, small, tmp_path):
     added = ["--trainer.callbacks+=WandaPruning", "--trainer.callbacks.pattern=1:4"]
     dense = tmp_path / "dense.yaml"
