@@ -94,6 +94,13 @@ def test_layers_that_are_called_twice_and_hand_something_on_are_refused():
         prune_model(Decoder(first_values=True, times=2).eval(), BATCHES, "wanda", 0.5)
 
 
+def test_layers_that_are_never_called_are_refused():
+    model = tiny_llama()
+    model.others = nn.ModuleList([Layer(gives_more=False)])
+    with pytest.raises(ValueError, match="calls 0 of its 1 decoder layers: name their list with layers"):
+        prune_model(model, BATCHES, "wanda", 0.5, layers="others")
+
+
 def test_what_is_handed_on_beside_the_arguments_is_refused():
     model, shelf = tiny_llama(), SimpleNamespace(scale=None)
 

@@ -47,7 +47,7 @@ def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
         batch: A calibration batch.
 
     Returns:
-        What was seen; None where something is handed on.
+        What was seen; None where something is handed on, or no layer is called.
 
     Raises:
         ValueError: If the first layer changes in place what enters it, or gives no hidden states.
@@ -55,7 +55,7 @@ def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
     few = feed.first(batch)
     given: list[Any] = []
     one, other = (_arguments(feed, layers, few, given, seed) for seed in (1, 2))
-    return Probed(few, given[0], (one, other)) if _same(one[1:], other[1:]) else None
+    return Probed(few, given[0], (one, other)) if given and _same(one[1:], other[1:]) else None
 
 
 def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[Any], seed: int) -> list[Arguments]:

@@ -209,10 +209,7 @@ def _check_settings(module: CausalLM) -> None:
     instance_or_none("lora", module.lora, LoraSettings, "LoraSettings(rank=8)")
     instance_or_none("distillation", module.distillation, Distillation, "Distillation(alpha=0.5)")
     if module.stream and (module.lora or module.distillation or module.gradient_checkpointing):
-        raise ValueError(
-            "a model that is streamed from disk cannot be trained: leave out lora, distillation and "
-            "gradient_checkpointing, or stream"
-        )
+        raise ValueError("a streamed model is not trained: leave out stream, or lora, distillation, checkpointing")
 
 
 def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any:
