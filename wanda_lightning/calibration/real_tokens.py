@@ -48,7 +48,7 @@ def real_tokens(masks: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[
     written = {name: mask for name, mask in masks.items() if name.startswith(OF_DECODERS)}
     read = {name: mask for name, mask in masks.items() if name not in written}
     own = _fitting(written if context else read, hidden)
-    return RealTokens(own, tuple((x, _fitting(read, x)) for x in context if x.dim() >= 3 and x.is_floating_point()))
+    return RealTokens(own, tuple((x, _fitting(read, x)) for x in context if x.dim() >= 3))
 
 
 def _fitting(masks: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
