@@ -8,6 +8,7 @@ from torch import nn
 from wanda_lightning.calibration.batches import tensors_in
 from wanda_lightning.calibration.called_stacks import called_stacks
 from wanda_lightning.calibration.feed import Feed, call_with
+from wanda_lightning.calibration.real_tokens import real_tokens
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.statistics import InputNorm
@@ -114,6 +115,15 @@ def test_statistics_equal_those_of_a_plain_forward_of_the_pruned_module(kind):
     for name, statistic in gathered.items():
         assert statistic.tokens == tokens[name]
         torch.testing.assert_close(statistic.compute().double(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_masks_are_told_apart_by_name_where_shapes_are_alike():
+    written, read = torch.eye(2, 5).bool(), torch.eye(2, 5).bool().flip(1)
+    masks = {"decoder_attention_mask": written, "attention_mask": read}
+    hidden, memory = torch.zeros(2, 2, 5, 8)
+    assert real_tokens(masks, hidden, {}).mask_BT is read
+    assert real_tokens(masks, hidden, {"encoder_hidden_states": memory}).mask_BT is written
+    assert real_tokens(masks, hidden, {"encoder_hidden_states": memory}).of(memory) is read
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "bart", "transformer_encoder", "transformer", "clip"])

@@ -6,6 +6,7 @@ import torch
 from helpers import tiny_llama, token_batches
 
 from wanda_lightning.allocation.owl import OWL
+from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
@@ -215,6 +216,14 @@ def test_the_reports_reconstruction_errors(llama, batches, method, exact_error):
             assert row.error_is_exact == exact
     if not isinstance(method, Magnitude) or exact_error:
         assert any(abs(errors[name] - estimates[name]) > 0.01 * errors[name] for name in errors)
+
+
+def test_a_report_of_a_deeper_model_disagrees(llama):
+    report = prune_model(llama, None, Magnitude(), Unstructured(0.5))
+    smaller = tiny_llama(layers=2)
+    prune_model(smaller, None, Magnitude(), Unstructured(0.5))
+    missing = [row.name for row in report.linears if row.layer == "model.layers.2"]
+    assert disagreements(smaller, report) == dict.fromkeys(missing, "the model has no such linear")
 
 
 @pytest.mark.parametrize("exact_error", [False, True])

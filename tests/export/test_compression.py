@@ -21,6 +21,7 @@ from wanda_lightning.model.decoder import decoder_layers
 
 def pruned(folder: Path, dtype=torch.float32, pattern=Unstructured(0.5), **save) -> Path:  # noqa: B008 (frozen)
     model = tiny_llama(tie_word_embeddings=True)
+    model.generation_config.max_new_tokens = 77  # by no default
     prune_model(model, None, Magnitude(), pattern)
     model.to(dtype).save_pretrained(folder, **save)
     return folder

@@ -5,6 +5,7 @@ import torch
 from helpers import digests, tiny_llama, tiny_mixtral, tiny_zamba2, token_batches
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.checkpoints.loading import load_streamed
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.engine.journal import Journal
@@ -97,6 +98,18 @@ def test_layers_kept_in_ram_are_changed_there(one_pass):
         prune_model(model, token_batches(), Wanda(), SemiStructured(2, 4), true_sequential=one_pass)
     stored = dict(stored_parameters(offloaded))
     assert all(torch.equal(stored[name], parameter) for name, parameter in whole.named_parameters())
+
+
+def test_outliers_are_counted_one_layer_at_a_time(folder, tmp_path):
+    found = []
+    for model, journal in (
+        (AutoModelForCausalLM.from_pretrained(folder), None),
+        (load_streamed(str(folder)), Journal(tmp_path / "journal")),
+    ):
+        settings = {"allocation": OWL(factor=3), "journal": journal}
+        found.append(prune_model(model, token_batches(batches=3), Wanda(), Unstructured(0.5), **settings).allocation)
+    assert found[0] == found[1]
+    assert len({*found[0].patterns.values()}) > 1
 
 
 def test_layers_on_disk_need_a_journal(folder):
