@@ -29,6 +29,23 @@ def test_a_fixed_mask_leads_to_the_normal_equations(monkeypatch, rho, dead):
     torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_steps_are_those_of_the_textbook_with_a_multiplier_that_outlives_rho(monkeypatch):
+    """Y = rho U is the gradient that holds weights at zero: it goes on as it was when rho rises."""
+    dense, hessian, mask = random(10, 24), hessian_of(24, 200), random(10, 24, seed=5) > 0
+    monkeypatch.setattr(admm, "_growing_mask", lambda *_: mask)
+    weight = dense.clone()
+    prune_with_admm(weight, hessian, Unstructured(0.5), 16, rho=1.0, damping=0.01)
+    norm, one = hessian.diagonal().sqrt(), torch.eye(24, dtype=torch.float64)
+    c = (hessian / norm / norm[:, None] / 1.01).fill_diagonal_(1)
+    target, v, y = dense * norm @ c, dense * norm, torch.zeros_like(dense)
+    for step in range(16):
+        rho = admm.RISE ** (step // 2 / 7 - 1)  # eight stages of two steps
+        z = mask * (v + y / rho)
+        y = y + rho * (v - z)
+        v = (target + rho * z - y) @ torch.linalg.inv(c + rho * one)
+    torch.testing.assert_close(weight, mask * (v + y / rho) / norm)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_with_a_diagonal_hessian_the_masks_are_wandas_and_no_weight_changes(pattern):
     """Row by row, for Wanda compares within rows; a whole matrix is one long row of the same scores."""
