@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import smaller_with_ddp
 import torch
@@ -346,3 +347,14 @@ def test_the_model_is_moved_to_its_device_before_it_is_pruned(tmp_path, tiny_mod
     callback.prune = lambda *args, **settings: order.append("pruned") or prune(*args, **settings)
     run.fit(CausalLM(str(tiny_model_folder)), loader())
     assert order[: order.index("pruned") + 1] == ["moved", "pruned"]
+
+
+@pytest.mark.parametrize(
+    ("swept", "plain"),
+    [
+        (WidthPruning(np.float32(0.7), multiple=np.int64(8)), WidthPruning(0.7, multiple=8)),
+        (DepthPruning(np.int64(1), num_samples=np.int64(4)), DepthPruning(1, num_samples=4)),
+    ],
+)
+def test_numpys_numbers_are_those_of_python(swept, plain):
+    assert repr([swept.settings, swept.num_samples]) == repr([plain.settings, plain.num_samples])

@@ -159,6 +159,11 @@ def test_a_resumed_run_keeps_its_settings_and_ends_the_same(wanda_lightning_comm
     assert fit(tmp_path / "resumed", f"--ckpt_path={checkpoint}") == whole
 
 
+def test_a_run_that_leaves_no_files_names_none(wanda_lightning_command, small):
+    done = wanda_lightning_command("fit", "-c", RECIPE, *small, "--trainer.fast_dev_run=true")
+    assert (done.returncode, "are zero" in done.stdout, "Results are in" in done.stdout) == (0, True, False)
+
+
 def test_print_config(wanda_lightning_command, small):
     done = wanda_lightning_command("prune", "-c", RECIPE, *small, "--print_config")
     assert done.returncode == 0

@@ -167,3 +167,10 @@ def test_heads_that_cannot_be_seen_are_run_whole(how):
         plain.update(model(input_ids=ids).logits, ids)
     assert metric.nll == plain.nll
     assert not metric.head_ends_model
+
+
+def test_a_set_without_labels_is_named(caplog):
+    metric = Perplexity()
+    metric.update(torch.zeros(1, 3, 8), torch.full((1, 3), -100))
+    assert metric.compute().isnan()
+    assert "no token was predicted" in caplog.text

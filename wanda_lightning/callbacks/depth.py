@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 from typing_extensions import override
 
+from wanda_lightning.arguments import plain
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.depth import LayerChoice, check_number, check_settings, prune_depth
@@ -41,7 +42,7 @@ class DepthPruning(ShapePruning):
         activations: Place = "device",
         overwrite: bool = False,
     ) -> None:
-        check_settings(layers, choice)
+        check_settings(layers := plain(layers), choice)
         super().__init__(num_samples, overwrite, layers=layers, choice=choice)
         self.prune = partial(prune_depth, **self.settings, layer_list=layer_list, activations=activations)
         self.layer_list = layer_list

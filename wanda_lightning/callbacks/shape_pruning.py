@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
+from wanda_lightning.arguments import plain
 from wanda_lightning.callbacks.plumbing.averages import refuse_averages
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
@@ -53,6 +54,7 @@ class ShapePruning(Callback):
     resume: bool | None = None
 
     def __init__(self, num_samples: int, overwrite: bool, **settings: Any) -> None:
+        num_samples = plain(num_samples)
         self.calibration = CalibrationBatches(num_samples)
         self.num_samples, self.overwrite, self.settings = num_samples, overwrite, settings
         self.report: ShrinkReport | None = None

@@ -5,6 +5,7 @@ from functools import partial
 from torch import nn
 from typing_extensions import override
 
+from wanda_lightning.arguments import plain
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.shape_pruning import ShapePruning
 from wanda_lightning.engine.left_as_found import left_as_found
@@ -62,6 +63,7 @@ class WidthPruning(ShapePruning):
         overwrite: bool = False,
         resume: bool = True,
     ) -> None:
+        keep, multiple, shrinkage, attention_keep = map(plain, (keep, multiple, shrinkage, attention_keep))
         check_settings(keep, choice, multiple, shrinkage, attention_keep)
         sizes = {"keep": keep, "multiple": multiple, "attention_keep": attention_keep}
         super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, shrinkage=shrinkage)

@@ -17,6 +17,7 @@ from typing_extensions import override
 from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import StageBar
+from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints.loading import load_config
@@ -204,7 +205,8 @@ class PruningCLI(LightningCLI):
                 Console().print(report.to_table(details))
             names = ("report.html", "search.png", "shrinking.html", "model", "adapter")
             there = [name for name in names if (folder / name).exists()]
-            Console().print(f"Results are in {folder}: {', '.join(there)}", markup=False, soft_wrap=True)
+            if keeps_files(self.trainer):
+                Console().print(f"Results are in {folder}: {', '.join(there)}", markup=False, soft_wrap=True)
 
 
 def _check_exists(module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, V vocabulary, D hidden size.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from wanda_lightning.precision import longest_float
+
+log = logging.getLogger(__name__)
 
 CHUNK = 128  # tokens whose logits are made, or upcast, at a time
 
@@ -99,7 +102,9 @@ class Perplexity(Metric):
 
     @override
     def compute(self) -> Tensor:
-        """Return the perplexity, float64 where the device has that."""
+        """Return the perplexity, float64 where the device has that; NaN, with a warning, if nothing was predicted."""
+        if not self.tokens:
+            log.warning("perplexity is NaN: no token was predicted, as where all labels are -100")
         device = self.tokens.device
         return torch.exp(self.nll / self.tokens.to(self.nll.device)).to(longest_float(device)).to(device)
 
