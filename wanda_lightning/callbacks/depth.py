@@ -42,7 +42,8 @@ class DepthPruning(ShapePruning):
         activations: Place = "device",
         overwrite: bool = False,
     ) -> None:
-        check_settings(layers := plain(layers), choice)
+        layers = plain(layers)
+        check_settings(layers, choice)
         super().__init__(num_samples, overwrite, layers=layers, choice=choice)
         self.prune = partial(prune_depth, **self.settings, layer_list=layer_list, activations=activations)
         self.layer_list = layer_list

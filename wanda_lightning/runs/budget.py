@@ -1,7 +1,7 @@
 """What a search keeps to: a perplexity or another metric that a validation logs, or the bytes of the file."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,17 +94,29 @@ class Budget:
         Raises:
             ValueError: If it was not logged.
         """
-        found = names_of(self.metric, metrics)
-        if len(found) == 1:
-            return found[0]
-        said = f"{len(found)} metrics end in {self.metric!r}" if found else f"no metric {self.metric!r} was logged"
-        raise ValueError(f"{said}; there are {', '.join(metrics) or 'none'}")
+        return whole_name(self.metric, metrics, f"no metric {self.metric!r} was logged", "there are")
 
 
-def names_of(metric: str, names: Iterable[str]) -> list[str]:
-    """Find the metrics that a name or the end of one may mean: one alone, if it is the whole name."""
+def whole_name(metric: str, names: Collection[str], unknown: str, listed: str) -> str:
+    """Find the metric that is meant by its name, or by the end of it if no other ends so.
+
+    Args:
+        metric: What the user says.
+        names: The metrics that there are.
+        unknown: What to say if it is none of them.
+        listed: What stands before their names then.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: If it is none of them, or several end so.
+    """
     found = [name for name in names if f"/{name}".endswith(f"/{metric}")]
-    return [metric] if metric in found else found
+    if metric in found or len(found) == 1:
+        return metric if metric in found else found[0]
+    said = f"{len(found)} metrics end in {metric!r}" if found else unknown
+    raise ValueError(f"{said}; {listed} {', '.join(names) or 'none'}")
 
 
 def budget_of(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import whole_file
-from wanda_lightning.runs.budget import names_of
+from wanda_lightning.runs.budget import whole_name
 
 if TYPE_CHECKING:
     from wanda_lightning.runs.comparison import Comparison
@@ -54,11 +54,7 @@ def metric_of(comparison: "Comparison", metric: str | None) -> str:
     names = list(dict.fromkeys(name for row in comparison.rows() for name in row["metrics"]))
     if metric is None:
         metric = next((name for name in names if "perplexity" in name), "perplexity")
-    found = names_of(metric, names)
-    if len(found) == 1:
-        return found[0]
-    said = f"{len(found)} metrics end in {metric!r}" if found else f"no run has the metric {metric!r}"
-    raise ValueError(f"{said}; they have {', '.join(names) or 'none'}")
+    return whole_name(metric, names, f"no run has the metric {metric!r}", "they have")
 
 
 def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
