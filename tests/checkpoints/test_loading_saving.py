@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,33 @@ def test_what_is_no_model_is_not_replaced(tmp_path, llama, save, named):
     with pytest.raises(ValueError, match="holds no model, and would be replaced as a whole: name a new folder"):
         save(llama, tmp_path / named)
     assert file.read_text() == "a year of work"
+
+
+@pytest.mark.parametrize("save", [lambda model, folder: save_pretrained(model, None, folder), save_weights])
+def test_what_lies_beside_a_model_is_not_deleted(tmp_path, llama, save):
+    """Such as the checkpoints in the output folder of Hugging Face's Trainer."""
+    save_pretrained(llama, None, tmp_path)
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / "losses.csv").write_text("a week of training")
+    with pytest.raises(ValueError, match=r"holds checkpoint-500, losses\.csv beside a model, and would be replaced"):
+        save(llama, tmp_path)
+    assert {"checkpoint-500", "losses.csv"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_config_of_another_program_makes_no_model(tmp_path, llama):
+    (tmp_path / "config.json").write_text('{"learning_rate": 0.1}')
+    (tmp_path / "train.py").write_text("a year of work")
+    with pytest.raises(ValueError, match="holds no model, and would be replaced"):
+        save_pretrained(llama, None, tmp_path)
+    assert (tmp_path / "train.py").exists()
+
+
+def test_all_that_a_tokenizer_saves_is_part_of_a_model(tmp_path, llama, tokenizer):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    for _ in range(2):
+        save_pretrained(llama, tokenizer, tmp_path / "model")
+    assert (tmp_path / "model/additional_chat_templates/tools.jinja").is_file()
 
 
 def test_the_clone_of_a_repository_is_not_replaced(tmp_path, llama):

@@ -1,6 +1,12 @@
-"""Where the model is in a folder that is named."""
+"""Where the model is in a folder that is named, and whether one may go there."""
 
+import json
 from pathlib import Path
+
+OF_A_MODEL = {".bin", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".spm", ".tiktoken", ".txt"}
+"""Ends of the names of files that are saved with a model: weights, configs, tokenizers, a card, code."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder that a tokenizer saves."""
 
 
 def model_folder(pretrained: str | Path) -> str:
@@ -34,3 +40,46 @@ def check_place(pretrained: str | Path) -> None:
         raise ValueError(f"there is no folder {str(pretrained)!r}")
     elif path.exists() and not (path / "config.json").is_file():
         raise ValueError(f"{pretrained} is no model folder: it holds no config.json (a file must end in .gguf)")
+
+
+def place_for(folder: str | Path) -> Path:
+    """Return where a model goes; refuse a place that holds something else, which would be deleted.
+
+    Args:
+        folder: The place.
+
+    Returns:
+        Its whole path.
+
+    Raises:
+        ValueError: If a file is there, a git repository, or a folder with other things than a model.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if lost := _beside_a_model(folder):
+        raise ValueError(
+            f"{folder} holds {lost}, and would be replaced as a whole: name a new folder, an empty one, or an older "
+            "model's"
+        )
+    return folder
+
+
+def _beside_a_model(folder: Path) -> str | None:
+    """Say what a place holds that is not part of a saved model; None if there is nothing."""
+    if (folder / ".git").exists():
+        return "a git repository"
+    found = [*folder.glob("*")]
+    if folder.is_file() or (found and not _is_model(folder)):
+        return "no model"
+    shown = [path for path in found if not path.name.startswith(".") and path.name != TEMPLATES]
+    others = sorted(path.name for path in shown if path.suffix not in OF_A_MODEL)
+    return f"{', '.join(others[:3])} beside a model" if others else None
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a model; other programs have a ``config.json``, too."""
+    if (folder / "model.safetensors").is_file():
+        return True
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

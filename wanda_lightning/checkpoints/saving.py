@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from wanda_lightning.atomic_files import whole_folder
+from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved, check_weights_can_be_saved
 from wanda_lightning.model.decoder import decoder_layers
@@ -86,29 +87,6 @@ def save_weights(model: nn.Module, folder: str | Path) -> Path:
         for name, written in load_file(unfinished / "model.safetensors").items():
             if not _same(state[name].cpu(), written):
                 raise RuntimeError(f"the saved weights are not those of the model: {name} differs")
-    return folder
-
-
-def place_for(folder: str | Path) -> Path:
-    """Return where a model goes; refuse a place that holds something else, which would be deleted.
-
-    Args:
-        folder: The place.
-
-    Returns:
-        Its whole path.
-
-    Raises:
-        ValueError: If a file is there, a git repository, or a folder with other things than a model.
-    """
-    folder = Path(folder).expanduser().resolve()
-    is_model = any((folder / name).is_file() for name in ("config.json", "model.safetensors"))
-    is_clone = (folder / ".git").exists()
-    if folder.is_file() or is_clone or (not is_model and any(folder.glob("*"))):
-        raise ValueError(
-            f"{folder} holds {'a git repository' if is_clone else 'no model'}, and would be replaced as a whole: name "
-            "a new folder, an empty one, or an older model's"
-        )
     return folder
 
 

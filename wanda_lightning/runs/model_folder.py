@@ -12,6 +12,7 @@ from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import hub, saving
+from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.language_model import find_model, is_of_transformers
@@ -60,7 +61,7 @@ def check_model_folder(trainer: Trainer) -> None:
     if not callbacks or not keeps_files(trainer):
         return
     folder = run_folder(trainer)
-    place = saving.place_for(folder / "model")
+    place = place_for(folder / "model")
     is_of_a_run = any((folder / report).exists() for report in (REPORT, SHRINKING))
     if any(place.glob("*")) and not is_of_a_run and not any(callback.overwrite for callback in callbacks):
         raise ValueError(
