@@ -258,6 +258,25 @@ def test_shards_that_are_missing_or_elsewhere(tmp_path):
         weight_files(folder)
 
 
+def test_an_index_that_an_earlier_save_left_does_not_count(tmp_path):
+    """transformers leaves it there, and loads the one file."""
+    pruned(tmp_path / "model", max_shard_size="20KB")
+    folder = pruned(tmp_path / "model")
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    compress(folder, tmp_path / "small")
+    decompress(tmp_path / "small", tmp_path / "again")
+    assert digests(tmp_path / "again") == digests(folder)
+
+
+def test_several_compressed_files_are_told_from_ordinary_ones(tmp_path):
+    folder = pruned(tmp_path / "model", max_shard_size="20KB")
+    compress(folder, tmp_path / "small")
+    assert weight_files(tmp_path / "small") == []
+    with pytest.raises(ValueError, match="is no compressed model"):
+        decompress(folder, tmp_path / "again")
+
+
 def test_the_folder_of_a_run(tmp_path):
     pruned(tmp_path / "run/model")
     assert compress(tmp_path / "run", tmp_path / "small") == compress(tmp_path / "run/model", tmp_path / "same")

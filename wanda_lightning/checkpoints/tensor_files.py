@@ -38,9 +38,11 @@ def weight_files(folder: Path, suffix: str = PLAIN) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"no such folder: {folder}")
-    if not (folder / INDEX).is_file():
-        single = folder / f"model{suffix}"
-        return [single] if single.is_file() else []
+    single, is_compressed = folder / f"model{suffix}", any(folder.glob(f"*{COMPRESSED}"))
+    if single.is_file():  # transformers looks for it first, too: the index may be left over from an earlier save
+        return [single]
+    if not (folder / INDEX).is_file() or is_compressed != (suffix == COMPRESSED):
+        return []
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -147,8 +147,8 @@ def stored_weights(folder: Path, model: nn.Module, layers: Sequence[DecoderLayer
 
     files = weight_files(folder)
     if not files:
-        if others := [file.name for file in folder.iterdir() if file.name.endswith((".bin", COMPRESSED))]:
-            log.warning("only the weights of *.safetensors that transformers loads are looked at, not %s", others)
+        if others := sorted(file.name for file in folder.iterdir() if file.name.endswith((".bin", COMPRESSED))):
+            log.warning("only weights in *.safetensors that transformers loads are looked at, not %s", _some(others))
         return None
     shapes: dict[str, list[int]] = {}
     for file in files:
