@@ -33,12 +33,24 @@ def test_the_most_likely_token_each_time(model, tokenizer):
     assert len(set(said.values())) == 3
 
 
-def test_settings_of_sampling_in_the_model_do_not_count(model, tokenizer):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_k": 50, "top_p": 0.9},
+        {"repetition_penalty": 5.0},  # as of Qwen's models, if less
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["e"]},
+        {"max_time": 1e-9},
+    ],
+    ids=str,
+)
+def test_settings_of_the_model_s_files_do_not_count(model, tokenizer, settings, caplog):
     before = continue_prompts(model, tokenizer, ["Sparse"], 8)
-    model.generation_config = GenerationConfig(
-        do_sample=True, temperature=5.0, top_k=50, top_p=0.9, eos_token_id=tokenizer.eos_token_id
-    )
+    own = model.generation_config = GenerationConfig(**settings, max_length=20, eos_token_id=tokenizer.eos_token_id)
     assert continue_prompts(model, tokenizer, ["Sparse"], 8) == before
+    assert model.generation_config is own
+    assert not caplog.text
 
 
 def test_a_text_ends_where_the_context_does(model, tokenizer):

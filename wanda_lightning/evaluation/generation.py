@@ -1,6 +1,7 @@
 """What a model says: prompts continued greedily, so that dense, pruned and trained can be read side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,6 @@ PROMPTS = (
 )
 """The same in every report, so that reports can be compared."""
 TOKENS = 40
-# What the files of a model say of sampling does not hold here; None keeps transformers from warning of it.
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 def continue_prompts(
@@ -50,18 +49,31 @@ def continue_prompts(
     rooms = {prompt: _room(prompt, inputs["input_ids"].shape[1], tokens, limit) for prompt, inputs in tokenized.items()}
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     said = {}
-    with torch.no_grad(), in_eval_mode(model):
+    with torch.no_grad(), in_eval_mode(model), _greedy(model, end):
         for prompt, inputs in tokenized.items():
             ids_1T = inputs["input_ids"].to(model.device)
             whole_1T: Any = model.generate(
                 input_ids=ids_1T,
                 attention_mask=inputs["attention_mask"].to(model.device),
                 max_new_tokens=rooms[prompt],
-                pad_token_id=end,
-                **GREEDY,
             )
             said[prompt] = str(tokenizer.decode(whole_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
     return said
+
+
+@contextmanager
+def _greedy(model: Any, pad_token_id: int | None) -> Iterator[None]:
+    """Let a model take its most likely token, whatever its files say of penalties, beams, time or sampling."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def check_prompts(prompts: Sequence[str] | None) -> Sequence[str]:
