@@ -77,6 +77,7 @@ def test_the_loaded_model_is_the_same(tmp_path, dtype, batches):
     assert loaded.dtype == expected.dtype == dtype
     assert not loaded.training
     assert loaded.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert loaded.config.name_or_path == loaded.name_or_path == str(tmp_path / "small")
     assert same_bits(expected.state_dict(), loaded.state_dict())
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]).logits, expected(batches[0]).logits)
@@ -89,6 +90,27 @@ def test_a_mixture_of_experts_is_loaded_too(tmp_path, batches):
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     compress(str(tmp_path / "model"), str(tmp_path / "small"))
     assert same_bits(load_compressed(str(tmp_path / "small")).state_dict(), model.state_dict())
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_loaded_if_that_is_trusted(tmp_path):
+    folder = pruned(tmp_path / "model")
+    (folder / "own.py").write_text(CODE)
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
+    compress(folder, tmp_path / "small")
+    assert type(load_compressed(tmp_path / "small", trust_remote_code=True)).__name__ == "OwnForCausalLM"
 
 
 def test_what_is_stored(tmp_path):

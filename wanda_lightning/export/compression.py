@@ -95,9 +95,11 @@ def load_compressed(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     weights: dict[str, Tensor] = {}
     for file in _compressed_files(folder):
         weights |= read_compressed(file)
-    config = load_config(folder)
-    family: Any = type(build_skeleton(config))
+    trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    config = load_config(folder, **trusted)
+    family: Any = type(build_skeleton(config, **trusted))
     model = family.from_pretrained(None, config=config, state_dict=weights, **{"dtype": config.dtype, **kwargs})
+    model.name_or_path = model.config.name_or_path = str(folder)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
