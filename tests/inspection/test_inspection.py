@@ -1,3 +1,4 @@
+import json
 from io import StringIO
 
 import pytest
@@ -129,6 +130,16 @@ def test_devices_and_dtypes_are_those_of_torch_too(config_only):
     named = inspect_model(config_only, dtype="bfloat16", device="cpu")
     given = inspect_model(config_only, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert (given.memory, given.timed_for) == (named.memory, named.timed_for)
+
+
+def test_where_the_config_names_no_dtype_the_files_do(tmp_path):
+    from wanda_lightning.checkpoints.loading import load_model
+
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    size = sum(parameter.nbytes for parameter in load_model(tmp_path).parameters())
+    assert inspect_model(tmp_path).memory["weights of the model"] == size
 
 
 def test_a_missing_model_is_explained(tmp_path):

@@ -160,6 +160,18 @@ def test_fused_experts_that_are_stored_fused(tmp_path):
     assert sum("experts" in linear.kind for linear in weights.linears) == 2 * 4 * 2
 
 
+def test_scales_of_quantised_weights_are_no_weights(tmp_path):
+    def quantise(tensors):
+        for name in [name for name in tensors if "proj" in name]:
+            tensors[f"{name}_scale_inv"] = torch.ones(8, 8)
+
+    saved(tiny_llama(), tmp_path, SemiStructured(2, 4))
+    change(tmp_path, quantise)
+    weights = inspect_model(str(tmp_path)).weights
+    assert len(weights.linears) == 3 * 7
+    assert weights.exceptions == []
+
+
 def test_what_does_not_load_is_said(tmp_path, capsys):
     def break_it(tensors):
         tensors.pop("model.layers.0.self_attn.k_proj.weight")

@@ -12,12 +12,16 @@ import torch
 
 from wanda_lightning.arguments import Dtype, checked_device, checked_dtype, whole_number
 from wanda_lightning.checkpoints.folders import model_folder
+from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
 from wanda_lightning.model.decoder import coverage, decoder_layers
 from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.report.tables import in_bytes, terminal_table
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Data types as files name them."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def inspect_model(
     folder = Path(model_folder(pretrained)).expanduser()
     config = load_config(pretrained)
     tokens = _tokens(config, sequence_length)
-    model = build_skeleton(config, dtype=wanted or _stored_dtype(pretrained, config))
+    model = build_skeleton(config, dtype=wanted or _stored_dtype(folder, config))
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
@@ -134,15 +138,24 @@ def _tokens(config: Any, asked: int | None) -> int:
     return asked or min(2048, limit or 2048)
 
 
-def _stored_dtype(pretrained: str | Path, config: Any) -> torch.dtype:
+def _stored_dtype(folder: Path, config: Any) -> torch.dtype:
     """Return the checkpoint's data type; refuse those that products are not defined for, such as float8."""
-    stored = getattr(config, "dtype", None) or torch.float32
+    stored = getattr(config, "dtype", None) or _dtype_of_files(folder)
     if _name(stored) not in get_args(Dtype):
         raise ValueError(
-            f"{pretrained} is stored in {_name(stored)}, in which nothing can be pruned: "
+            f"{folder} is stored in {_name(stored)}, in which nothing can be pruned: "
             "de-quantise it first, or say what it will be loaded in, such as --dtype bfloat16"
         )
     return cast(torch.dtype, getattr(torch, _name(stored)))
+
+
+def _dtype_of_files(folder: Path) -> torch.dtype:
+    """Return what transformers goes by where a config names no data type: that of the first numbers in the files."""
+    for file in weight_files(folder)[:1] if folder.is_dir() else []:
+        with opened(file) as tensors:
+            names = (tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118 (not a dict)
+            return next((FLOATS[name] for name in names if name in FLOATS), torch.float32)
+    return torch.float32
 
 
 def _letter(kind: LinearKind) -> str:

@@ -44,8 +44,8 @@ class StoredLinear:
 class MatrixFinder:
     """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there.
 
-    Where the model fuses experts, they may be stored one by one and under other names. So a stored matrix whose name
-    the model does not have counts as well, unless it is thin or a router's.
+    Where the model fuses experts, they may be stored one by one and under other names. So a stored weight whose name
+    the model does not have counts as well, unless it is thin or a router's; scales of quantised ones are no weights.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
@@ -73,7 +73,7 @@ class MatrixFinder:
         """Yield the prunable matrices of a tensor by name, each seen as (out_features, in_features)."""
         linears = self._linears.get(place)
         if linears is None and tensor.dim() == 2 and tensor.is_floating_point():
-            if min(tensor.shape) > THIN and not is_router(place[1]):
+            if name.endswith(".weight") and min(tensor.shape) > THIN and not is_router(place[1]):
                 yield name.removesuffix(".weight"), tensor
         elif linears and tensor.shape == linears[0].weight.shape:
             yield from ((linear.name, linear.view(tensor)) for linear in linears)
