@@ -18,17 +18,26 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_when_all_of_it_is_written(tmp_path):
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request):
+    """What a user takes away from the rights to new files: of others to write, all of others, or as in a group."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_file_appears_when_all_of_it_is_written(tmp_path, umask):
     with whole_file(tmp_path / "new" / "picture.png") as unfinished:
         assert unfinished.suffix == ".png"  # matplotlib goes by it
         unfinished.write_bytes(b"picture")
+        unfinished.chmod(0o600)
         assert not (tmp_path / "new" / "picture.png").exists()
     assert names(tmp_path / "new") == ["picture.png"]
     assert (tmp_path / "new" / "picture.png").read_bytes() == b"picture"
-    assert (tmp_path / "new" / "picture.png").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "new" / "picture.png").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_folder_appears_when_all_of_it_is_written(tmp_path):
+def test_a_folder_appears_when_all_of_it_is_written(tmp_path, umask):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
@@ -40,7 +49,15 @@ def test_a_folder_appears_when_all_of_it_is_written(tmp_path):
     assert names(tmp_path) == ["model"]
     assert names(folder) == ["inner"]
     modes = {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
-    assert modes == {"model": 0o755, "inner": 0o755, "new.txt": 0o644}
+    assert modes == {"model": 0o777 & ~umask, "inner": 0o777 & ~umask, "new.txt": 0o666 & ~umask}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every folder does that, or none")
+def test_what_is_in_the_folder_of_a_group_stays_the_group_s(tmp_path):
+    tmp_path.chmod(0o2775)
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "new.txt").write_text("new")
+    assert (tmp_path / "model").stat().st_mode & 0o2000
 
 
 @pytest.mark.parametrize("where", ["inside", "fsync", "rename"])

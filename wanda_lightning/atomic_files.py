@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from filelock import FileLock, Timeout
 
@@ -31,12 +32,12 @@ def whole_file(path: Path) -> Iterator[Path]:
         A temporary file to write to. At the end it takes its place; after an error it is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    unfinished = Path(name)
+    unfinished = path.with_name(f".{path.stem}-{token_hex(4)}{path.suffix}")
+    unfinished.touch(exist_ok=False)
+    mode = unfinished.stat().st_mode  # as the umask has it; libraries may make a file of their own, for nobody else
     try:
         yield unfinished
-        unfinished.chmod(0o644)
+        unfinished.chmod(mode)
         _to_disk(unfinished)
         os.replace(unfinished, path)
         _to_disk(path.parent)
@@ -61,9 +62,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with FileLock(beside / LOCK):
             unfinished.mkdir()
+            mode = unfinished.stat().st_mode  # as the umask and the folder around it have it
             yield unfinished
             for part in (*unfinished.rglob("*"), unfinished):  # safetensors makes files that nobody else may read
-                part.chmod(0o755 if part.is_dir() else 0o644)
+                part.chmod(mode if part.is_dir() else mode & 0o666)
                 _to_disk(part)
             if path.exists():
                 path.rename(old)

@@ -29,7 +29,7 @@ def test_the_saved_model_gives_the_same_logits(batches, tokenizer, tmp_path, dty
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert "sparsity_config" not in config
-    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o644}
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {folder.stat().st_mode & 0o666}
     assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
