@@ -81,6 +81,13 @@ def test_a_failed_write_leaves_what_was_there(where, older, tmp_path, monkeypatc
         assert names(tmp_path / "model") == ["old.txt"]
 
 
+def test_the_user_s_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("~/results/report.md"), "a line")
+    assert names(tmp_path) == ["results"]
+
+
 KILLED = """
 import os
 from pathlib import Path

@@ -31,6 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Yields:
         A temporary file to write to. At the end it takes its place; after an error it is deleted.
     """
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}-{token_hex(4)}{path.suffix}")
     unfinished.touch(exist_ok=False)
@@ -55,6 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Yields:
         A temporary folder to write to. At the end it takes its place; after an error it is deleted.
     """
+    path = path.expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_up(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))

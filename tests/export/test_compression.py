@@ -304,6 +304,18 @@ def test_the_folder_of_a_run(tmp_path):
     assert compress(tmp_path / "run", tmp_path / "small") == compress(tmp_path / "run/model", tmp_path / "same")
 
 
+def test_folders_of_the_user_s_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = pruned(tmp_path / "model")
+    compress("~/model", "~/small")
+    decompress("~/small", "~/again")
+    assert digests(tmp_path / "again") == digests(folder)
+    assert load_compressed("~/small").lm_head.weight.shape == (300, 32)
+    with pytest.raises(ValueError, match="exists already"):
+        compress("~/model", "~/small")
+
+
 def test_the_commands(tmp_path, capsys):
     folder = pruned(tmp_path / "model")
     compress_command([str(folder), str(tmp_path / "small")])

@@ -47,7 +47,7 @@ def compress(folder: str | Path, output: str | Path) -> Sizes:
     Raises:
         ValueError: If the folder has no such weights, or the output exists or lies in it.
     """
-    folder = Path(model_folder(folder))
+    folder = Path(model_folder(folder)).expanduser()
     files = weight_files(folder)
     if not files:
         raise ValueError(f"{folder} holds no weights as model.safetensors or model.safetensors.index.json")
@@ -72,7 +72,8 @@ def decompress(folder: str | Path, output: str | Path) -> Sizes:
     Raises:
         ValueError: If the folder holds no compressed model, or the output exists or lies in it.
     """
-    return _convert(Path(folder), _compressed_files(folder), Path(output), PLAIN, decompress_file, None)
+    folder = Path(folder).expanduser()
+    return _convert(folder, _compressed_files(folder), Path(output), PLAIN, decompress_file, None)
 
 
 def load_compressed(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
@@ -92,6 +93,7 @@ def load_compressed(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
 
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 
+    folder = Path(folder).expanduser()
     weights: dict[str, Tensor] = {}
     for file in _compressed_files(folder):
         weights |= read_compressed(file)
@@ -100,13 +102,13 @@ def load_compressed(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     family: Any = type(build_skeleton(config, **trusted))
     model = family.from_pretrained(None, config=config, state_dict=weights, **{"dtype": config.dtype, **kwargs})
     model.name_or_path = model.config.name_or_path = str(folder)
-    if (Path(folder) / "generation_config.json").is_file():
+    if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
-def _compressed_files(folder: str | Path) -> list[Path]:
-    files = weight_files(Path(folder), COMPRESSED)
+def _compressed_files(folder: Path) -> list[Path]:
+    files = weight_files(folder, COMPRESSED)
     if not files:
         raise ValueError(f"{folder} is no compressed model: it holds no *{COMPRESSED}")
     return files
@@ -121,6 +123,7 @@ def _convert(
     note: str | None,
 ) -> Sizes:
     """Convert a folder's weight files and copy the others; the output appears when all is there."""
+    output = output.expanduser()
     if output.exists():
         raise ValueError(f"{output} exists already: name a new folder")
     if output.resolve().is_relative_to(folder.resolve()):
