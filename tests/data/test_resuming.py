@@ -5,7 +5,8 @@ from itertools import chain
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from wanda_lightning import CausalLM, TextDataModule, WandaPruning
@@ -79,3 +80,25 @@ def test_what_was_taken_is_skipped_once_and_in_its_epoch_only():
     assert batches(other, 0) == batches(loader(), 0)
     other.load_state_dict(state)
     assert batches(other, 1) == batches(loader(), 1)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_the_same_batches_in_every_epoch_where_lightning_takes_its_own_sampler(tiny_model_folder, tmp_path):
+    seen = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch["input_ids"].tolist())
+
+    data = TextDataModule(num_samples=4, sequence_length=16, batch_size=2)
+    fitting = trainer(tmp_path, Seen(), overfit_batches=2, max_epochs=2, max_steps=-1)
+    fitting.fit(CausalLM(str(tiny_model_folder)), data)
+    text = data.train_dataloader().dataset
+    first = [text[row]["input_ids"].tolist() for row in range(4)]
+    assert seen == [first[:2], first[2:]] * 2
+
+
+def test_an_epoch_that_is_not_known_starts_from_the_beginning():
+    one = ResumableLoader(range(10), batch_size=5)
+    one.load_state_dict(one.state_dict() | {"batches": 2})
+    assert len(list(one)) == 2
