@@ -81,6 +81,23 @@ def test_text_and_empty_conversations_may_stand_between_others(tmp_path, chat_to
     assert source.text("train", chat_tokenizer) == TEXTS[3] + "Some text.\n" + TEXTS[4]
 
 
+def test_a_message_may_be_a_call_of_a_tool_alone(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content or m.tool_calls[0].function.name }}\n{% endfor %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "clock"}}]}
+    path = write(tmp_path / "chat.jsonl", [[{"role": "user", "content": "What time?"}, call]])
+    assert open_source(path, text_field="messages", whole=True).text("train", chat_tokenizer) == "What time?\nclock\n"
+
+
+def test_parts_that_the_template_cannot_join_are_named(tmp_path, chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    path = write(tmp_path / "chat.jsonl", [CONVERSATIONS[0], parts])
+    with pytest.raises(ValueError, match=r"document 2: .*chat template does not take this conversation: can only"):
+        open_source(path, text_field="messages").text("train", chat_tokenizer)
+
+
 def test_a_tokenizer_without_a_template_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "chat.jsonl", CONVERSATIONS)
     data = TextDataModule(path, tokenizer=tokenizer, text_field="messages", sequence_length=32)

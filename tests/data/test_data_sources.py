@@ -66,6 +66,11 @@ def test_a_whole_text_file_is_every_split(tmp_path):
     assert [len(part) for part in parts.values()] == [90, 120, 90]
 
 
+def test_half_a_character_of_json_is_replaced_and_two_halves_are_one(tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"text": "cut \\ud83d"}\n{"text": "\\ud83d\\ude00 whole"}\n')
+    assert open_source(str(tmp_path / "cut.jsonl"), whole=True).text("train") == "cut \ufffd\n\n\U0001f600 whole"
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_json_lines_are_joined_with_blank_lines(tmp_path, suffix):
     path = write_jsonl(tmp_path / f"documents.{suffix}", PARAGRAPHS, field="story")
@@ -148,6 +153,24 @@ def test_a_slice_of_a_split(tmp_path):
     (tmp_path / "rows").mkdir()
     write_jsonl(tmp_path / "rows" / "train.jsonl", PARAGRAPHS)
     assert open_source(str(tmp_path / "rows"), train_split="train[:2]").text("train") == "\n\n".join(PARAGRAPHS[:2])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_slice_of_what_was_saved_to_disk(tmp_path, several):
+    rows = datasets.Dataset.from_dict({"text": PARAGRAPHS})
+    saved = datasets.DatasetDict({"train": rows, "test": rows}) if several else rows
+    saved.save_to_disk(tmp_path / "rows")
+    source = open_source(str(tmp_path / "rows"), train_split="train[:2]+train[-1:]", evaluation_split="train[50%:]")
+    assert source.text("train") == "\n\n".join(PARAGRAPHS[:2] + PARAGRAPHS[-1:])
+    assert source.text("evaluation") == "\n\n".join(PARAGRAPHS[len(PARAGRAPHS) // 2 :])
+
+
+def test_a_folder_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"text": "a"}\n{oops\n')
+    with pytest.raises(ValueError, match=r"no data set that can be read: .*JSON parse error"):
+        open_source(str(tmp_path / "rows")).text("train")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ class DatasetText(Source):
                 return load_dataset(self.name, name=self.config_name)
             loaded = load_from_disk(self.name)
         except Exception as error:  # data files have as many ways to be wrong as there are formats
-            raise ValueError(f"the folder {self.name!r} is no data set that can be read: {error}") from error
+            cause = error.__cause__ or error  # the library may say no more than that an error occurred
+            raise ValueError(f"the folder {self.name!r} is no data set that can be read: {cause}") from error
         return {"train": loaded} if isinstance(loaded, Dataset) else loaded
 
     def _documents(self, split: str) -> list[Document | None]:
@@ -64,7 +65,7 @@ class DatasetText(Source):
                 f"{self.name!r} has no split {name!r}, it has {', '.join(splits)}: set train_split and "
                 "evaluation_split (the same name for both divides the split in disjoint parts)"
             )
-        rows = _load_dataset(self.name, name=self.config_name, split=split) if bracket else splits[name]
+        rows = _part(splits, split) if bracket else splits[name]
         if self.text_field not in rows.column_names:
             raise ValueError(
                 f"{self.name!r} has no text_field {self.text_field!r}, it has {', '.join(rows.column_names)}"
@@ -104,6 +105,14 @@ class C4(Source):
     @staticmethod
     def _stream(split: str, file: str) -> Any:
         return _load_dataset("allenai/c4", data_files={split: file}, split=split, streaming=True)
+
+
+def _part(splits: Mapping[str, Any], split: str) -> Any:
+    """Take what "train[:1%]" names, or several such parts with a plus between them, out of splits."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _load_dataset(path: str, **options: Any) -> Any:

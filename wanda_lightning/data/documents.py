@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Document = str | Sequence[Mapping[str, Any]]
-"""A text, or a conversation: a list of messages, each with a ``role`` and a ``content``."""
+"""A text, or a conversation: a list of messages, each with a ``role``, and a ``content`` or ``tool_calls``."""
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 def is_document(value: object) -> TypeGuard[Document | None]:
     """Tell whether a value is a document, or null."""
     if isinstance(value, list):
-        return all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+        return all(
+            isinstance(each, Mapping) and "role" in each and {"content", "tool_calls"} & each.keys() for each in value
+        )
     return value is None or isinstance(value, str)
 
 
@@ -69,5 +71,5 @@ def _text(document: Document, tokenizer: Any, place: str) -> str:
         return ""
     try:
         return tokenizer.apply_chat_template(document, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter of templates that add a list of parts to text
         raise ValueError(f"{place}: the tokenizer's chat template does not take this conversation: {error}") from error

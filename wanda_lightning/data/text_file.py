@@ -21,13 +21,17 @@ class FileText(Source):
         self.path, self.whole, self.text_field = path, whole, text_field
 
     def text(self, split: Split, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-        """Return the split's part of the file; the texts of JSON are joined with blank lines."""
+        """Return the split's part of the file; the texts of JSON are joined with blank lines.
+
+        Half a character, as an escaped emoji that was cut in two, is no Unicode, and becomes U+FFFD.
+        """
         try:
             text = self.path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text: {error}") from None
         if self.path.suffix.lower() in JSON_SUFFIXES:
             text = joined(self._documents(text), "\n\n", tokenizer, str(self.path), self.text_field)
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text if self.whole else divide(text, split)
 
     def _documents(self, text: str) -> Iterator[Document | None]:
