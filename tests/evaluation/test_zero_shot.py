@@ -42,6 +42,19 @@ metric_list: [{{metric: word_perplexity}}]
 metadata: {{version: 1.0}}
 """
 
+GENERATION = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match}}]
+metadata: {{version: 1.0}}
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -220,6 +233,8 @@ def test_bars_only_where_asked_for(model, tokenizer, folder, capfd):
         ({"limit": 2.5}, "limit must be .* got 2.5"),
         ({"limit": "100"}, "limit must be .* got '100'"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"max_length": "64"}, "max_length must be a whole number of at least 1, got '64'"),
+        ({"max_length": 129}, "max_length must be at most 128, the model's max_position_embeddings, got 129"),
         ({"tasks": []}, "no tasks to evaluate"),
         ({"include_path": "missing"}, "include_path must be a folder of task YAMLs, 'missing' is none"),
     ],
@@ -227,6 +242,54 @@ def test_bars_only_where_asked_for(model, tokenizer, folder, capfd):
 def test_bad_values_are_named(model, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         evaluate_zero_shot(model, tokenizer, **{"tasks": ["builtin_continuation"], **settings})
+
+
+def test_numpys_numbers_are_those_of_python(model, tokenizer, folder):
+    settings = {"num_fewshot": np.int64(1), "limit": np.int64(3), "batch_size": np.int64(2), "max_length": np.int64(64)}
+    result = evaluate_zero_shot(model, tokenizer, ["local_choice"], include_path=str(folder), **settings)
+    plain = evaluate_zero_shot(model, tokenizer, ["local_choice"], 1, 3, 2, include_path=str(folder), max_length=64)
+    assert result.metrics == plain.metrics
+
+
+@pytest.mark.parametrize("fewshots", [(0, 2), (2, None), (2, 0)])
+def test_examples_in_the_prompt_may_change_between_evaluations(model, tokenizer, folder, fewshots):
+    tasks = load_tasks(["local_choice"], str(folder))
+    again = [evaluate_zero_shot(model, tokenizer, tasks, number, limit=8, log_samples=True) for number in fewshots][-1]
+    fresh = evaluate_zero_shot(
+        model, tokenizer, ["local_choice"], fewshots[-1], limit=8, include_path=str(folder), log_samples=True
+    )
+    prompts = [[row["prompt_hash"] for row in each.details["samples"]["local_choice"]] for each in (again, fresh)]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_task_that_was_written_since_is_found(model, tokenizer, folder, tmp_path):
+    text = (folder / "choice.yaml").read_text()
+    for name in ("first", "second", "third"):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("local_choice", name))
+        assert list(load_tasks([name], str(tmp_path)).questions()) == [name]
+
+
+def only_bos(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("task", ["local_choice", "local_answer"])
+def test_a_tokenizer_without_an_end_gets_no_token(model, tokenizer, folder, tmp_path, task):
+    (tmp_path / "answer.yaml").write_text(GENERATION.format(name="local_answer", data=folder / "questions.jsonl"))
+    tasks, without = load_tasks([task], [str(folder), str(tmp_path)]), only_bos(tokenizer)
+    expected = evaluate_zero_shot(model, tokenizer, tasks, limit=5)
+    assert evaluate_zero_shot(model, without, tasks, limit=5).metrics == expected.metrics
+    assert (len(without), without.pad_token, without.eos_token) == (len(tokenizer), None, None)
+
+
+def test_a_tokenizer_without_beginning_and_end_is_refused(model, tokenizer):
+    without = only_bos(tokenizer)
+    without.bos_token = None
+    with pytest.raises(ValueError, match="neither a bos_token nor an eos_token"):
+        evaluate_zero_shot(model, without, ["builtin_continuation"], limit=5)
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import plain, whole_number
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks.plumbing.samples import tokenizer_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
-from wanda_lightning.evaluation.zero_shot import ZeroShotResult, check_settings, evaluate_zero_shot
+from wanda_lightning.evaluation.zero_shot import ZeroShotResult, checked_settings, evaluate_zero_shot
 from wanda_lightning.model.language_model import find_language_model
 
 log = logging.getLogger(__name__)
@@ -60,17 +60,14 @@ class ZeroShotEvaluation(Callback):
         max_length: int | None = None,
         every_n_epochs: int = 1,
     ) -> None:
-        check_settings(num_fewshot, limit, batch_size)
+        every_n_epochs = plain(every_n_epochs)
         whole_number("every_n_epochs", every_n_epochs, 0)
         self.tasks = tasks
         self.include_path = include_path
         self.every_n_epochs = every_n_epochs
         self.settings: dict[str, Any] = {
-            "num_fewshot": num_fewshot,
-            "limit": limit,
-            "batch_size": batch_size,
+            **checked_settings(num_fewshot, limit, batch_size, max_length),
             "add_special_tokens": add_special_tokens,
-            "max_length": max_length,
         }
         self.result: ZeroShotResult | None = None
         self._loaded: TaskSet | None = None

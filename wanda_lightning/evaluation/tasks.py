@@ -24,6 +24,7 @@ class TaskSet:
 
     def __init__(self, loaded: dict[str, Any]) -> None:
         self.loaded = loaded
+        self._own_fewshot = {name: task.get_config("num_fewshot") for name, task in loaded["tasks"].items()}
 
     def questions(self, limit: int | float | None = None) -> dict[str, int]:
         """Count the questions of each task that a limit leaves."""
@@ -34,10 +35,10 @@ class TaskSet:
 
     def prepare(self, num_fewshot: int | None, seed: int) -> None:
         """Set the number of examples in a prompt and seed their choice, as ``lm_eval.simple_evaluate`` does."""
-        for task in self.loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (num_fewshot is not None and own != 0):  # a task that says 0 means it
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        for name, task in self.loaded["tasks"].items():
+            own = self._own_fewshot[name]
+            keeps_own = num_fewshot is None or own == 0  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=(own if keeps_own else num_fewshot) or 0)
             task.set_fewshot_seed(seed=seed)
 
     def forget_requests(self) -> None:
@@ -86,10 +87,10 @@ def load_tasks(tasks: Sequence[str] = DEFAULT_TASKS, include_path: str | Sequenc
 
 def _resolve(names: list[str], folders: tuple[str, ...]) -> tuple[Any, list[str]]:
     """Expand wildcards. lm-eval's own 14,000 tasks take 10 s to list: only if a name is not found without them."""
-    manager = _manager(folders, False)
+    # Files that were written since are another key.
+    files = tuple((str(file), file.stat().st_mtime_ns) for folder in folders for file in Path(folder).rglob("*.yaml"))
     for defaults in (False, True):
-        if defaults:
-            manager = _manager(folders, True)
+        manager = _manager(folders, files, defaults)
         known = [continuation.NAME, *manager.all_tasks]
         found = {name: [task for task in known if fnmatchcase(task, name)] for name in names}
         # A wildcard may mean lm-eval's tasks too, unless it finds some here already.
@@ -102,7 +103,7 @@ def _resolve(names: list[str], folders: tuple[str, ...]) -> tuple[Any, list[str]
 
 
 @lru_cache(maxsize=2)
-def _manager(folders: tuple[str, ...], defaults: bool) -> Any:
+def _manager(folders: tuple[str, ...], files: tuple[tuple[str, int], ...], defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(folders) or None, include_defaults=defaults)

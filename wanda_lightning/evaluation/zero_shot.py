@@ -15,8 +15,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import distributed
 
-from wanda_lightning.arguments import is_whole, whole_number
+from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
+from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.model.modes import in_eval_mode
 from wanda_lightning.model.replaced import replaced
 
@@ -81,25 +82,28 @@ def evaluate_zero_shot(
         The metrics, and lm-eval's own results.
 
     Raises:
-        ValueError: If a value is out of range, lm-eval is not installed, or there is no such task.
+        ValueError: If a value is out of range, lm-eval is not installed, there is no such task, or the tokenizer has
+            neither a token that begins a text nor one that ends it.
         ConnectionError: If the data of a task can neither be found on this machine nor downloaded.
     """
-    check_settings(num_fewshot, limit, batch_size)
+    settings = checked_settings(num_fewshot, limit, batch_size, max_length)
+    _check_fit(model, tokenizer, settings["max_length"])
     loaded = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, include_path)
     from lm_eval.evaluator import evaluate
 
     from wanda_lightning.evaluation.harness import InMemoryLM
 
     ranks = distributed.get_world_size() if split and distributed.is_initialized() else 1
-    if ranks > min(loaded.questions(limit).values()):  # lm-eval needs a question for each
+    if ranks > min(loaded.questions(settings["limit"]).values()):  # lm-eval needs a question for each
         ranks = 1
-    settings = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "max_length": max_length}
     with isolate_rng(), _as_found(model, tokenizer), _subdued():
         seed_as_lm_eval()
-        loaded.prepare(num_fewshot, SEEDS["fewshot_seed"])
-        lm = InMemoryLM(model, tokenizer, batch_size, max_length, add_special_tokens, ranks, progress)
+        loaded.prepare(settings["num_fewshot"], SEEDS["fewshot_seed"])
+        sizes = settings["batch_size"], settings["max_length"]
+        lm = InMemoryLM(model, tokenizer, *sizes, add_special_tokens, ranks, progress)
+        asked = {"limit": settings["limit"], "bootstrap_iters": BOOTSTRAP, "log_samples": log_samples}
         try:
-            results = evaluate(lm, loaded.loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=log_samples)
+            results = evaluate(lm, loaded.loaded, **asked)
         finally:
             loaded.forget_requests()
     if ranks > 1:  # lm-eval gathers on the first process only
@@ -109,23 +113,44 @@ def evaluate_zero_shot(
     return ZeroShotResult(_metrics(results), _details(results, settings | {"add_special_tokens": add_special_tokens}))
 
 
-def check_settings(num_fewshot: int | None, limit: int | float | None, batch_size: int) -> None:
+def checked_settings(
+    num_fewshot: int | None, limit: int | float | None, batch_size: int, max_length: int | None
+) -> dict[str, Any]:
     """Refuse numbers out of range.
 
     Args:
         num_fewshot: Examples in the prompt, >= 0, or None.
         limit: Number of questions, >= 1, or a fraction of them in (0, 1), or None.
         batch_size: Sequences in a batch, >= 1.
+        max_length: Tokens in a sequence, >= 1, or None.
+
+    Returns:
+        The settings by name, as Python's own numbers.
 
     Raises:
         ValueError: Names the value and what is accepted.
     """
+    num_fewshot, limit, batch_size, max_length = map(plain, (num_fewshot, limit, batch_size, max_length))
     if num_fewshot is not None:
         whole_number("num_fewshot", num_fewshot, 0)
     # lm-eval takes 1.0 for one question and rounds 2.5 down.
     if limit is not None and not is_whole(limit, 1) and not (isinstance(limit, float) and 0 < limit < 1):
         raise ValueError(f"limit must be a whole number of at least 1 or a fraction in (0, 1), got {limit!r}")
     whole_number("batch_size", batch_size, 1)
+    if max_length is not None:
+        whole_number("max_length", max_length, 1)
+    return {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size, "max_length": max_length}
+
+
+def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_length: int | None) -> None:
+    longest = max_sequence_length(model.config)
+    if longest is not None and max_length is not None and max_length > longest:
+        raise ValueError(f"max_length must be at most {longest}, the model's max_position_embeddings, got {max_length}")
+    if tokenizer.bos_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "the tokenizer has neither a bos_token nor an eos_token, and lm-eval begins texts with one of them: name "
+            "one, as by tokenizer.eos_token = '<eos>'"
+        )
 
 
 def seed_as_lm_eval() -> None:
@@ -138,13 +163,17 @@ def seed_as_lm_eval() -> None:
 @contextmanager
 def _as_found(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Undo what lm-eval does to a model and a tokenizer: eval mode, tied weights, padding."""
-    padding = tokenizer.pad_token, tokenizer.padding_side
+    padding, has_end = (tokenizer.pad_token, tokenizer.padding_side), tokenizer.eos_token is not None
     try:
+        if not has_end:  # lm-eval would add a token to pad with, for good, and could not generate
+            tokenizer.eos_token = tokenizer.bos_token
         # Weights are tied already, where they should be.
         with in_eval_mode(model), replaced(model, "tie_weights", lambda *_, **__: None):
             yield
     finally:
         tokenizer.pad_token, tokenizer.padding_side = padding
+        if not has_end:
+            tokenizer.eos_token = None
 
 
 @contextmanager
