@@ -40,6 +40,9 @@ def test_the_most_likely_token_each_time(model, tokenizer):
         {"repetition_penalty": 5.0},  # as of Qwen's models, if less
         {"num_beams": 3, "num_return_sequences": 2},
         {"return_dict_in_generate": True},
+        {"no_repeat_ngram_size": 1},
+        {"forced_eos_token_id": 5},
+        {"min_p": 0.1},
         {"stop_strings": ["e"]},
         {"max_time": 1e-9},
     ],
