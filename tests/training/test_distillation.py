@@ -99,11 +99,20 @@ def test_a_small_teacher_is_loaded_without_a_bar(tmp_path, tiny_model_folder, ca
     assert "Loading weights" not in capsys.readouterr().err
 
 
-def test_another_vocabulary_is_refused(tmp_path, tiny_model_folder):
+def test_predictions_of_another_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="the teacher predicts 5 tokens, the model 4"):
+        Distillation().loss(torch.zeros(1, 3, 4), torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"), [("teacher", "the teacher predicts 270 tokens, the model 257"), ("none", "no folder")]
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_pruning(tmp_path, tiny_model_folder, teacher, message):
     tiny_llama(layers=1, vocab_size=270).save_pretrained(tmp_path / "teacher")
-    module = distilled(tiny_model_folder, teacher=str(tmp_path / "teacher"))
-    with pytest.raises(ValueError, match="the teacher predicts 270 tokens, the model 257"):
-        trainer(tmp_path).fit(module, loader())
+    module = distilled(tiny_model_folder, teacher=str(tmp_path / teacher))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, loader())
+    assert module.model is None
 
 
 def test_it_brings_the_student_closer_to_the_teacher(tmp_path, tiny_model_folder):

@@ -17,6 +17,7 @@ from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_b
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.model.next_tokens import inputs_and_labels
 from wanda_lightning.report.shrinking import hidden_states_kept
+from wanda_lightning.runs.teacher import check_teacher, load_teacher
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
 
@@ -97,22 +98,18 @@ class CausalLM(LightningModule):
         self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
 
     def setup(self, stage: str) -> None:
-        """Refuse to train a streamed model; ``fit`` without training steps prunes it."""
+        """Refuse what cannot be trained, before it is pruned; ``fit`` without training steps prunes it."""
         trainer = self.trainer
         if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
             self.check_trainable()
 
     def check_trainable(self) -> None:
-        """Refuse to train a streamed model.
+        """Refuse what cannot be trained.
 
         Raises:
-            ValueError: If the model is streamed from disk.
+            ValueError: If the model is streamed from disk, or there is no such teacher, or it has another vocabulary.
         """
-        if self.stream:
-            raise ValueError(
-                "a model that is streamed from disk can be pruned and evaluated, not trained: use prune, and fit the "
-                "saved model without stream"
-            )
+        _check_trainable(self)
 
     def forward(self, **inputs: Any) -> Any:
         """Call the model, without a cache."""
@@ -127,7 +124,9 @@ class CausalLM(LightningModule):
     def on_train_start(self) -> None:
         """Load the teacher, if there is one."""
         if self.distillation is not None and self.teacher is None:
-            self.teacher = _load_teacher(self, self.distillation)
+            reports = [callback.report for callback in shape_callbacks(self.trainer)]
+            kept = hidden_states_kept(filter(None, reports))
+            self.teacher = load_teacher(self.distillation, self.pretrained, kept, **self.model_kwargs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean cross-entropy of the next token, or what distillation makes of it."""
@@ -212,6 +211,15 @@ def _check_settings(module: CausalLM) -> None:
         raise ValueError("a streamed model is not trained: leave out stream, or lora, distillation, checkpointing")
 
 
+def _check_trainable(module: CausalLM) -> None:
+    if module.stream:
+        raise ValueError(
+            "a model that is streamed from disk can be pruned and evaluated, not trained: use prune, and fit the "
+            "saved model without stream"
+        )
+    check_teacher(module.distillation, module.pretrained, trust_remote_code=module.trust_remote_code)
+
+
 def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any:
     """Load the model's own tokenizer; where it has none, take the one that the datamodule was given."""
     try:
@@ -220,15 +228,6 @@ def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any
         if given is None:
             log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
         return load_tokenizer(given) if isinstance(given, str) else given
-
-
-def _load_teacher(module: CausalLM, distillation: Distillation) -> Teacher:
-    """Load the dense model, and find out which of its layers are left."""
-    reports = [callback.report for callback in shape_callbacks(module.trainer)]
-    teacher = distillation.teacher or module.pretrained
-    with quiet_if_small(teacher):
-        dense = load_model(teacher, **module.model_kwargs)
-    return Teacher(dense, distillation, hidden_states_kept(filter(None, reports)))
 
 
 def _when_to_step(scheduler: Any) -> dict[str, Any]:

@@ -61,11 +61,7 @@ class Distillation:
         Raises:
             ValueError: If the two have different vocabularies.
         """
-        if logits_BTV.shape != teacher_BTV.shape:
-            raise ValueError(
-                f"the teacher predicts {teacher_BTV.shape[-1]} tokens, the model {logits_BTV.shape[-1]}: they need the "
-                "same vocabulary"
-            )
+        check_vocabulary(teacher_BTV.shape[-1], logits_BTV.shape[-1])
         predicted_BT = labels_BT[:, 1:] != -100
         student_NV = logits_BTV[:, :-1][predicted_BT].float()
         teacher_NV = teacher_BTV[:, :-1][predicted_BT].float()
@@ -77,6 +73,20 @@ class Distillation:
         )
         cross_entropy = F.cross_entropy(student_NV, labels_BT[:, 1:][predicted_BT])
         return self.alpha * self.temperature**2 * divergence + (1 - self.alpha) * cross_entropy
+
+
+def check_vocabulary(teacher: int, model: int) -> None:
+    """Refuse to compare predictions of another number of tokens.
+
+    Args:
+        teacher: How many tokens the teacher knows.
+        model: How many the model does.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if teacher != model:
+        raise ValueError(f"the teacher predicts {teacher} tokens, the model {model}: they need the same vocabulary")
 
 
 class Teacher:

@@ -1,0 +1,47 @@
+"""The dense model that a pruned one learns from, by its name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from wanda_lightning.checkpoints.loading import load_config, load_model
+from wanda_lightning.checkpoints.quiet import quiet_if_small
+from wanda_lightning.training.distillation import Distillation, Teacher, check_vocabulary
+
+
+def check_teacher(distillation: Distillation | None, pretrained: str, **kwargs: Any) -> None:
+    """Refuse a teacher that does not exist, or has another vocabulary; only configs are read.
+
+    Args:
+        distillation: Names the teacher; None where nothing is learnt from one.
+        pretrained: Name of the model that is trained.
+        kwargs: Passed on to ``from_pretrained``.
+
+    Raises:
+        ValueError: If one cannot learn from the other.
+    """
+    if distillation is None or distillation.teacher is None:  # the model itself
+        return
+    configs = [load_config(name, **kwargs).get_text_config() for name in (distillation.teacher, pretrained)]
+    teacher, model = (getattr(config, "vocab_size", None) for config in configs)
+    if teacher is not None and model is not None:
+        check_vocabulary(teacher, model)
+
+
+def load_teacher(
+    distillation: Distillation, pretrained: str, kept: Sequence[int] | None = None, **kwargs: Any
+) -> Teacher:
+    """Load the teacher.
+
+    Args:
+        distillation: Names it; if it names none, it is the model itself, dense.
+        pretrained: Name of the model that is trained.
+        kept: See :class:`wanda_lightning.training.distillation.Teacher`.
+        kwargs: See :func:`wanda_lightning.load_model`.
+
+    Returns:
+        The teacher.
+    """
+    teacher = distillation.teacher or pretrained
+    with quiet_if_small(teacher):
+        dense = load_model(teacher, **kwargs)
+    return Teacher(dense, distillation, kept)
