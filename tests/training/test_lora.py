@@ -234,6 +234,8 @@ def test_names_that_match_nothing_are_refused(tiny_model_folder):
         ({"rank": 0}, "rank must be"),
         ({"alpha": 0}, "alpha must be a finite number above 0, got 0"),
         ({"dropout": 1.0}, r"dropout must be a number in \[0, 1\), got 1.0"),
+        ({"target_modules": "q_proj"}, "target_modules must be a list of names .* got 'q_proj'"),
+        ({"target_modules": []}, "target_modules must be a list of names"),
         ({"dropout": "5%"}, r"dropout must be a number in \[0, 1\), got '5%'"),
     ],
 )

@@ -45,6 +45,9 @@ class LoraSettings:
         positive_number("alpha", self.alpha)
         if not is_fraction(self.dropout):
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        names = self.target_modules
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f'target_modules must be a list of names such as ["q_proj"], got {names!r}')
         if self.merge not in get_args(Merge):
             raise ValueError(
                 f"merge must be none (the adapter is saved alone) or masked ((W + B A) * M), got {self.merge!r}: any "
