@@ -29,6 +29,14 @@ def padded(rows, side="right"):
     return {"input_ids": ids_BT, "attention_mask": mask_BT}
 
 
+def packed(rows):
+    """All sequences in one row; their positions tell where each begins."""
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+
+
 def losses_by_transformers(model, rows):
     """The loss of every token, each sequence alone."""
     with torch.no_grad():
@@ -53,6 +61,16 @@ def test_perplexity_is_that_of_each_sequence_alone(llama, side):
     metric.update_from(llama, *inputs_and_labels(padded(rows, side)))
     expected = torch.cat(losses_by_transformers(llama, rows)).mean().exp()
     assert metric.compute().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sequences_in_one_row_count_as_each_alone(llama):
+    rows, metric = sequences(), Perplexity()
+    expected = torch.cat(losses_by_transformers(llama, rows))
+    with torch.no_grad():
+        (found,) = token_losses(llama, [packed(rows)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    metric.update_from(llama, *inputs_and_labels(packed(rows)))
+    assert metric.compute().item() == pytest.approx(expected.mean().exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -12,11 +12,12 @@ NOT_PREDICTED = -100
 def inputs_and_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Tell what a model is called with from what it is to predict.
 
-    Padding is not predicted, and nothing is predicted from padding: the first token of a sequence does not count, on
-    whichever side it is padded.
+    Padding is not predicted, and nothing is predicted from padding or from another sequence: the first token of a
+    sequence does not count, on whichever side it is padded, or where in a row of several it begins.
 
     Args:
-        batch: ``input_ids`` and, where given, ``attention_mask`` and ``labels``, each (B, T), and other inputs.
+        batch: ``input_ids`` and, where given, ``attention_mask``, ``position_ids`` and ``labels``, each (B, T), and
+            other inputs.
 
     Returns:
         The batch without labels; and labels, its own or its ``input_ids``, shape (B, T), each to be predicted at the
@@ -24,6 +25,9 @@ def inputs_and_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], T
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels_BT = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
+    positions = batch.get("position_ids")
+    if positions is not None and positions.shape == labels_BT.shape:  # those of images have three dimensions
+        labels_BT = labels_BT.masked_fill(positions == 0, NOT_PREDICTED)
     if batch.get("attention_mask") is None:
         return inputs, labels_BT
     real_BT = batch["attention_mask"] != 0
