@@ -192,6 +192,14 @@ def test_null_is_left_out_and_counted(tmp_path, caplog):
         assert "2 of 5 records have null for text" in caplog.text
 
 
+def test_a_folder_may_be_named_as_a_format_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json").mkdir()
+    write_jsonl(tmp_path / "json" / "train.jsonl", PARAGRAPHS)
+    assert open_source("json").text("train") == "\n\n".join(PARAGRAPHS)
+
+
 def test_a_folder_never_runs_code(tmp_path):
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")

@@ -49,7 +49,8 @@ class DatasetText(Source):
 
         try:
             if not (folder / "dataset_dict.json").exists() and not (folder / "state.json").exists():
-                return load_dataset(self.name, name=self.config_name)
+                # A folder named "json" or "text" would be one of the library's own readers.
+                return load_dataset(str(folder.absolute()), name=self.config_name)
             loaded = load_from_disk(self.name)
         except Exception as error:  # data files have as many ways to be wrong as there are formats
             cause = error.__cause__ or error  # the library may say no more than that an error occurred
