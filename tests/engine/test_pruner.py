@@ -10,6 +10,7 @@ from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Ablate, Magnitude, SparseGPT, Wanda
+from wanda_lightning.methods.named import METHODS
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.solvers import factor
 from wanda_lightning.sparsity import SemiStructured, Unstructured
@@ -70,9 +71,10 @@ def test_every_linear_reaches_the_target(llama, batches, method, pattern):
     assert all(torch.equal(llama.get_parameter(name), before[name]) for name in untouched)
 
 
-def test_sparsity_zero_changes_nothing(llama, batches):
+@pytest.mark.parametrize("method", METHODS)
+def test_sparsity_zero_changes_nothing(llama, batches, method):
     before = weights(llama)
-    report = prune_model(llama, batches, Wanda(), Unstructured(0))
+    report = prune_model(llama, batches, method, Unstructured(0))
     assert report.sparsity == 0
     assert all(torch.equal(llama.get_parameter(name), weight) for name, weight in before.items())
 

@@ -66,7 +66,7 @@ def prune_linear(
         What was done, and the mask (O, I), True = kept.
 
     Raises:
-        ValueError: If the Hessian cannot be factorised.
+        ValueError: If the Hessian cannot be factorised, or the method does not do what it says.
     """
     started = time.perf_counter()
     dense_target = None
@@ -87,9 +87,8 @@ def prune_linear(
             mask_OI = method.prune(weight_OI, given, pattern)
         except torch.linalg.LinAlgError as error:
             raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
-    pattern.check_mask(mask_OI, tolerance)  # which waits for the GPU
+    _check(linear.name, method, weight_OI, mask_OI, pattern, tolerance)  # which waits for the GPU
     seconds = time.perf_counter() - started
-    assert not (weight_OI.bool() > mask_OI).any(), f"{linear.name} has weights where its mask has none"
     magnitudes = Magnitudes()
     magnitudes.count(linear.weight_OI, mask_OI)
     row = LinearReport(
@@ -105,6 +104,23 @@ def prune_linear(
         dense_target=dense_target,
     )
     return PrunedLinear(row, magnitudes), mask_OI
+
+
+def _check(
+    name: str, method: PruningMethod, weight_OI: Tensor, mask_OI: Tensor, pattern: Pattern, tolerance: float
+) -> None:
+    """Hold a method, which may be the user's own, to what it says."""
+    try:
+        wanted = f"torch.bool {tuple(weight_OI.shape)}"
+        got = f"{mask_OI.dtype} {tuple(mask_OI.shape)}" if isinstance(mask_OI, Tensor) else type(mask_OI).__name__
+        assert got == wanted, f"its mask has to be {wanted}, got {got}"
+        pattern.check_mask(mask_OI, tolerance)
+        assert not (weight_OI.bool() > mask_OI).any(), "it leaves weights where its mask has none"
+        assert torch.stack(torch.aminmax(weight_OI)).isfinite().all(), (
+            f"it gives weights that are NaN or infinite in {weight_OI.dtype}"
+        )
+    except AssertionError as error:
+        raise ValueError(f"{name} cannot be pruned with {method}: {error}") from error
 
 
 def _aim_at_dense(name: str, weight_OI: Tensor, statistic: InputDrift) -> float | None:

@@ -1,0 +1,95 @@
+"""Methods of the user's own are held to what they say, and so are ours; errors name the linear and the method."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_llama, token_batches
+
+from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.methods import ADMM, PruningMethod, ScoreMethod
+
+
+class Own(PruningMethod):
+    """Every second column goes."""
+
+    statistic = None
+
+    def prune(self, weight_OI, statistic, pattern):
+        mask_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+        mask_OI[:, ::2] = False
+        weight_OI.mul_(mask_OI)
+        return mask_OI
+
+
+class GivesNoMask(Own):
+    def prune(self, *given):
+        super().prune(*given)
+
+
+class GivesNumbers(Own):
+    def prune(self, *given):
+        return super().prune(*given).float()
+
+
+class GivesOneRow(Own):
+    def prune(self, *given):
+        return super().prune(*given)[:1]
+
+
+class PrunesTooFew(Own):
+    def prune(self, weight_OI, statistic, pattern):
+        return torch.ones_like(weight_OI, dtype=torch.bool)
+
+
+class LeavesWeights(Own):
+    def prune(self, weight_OI, statistic, pattern):
+        return super().prune(weight_OI.clone(), statistic, pattern)
+
+
+class DividesByZero(Own):
+    def prune(self, weight_OI, statistic, pattern):
+        mask_OI = super().prune(weight_OI, statistic, pattern)
+        weight_OI[0, 1] = math.nan
+        return mask_OI
+
+
+class ScoresWithNaN(ScoreMethod):
+    statistic = None
+
+    def score(self, weight_OI, statistic):
+        return weight_OI.log()
+
+
+@pytest.mark.parametrize("pattern", [0.5, "2:4"])
+def test_a_method_that_does_what_it_says(llama, pattern):
+    assert prune_model(llama, None, Own(), pattern).sparsity == 0.5
+
+
+@pytest.mark.parametrize("pattern", [0.5, "2:4"])
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (GivesNoMask(), r"its mask has to be torch\.bool \(32, 32\), got NoneType"),
+        (GivesNumbers(), r"its mask has to be torch\.bool \(32, 32\), got torch\.float32 \(32, 32\)"),
+        (GivesOneRow(), r"its mask has to be torch\.bool \(32, 32\), got torch\.bool \(1, 32\)"),
+        (PrunesTooFew(), r"sparsity 0\.0 is not 0\.5|does not keep exactly 2"),
+        (ScoresWithNaN(), r"sparsity 0\.\d+ is not 0\.5|does not keep exactly 2"),
+        (LeavesWeights(), "it leaves weights where its mask has none"),
+        (DividesByZero(), "it gives weights that are NaN or infinite in torch.float32"),
+    ],
+    ids=str,
+)
+def test_one_that_does_not_is_named_with_the_linear(llama, method, message, pattern):
+    named = r"^model\.layers\.0\.self_attn\.q_proj cannot be pruned with \w+\(\): "
+    with pytest.raises(ValueError, match=f"{named}.*({message})"):
+        prune_model(llama, None, method, pattern)
+    assert all(map(torch.equal, llama.parameters(), tiny_llama().parameters()))
+
+
+def test_weights_that_half_precision_cannot_hold_are_an_error():
+    """Of four inputs that are nearly dead two have to stay, and make up for others with weights that are as large."""
+    model = tiny_llama(layers=1)
+    model.model.layers[0].post_attention_layernorm.weight.data[4:8] = 1e-6
+    with pytest.raises(ValueError, match=r"mlp\.\w+_proj cannot be pruned with ADMM.* infinite in torch.float16"):
+        prune_model(model.half(), token_batches(), ADMM(), "2:4", targets=["gate_proj", "up_proj"])
