@@ -1,6 +1,7 @@
 """Depth pruning leaves no model that cannot run, and measures losses of models whose layers hand something on."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -72,6 +73,29 @@ def test_nothing_has_changed_where_what_is_left_would_not_run(choice):
         prune_depth(model, RAGGED, 2, choice=choice)
     assert described(model) == before
     assert all(map(torch.equal, model.parameters(), values))
+
+
+def test_the_whole_model_is_tried_once():
+    """However many layers it cannot do without."""
+    model, tried = glm("full", "shared", "shared"), []
+    model.model.layers[0].register_forward_pre_hook(needs_all_three(model))
+    generate = model.generate
+    model.generate = lambda *args, **settings: tried.append(len(model.model.layers)) or generate(*args, **settings)
+    with pytest.raises(ValueError, match="only 0 layers can go"):
+        prune_depth(model, RAGGED, 1, choice="loss")
+    assert tried == [3]
+
+
+def test_a_layer_without_which_the_model_overflows_stays(llama):
+    needed = llama.model.layers[0]
+    llama.model.norm.register_forward_pre_hook(
+        lambda _, args: None if needed in set(llama.model.layers) else (args[0] * math.nan,)
+    )
+    for weight in needed.parameters():  # it changes nothing
+        weight.data.zero_()
+    report = prune_depth(llama, RAGGED, 1, choice="loss")
+    assert removed(report) != {0}
+    assert report.figures.keys() == {"model.layers.1", "model.layers.2"}
 
 
 def needs_all_three(model):

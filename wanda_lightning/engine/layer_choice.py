@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D hidden size, N real tokens.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -20,8 +20,11 @@ from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.shortening import Shortening
+from wanda_lightning.engine.trial_run import why_it_fails
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.precision import longest_float
+
+NAN = f"what the layers are chosen by is NaN: {OVERFLOW}"
 
 
 class LayerChooser:
@@ -43,6 +46,7 @@ class LayerChooser:
     ) -> None:
         self.model, self.plan, self.number, self.processes, self.progress = model, plan, number, processes, progress
         self.tokens: int | None = None
+        self._runs = not why_it_fails(model)  # what fails with all layers, too, is not for want of some
 
     def by_angle(
         self, calibration: Iterable[Batch], activations: Place, contiguous: bool
@@ -59,13 +63,15 @@ class LayerChooser:
             entered.append([hidden.cpu() if activations != "device" else hidden for hidden in step.hidden_BTD])
             step.advance()
             if len(entered) == run:
-                figures[index + 1 - run] = self._mean(_turned(entered[0], step, as_angle=contiguous))
+                figures[index + 1 - run] = turned = self._mean(_turned(entered[0], step, as_angle=contiguous))
+                if math.isnan(turned):
+                    raise ValueError(NAN)
         if contiguous:
             return self._run_of([set(range(start, start + run)) for start in _ascending(figures)]), figures
         gone: set[int] = set()
         while len(gone) < self.number:  # beside a layer that went, one may go that could not alone
             left = [layer for layer in _ascending(figures) if layer not in gone]
-            layer = next((each for each in left if not self.plan.why_not(self.model, {*gone, each})), None)
+            layer = next((each for each in left if not self._why_not({*gone, each})), None)
             if layer is None:
                 self._refuse(gone, left)
             gone.add(layer)
@@ -85,7 +91,7 @@ class LayerChooser:
         for _ in range(self.number):
             losses: dict[int, float] = {}
             left = [layer for layer in range(layers) if layer not in gone]
-            may_go = [layer for layer in left if not self.plan.why_not(self.model, {*gone, layer})]
+            may_go = [layer for layer in left if not self._why_not({*gone, layer})]
             if not may_go:
                 self._refuse(gone, left)
             for layer in left:
@@ -93,8 +99,12 @@ class LayerChooser:
                 if layer in may_go:
                     with self.plan.without(self.model, {*gone, layer}):
                         losses[layer] = self._mean(token_losses(self.model, batches))
-            figures |= losses
-            gone.add(_ascending(losses)[0])
+            finite = {layer: loss for layer, loss in losses.items() if not math.isnan(loss)}
+            # Half precision may overflow without a layer that the others need, which then stays.
+            if not finite or (len(finite) < len(losses) and math.isnan(self._mean(token_losses(self.model, batches)))):
+                raise ValueError(NAN)
+            figures |= finite
+            gone.add(_ascending(finite)[0])
         for _ in shown:
             pass
         return gone, figures
@@ -109,21 +119,28 @@ class LayerChooser:
         self.tokens = int(total[1])
         if not self.tokens:
             raise ValueError(NOTHING_PREDICTED)
-        mean = float(total[0] / total[1])
-        if math.isnan(mean):
-            raise ValueError(f"what the layers are chosen by is NaN: {OVERFLOW}")
-        return mean
+        return float(total[0] / total[1])
+
+    def _why_not(self, gone: Collection[int]) -> str:
+        """Say why the model without some layers could not be loaded again as it is, or not run; empty if it could."""
+        names = ", ".join(self.plan.layers[number].name for number in sorted(gone))
+        try:
+            with self.plan.without(self.model, gone):
+                failure = why_it_fails(self.model) if self._runs else ""
+        except ValueError as error:
+            return f"without {names} {error}"
+        return f"without {names} the model does not run: {failure}" if failure else ""
 
     def _run_of(self, runs: Sequence[set[int]]) -> set[int]:
         """Take the first run of layers that may go."""
         for gone in runs:
-            if not self.plan.why_not(self.model, gone):
+            if not self._why_not(gone):
                 return gone
-        raise ValueError(f"no {self.number} layers in a row can go: {self.plan.why_not(self.model, runs[0])}")
+        raise ValueError(f"no {self.number} layers in a row can go: {self._why_not(runs[0])}")
 
     def _refuse(self, gone: set[int], others: Sequence[int]) -> NoReturn:
         """Say why none of the others can go beside some layers: why the first cannot."""
-        why = self.plan.why_not(self.model, {*gone, others[0]})
+        why = self._why_not({*gone, others[0]})
         raise ValueError(f"only {len(gone)} layers can go, {self.number} are asked for: {why}")
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 from torch import nn
 
 from wanda_lightning.engine.reshaping import check_can_change_shape, described
-from wanda_lightning.engine.trial_run import why_it_fails
 from wanda_lightning.model.configuration import (
     Path,
     change,
@@ -54,18 +53,6 @@ class Shortening:
         """
         check_can_change_shape(model)
         return cls(decoder_layers(model, targets=["*"], layers=layer_list), described(model))
-
-    def why_not(self, model: nn.Module, gone: Collection[int]) -> str:
-        """Say why a model without some layers could not be loaded again as it is, or not run; empty if it could."""
-        names = ", ".join(self.layers[number].name for number in sorted(gone))
-        try:
-            with self.without(model, gone):
-                failure = why_it_fails(model)
-        except ValueError as error:
-            return f"without {names} {error}"
-        if not failure or why_it_fails(model):  # what fails with all layers, too, is not for want of some
-            return ""
-        return f"without {names} the model does not run: {failure}"
 
     @contextmanager
     def without(self, model: nn.Module, gone: Collection[int]) -> Iterator[None]:
