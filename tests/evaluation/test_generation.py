@@ -42,7 +42,7 @@ def test_the_most_likely_token_each_time(model, tokenizer):
         {"return_dict_in_generate": True},
         {"no_repeat_ngram_size": 1},
         {"forced_eos_token_id": 5},
-        {"min_p": 0.1},
+        {"do_sample": True, "min_p": 0.1},
         {"stop_strings": ["e"]},
         {"max_time": 1e-9},
     ],

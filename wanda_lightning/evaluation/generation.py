@@ -1,13 +1,13 @@
 """What a model says: prompts continued greedily, so that dense, pruned and trained can be read side by side."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.model.modes import in_eval_mode
+from wanda_lightning.model.replaced import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,13 +43,18 @@ def continue_prompts(
     Raises:
         ValueError: If a prompt is empty, or leaves no room in the model's context.
     """
+    from transformers import GenerationConfig
+
     check_prompts(prompts)
     limit = max_sequence_length(model.config)
     tokenized: dict[str, Any] = {prompt: tokenizer(prompt, return_tensors="pt") for prompt in prompts}
     rooms = {prompt: _room(prompt, inputs["input_ids"].shape[1], tokens, limit) for prompt, inputs in tokenized.items()}
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Whatever the files of the model say of penalties, beams, time or sampling does not count.
+    last: Any = cast(Any, model).generation_config.eos_token_id
+    greedy = GenerationConfig(do_sample=False, eos_token_id=last, pad_token_id=end)
     said = {}
-    with torch.no_grad(), in_eval_mode(model), _greedy(model, end):
+    with torch.no_grad(), in_eval_mode(model), replaced(model, "generation_config", greedy):
         for prompt, inputs in tokenized.items():
             ids_1T = inputs["input_ids"].to(model.device)
             whole_1T: Any = model.generate(
@@ -59,21 +64,6 @@ def continue_prompts(
             )
             said[prompt] = str(tokenizer.decode(whole_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
     return said
-
-
-@contextmanager
-def _greedy(model: Any, pad_token_id: int | None) -> Iterator[None]:
-    """Let a model take its most likely token, whatever its files say of penalties, beams, time or sampling."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=own.eos_token_id, pad_token_id=pad_token_id
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def check_prompts(prompts: Sequence[str] | None) -> Sequence[str]:
