@@ -191,6 +191,13 @@ def test_what_cannot_be_pruned_layer_by_layer_is_refused():
     assert "no ModuleList or Sequential" in _error(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
 
 
+@torch.no_grad()
+def test_lists_that_are_named_may_change_what_one_layer_gives_to_the_next():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])})
+    feed = Feed(model, lambda m, x: m["blocks"][1](2 * m["blocks"][0](x)))
+    assert called_stacks(feed, torch.randn(2, 4), ["blocks"])[0] == ["blocks"]
+
+
 def _error(model):
     with pytest.raises(ValueError) as error:
         called_stacks(Feed(model), torch.randn(2, 4))
@@ -214,7 +221,7 @@ def test_layers_that_do_not_repeat_themselves_are_refused():
     model = nn.Sequential(Counts(), Counts())
     model = nn.ModuleDict({"layers": model})
     feed = Feed(model, lambda m, batch: m["layers"](batch))
-    with pytest.raises(ValueError, match="give something else when they are called again"):
+    with pytest.raises(ValueError, match="give something else when they are called for other batches"):
         next(walk(model, decoder_layers(model, layers=["layers"]), [torch.randn(2, 4)], feed=feed))
 
 

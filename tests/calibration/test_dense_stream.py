@@ -1,14 +1,14 @@
 """Two streams through layers that hand something on in a dictionary: neither reads what the other has written."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from wanda_lightning.calibration.calls import Arguments
 from wanda_lightning.calibration.dense_stream import DenseStream
+from wanda_lightning.calibration.dry_run import Recorded
 from wanda_lightning.calibration.hidden_states import HiddenStates
+from wanda_lightning.model.decoder import DecoderLayer
 
 
 class Writes(nn.Module):
@@ -29,10 +29,10 @@ def test_what_the_pruned_layers_write_is_not_read_in_the_dense_stream(call):
     layers, notes, hidden = [Writes(), Reads()], {}, torch.randn(2, 4, 8)
     entering = HiddenStates()
     entering.append(hidden)
-    dense = DenseStream(entering, [[call(notes)], [call(notes)]])
-    dense.advance(0, SimpleNamespace(module=layers[0]))
+    dense = DenseStream(Recorded(entering, [[call(notes)], [call(notes)]], []).twin())
+    dense.advance(DecoderLayer("0", layers[0], [], {}))
     assert not notes
     layers[0].factor = 0  # pruned
     call(notes).call(layers[0], hidden)
-    dense.advance(1, SimpleNamespace(module=layers[1]))
+    dense.advance(DecoderLayer("1", layers[1], [], {}))
     torch.testing.assert_close(dense.hidden_BTD[0], hidden + 1 + 3 * hidden)

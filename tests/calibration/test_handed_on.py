@@ -1,18 +1,24 @@
 """Layers that hand something on to later ones: each later one is called with what is its batch's own."""
 
+import gc
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.utils import PrefixedDataset
+from greenlet import getcurrent, greenlet
 from helpers import tiny_llama, token_batches
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from wanda_lightning import prune_model
+from wanda_lightning import InputNorm, Unstructured, Wanda, prune_model
 from wanda_lightning.calibration.calls import is_the_same
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.handed_on import probe
+from wanda_lightning.calibration.walk import walk
+from wanda_lightning.model.decoder import decoder_layers
 
 
 class Layer(nn.Module):
@@ -32,9 +38,10 @@ class Layer(nn.Module):
 class Decoder(PreTrainedModel, GenerationMixin):
     config_class = PretrainedConfig
 
-    def __init__(self, first_values=False, previous_values=False, change=lambda x: x, times=1):
+    def __init__(self, first_values=False, previous_values=False, change=lambda x: x, between=lambda x: x, times=1):
         super().__init__(PretrainedConfig(vocab_size=64))
-        self.first_values, self.previous_values, self.change, self.times = first_values, previous_values, change, times
+        self.first_values, self.previous_values, self.times = first_values, previous_values, times
+        self.change, self.between = change, between
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, 32)
         self.layers = nn.ModuleList([Layer(first_values or previous_values) for _ in range(4)])
@@ -49,7 +56,7 @@ class Decoder(PreTrainedModel, GenerationMixin):
         for layer in [*self.layers] * self.times:
             earlier = values[:1] if self.first_values else values[-1:] if self.previous_values else seen[:1]
             out = layer(hidden_BTD, *map(self.change, earlier))
-            hidden_BTD = out[0] if isinstance(out, tuple) else out
+            hidden_BTD = self.between(out[0] if isinstance(out, tuple) else out)
             seen.append(hidden_BTD)
             values += out[1:] if isinstance(out, tuple) else []
         return self.head(hidden_BTD)
@@ -62,6 +69,7 @@ KINDS = {
     "normed": {"change": lambda x: nn.functional.layer_norm(x, (32,))},
     "the largest": {"previous_values": True, "change": lambda x: nn.functional.one_hot(x.argmax(-1), 32).float()},
     "differences of tokens": {"change": lambda x: x - x.roll(1, 1)},
+    "hidden states that are changed on their way": {"between": lambda x: 0.7 * x.roll(1, 1)},
 }
 BATCHES = token_batches(2, vocab=64) + token_batches(1, batch_size=1, length=7, vocab=64)
 
@@ -80,6 +88,111 @@ def test_masks_are_those_of_the_whole_models_own_inputs(kind, true_sequential):
     lowest = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.argsort(1)[:, :16], value=True)
     prune_model(model, BATCHES, "wanda", 0.5, targets=["layers.3.out"], true_sequential=true_sequential)
     assert torch.equal(last.weight == 0, lowest)
+
+
+@torch.no_grad()
+def prune_one_after_another(model, parts, batches):
+    """Run the whole model for every part, hook the linears in it, and prune them."""
+    for part in parts:
+        norms = {linear.name: InputNorm(32) for linear in part}
+        hooks = [
+            x.module.register_forward_pre_hook(lambda _, args, norm=norms[x.name]: norm.update(args[0])) for x in part
+        ]
+        for batch in batches:
+            model(batch)
+        for hook in hooks:
+            hook.remove()
+        for linear in part:
+            Wanda().prune(linear.weight_OI, norms[linear.name], Unstructured(0.5))
+
+
+def differing(one, other):
+    return [n for (n, a), b in zip(one.named_parameters(), other.parameters(), strict=True) if not torch.equal(a, b)]
+
+
+@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)], ids=["language model", "any module"])
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_pruned_layers_hand_on_enters_the_later_ones(kind, true_sequential, forward):
+    ours, plain = Decoder(**KINDS[kind]).eval(), Decoder(**KINDS[kind]).eval()
+    prune_model(ours, BATCHES, "wanda", 0.5, true_sequential=true_sequential, forward=forward)
+    layers = decoder_layers(plain)
+    parts = [[linear] for x in layers for linear in x.linears] if true_sequential else [x.linears for x in layers]
+    prune_one_after_another(plain, parts, BATCHES)
+    assert differing(ours, plain) == []
+
+
+@pytest.mark.parametrize("activations", ["cpu", "disk"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_activations_wait_makes_no_difference(kind, activations):
+    ours, plain = Decoder(**KINDS[kind]).eval(), Decoder(**KINDS[kind]).eval()
+    prune_model(ours, BATCHES, "sparsegpt", 0.5, activations=activations)
+    prune_model(plain, BATCHES, "sparsegpt", 0.5)
+    assert differing(ours, plain) == []
+
+
+@torch.no_grad()
+def test_what_the_model_holds_of_activations_on_disk_is_freed_meanwhile():
+    model, held = Decoder(first_values=True).eval(), []
+    layers, hook = decoder_layers(model), lambda _, args: held.append(args[0])
+    model.layers[2].register_forward_pre_hook(hook)
+    steps = walk(model, layers, BATCHES, activations="disk")
+    next(steps), next(steps), held.clear(), next(steps)
+    assert [tensor.untyped_storage().nbytes() for tensor in held] == [0] * len(BATCHES)
+    next(steps)
+    assert [tensor.untyped_storage().nbytes() for tensor in held] == [4 * tensor.numel() for tensor in held]
+
+
+@torch.no_grad()
+def test_the_dense_model_hands_on_what_its_own_layers_gave():
+    model, dense = Decoder(previous_values=True).eval(), Decoder(previous_values=True).eval()
+    expected = [[] for _ in dense.layers]
+    for layer, outputs in zip(dense.layers, expected, strict=True):
+        layer.register_forward_hook(lambda _, args, out, outputs=outputs: outputs.append(out[0]))
+    for batch in BATCHES:
+        dense(batch)
+    for step, outputs in zip(walk(model, decoder_layers(model), BATCHES, with_dense=True), expected, strict=True):
+        assert all(map(torch.equal, step.dense_BTD, outputs))
+        for weight in step.layer.weights.values():
+            weight.mul_(0.5)
+
+
+@torch.no_grad()
+def test_hooks_on_layers_count_once():
+    def hooked():
+        model = Decoder().eval()
+        model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+        model.layers[2].register_forward_hook(lambda _, args, out: out.flip(1))
+        return model
+
+    ours, plain = hooked(), hooked()
+    prune_model(ours, BATCHES, "wanda", 0.5, true_sequential=False)
+    prune_one_after_another(plain, [layer.linears for layer in decoder_layers(plain)], BATCHES)
+    assert differing(ours, plain) == []
+
+
+def test_layers_that_are_not_in_memory_are_read_once_for_all_batches(monkeypatch):
+    reads, own = [], PrefixedDataset.__getitem__
+    monkeypatch.setattr(PrefixedDataset, "__getitem__", lambda x, name: reads.append(x.prefix + name) or own(x, name))
+
+    def reads_for(batches):
+        reads.clear()
+        prune_model(cpu_offload(Decoder(first_values=True).eval(), "cpu"), batches, "wanda", 0.5)
+        return reads.count("layers.1.out.weight")
+
+    assert reads_for(BATCHES) == reads_for(BATCHES * 3) > 0
+
+
+@pytest.mark.parametrize("goes_wrong_in", [0, 2])
+def test_no_run_of_the_model_waits_behind_an_error(goes_wrong_in):
+    model = Decoder(first_values=True).eval()
+    for step in walk(model, decoder_layers(model), BATCHES):
+        if step.layer.module is model.layers[goes_wrong_in]:
+            break
+    waiting = [each for each in gc.get_objects() if type(each) is greenlet and each and each is not getcurrent()]
+    del step
+    gc.collect()
+    assert (len(waiting), [bool(each) for each in waiting]) == (0, [])
 
 
 @torch.no_grad()

@@ -172,16 +172,12 @@ def test_models_that_use_their_layers_in_another_way_are_refused(batches):
     def halved(decoder):
         decoder.config.num_hidden_layers = 2
 
-    def scaled(decoder):
-        decoder.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
-
     def in_place(decoder):
         for layer in decoder.layers:
             layer.forward = lambda hidden, *_, mlp=layer.mlp, **__: hidden.add_(mlp(hidden))
 
     assert "calls decoder layer 0 where layer 3 of 3 would be next" in error_of(looped)
     assert "calls 2 of its 3 decoder layers" in error_of(halved)
-    assert "changes the hidden states between decoder layers 0 and 1" in error_of(scaled)
     assert "layers change in place what enters them" in error_of(in_place)
 
 

@@ -101,6 +101,48 @@ def test_images_that_are_left_out_are_named_once(saved, batches, caplog):
     assert caplog.text.count("calibrated on token ids alone, and not on pixel_values") == 1
 
 
+def qwen3_vl():
+    """What its tower sees is added to the hidden states of image tokens behind the first two decoder layers, too."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    text = {**SIZE, "num_hidden_layers": 3, "head_dim": 8, "rope_parameters": rope}
+    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    tower |= {"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    ids = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
+    torch.manual_seed(0)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=tower, **ids)).eval()
+
+
+def of_images(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (2, 12), generator=generator)
+    ids[:, 1], ids[:, 2:6] = 62, 60
+    pixels = torch.randn(2 * 16, 3 * 2 * 4 * 4, generator=generator)
+    types = (ids == 60).long()
+    return {"input_ids": ids, "pixel_values": pixels, "mm_token_type_ids": types} | {
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)
+    }
+
+
+def test_what_is_seen_may_be_added_between_decoder_layers():
+    """Wanda by hand for the last layer: with what enters it in the model whose first layers are pruned."""
+    model, batches, inputs = qwen3_vl(), [of_images(1), of_images(2)], []
+    prune_model(model, batches, Wanda(), SemiStructured(2, 4), forward=lambda m, batch: m(**batch, use_cache=False))
+    by_hand = qwen3_vl()
+    by_hand.load_state_dict(
+        {n: w for n, w in model.state_dict().items() if "layers.2" not in n}, strict=False, assign=True
+    )
+    last = by_hand.model.language_model.layers[2].self_attn.q_proj
+    last.register_forward_pre_hook(lambda _, args: inputs.append(args[0].double().flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            by_hand(**batch)
+    score = (last.weight.detach().double().abs() * torch.cat(inputs).norm(dim=0)).unflatten(-1, (-1, 4))
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.topk(2).indices, value=True).flatten(1)
+    assert torch.equal(model.model.language_model.layers[2].self_attn.q_proj.weight != 0, kept)
+
+
 @pytest.fixture
 def mllama():
     """Of its four layers two attend to an image, and are passed by where there is none."""

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
-from wanda_lightning.calibration.calls import Arguments, hidden_states_of
+from wanda_lightning.calibration.calls import hidden_states_of
 from wanda_lightning.calibration.collector import Collector
 from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
-from wanda_lightning.calibration.real_tokens import RealTokens
+from wanda_lightning.calibration.stream import Stream
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
@@ -25,33 +26,31 @@ class CalibratedLayer:
 
     Args:
         layer: The decoder layer.
-        hidden_BTD: The hidden states entering it, one tensor a batch.
-        arguments: What else the model passes to it, a batch.
-        real: Which tokens are real, a batch.
+        stream: All batches, before it.
         memory: Bytes that Hessians may take at a time, where the layer is not always in memory; None for no limit.
         is_last: Whether no layer of its stack follows, so that nothing needs its outputs.
         dense_BTD: What the layer gives in the dense model, one tensor (B, T, D) a batch, where that is wanted.
         dense_inputs: What enters the layer's linears in the dense model, where that is wanted.
 
     Attributes:
+        hidden_BTD: The hidden states entering it, one tensor a batch.
+        real: Which tokens are real, a batch.
         has_advanced: Whether ``hidden_BTD`` holds what enters the next layer.
     """
 
     def __init__(
         self,
         layer: DecoderLayer,
-        hidden_BTD: HiddenStates,
-        arguments: list[Arguments],
-        real: list[RealTokens],
+        stream: Stream,
         memory: int | None = None,
         is_last: bool = False,
         dense_BTD: HiddenStates | None = None,
         dense_inputs: DenseInputs | None = None,
     ) -> None:
         self.layer = layer
-        self.hidden_BTD = hidden_BTD
-        self.arguments = arguments
-        self.real = real
+        self._stream = stream
+        self.hidden_BTD = stream.hidden_BTD
+        self.real = stream.real
         self.memory = memory
         self.is_last = is_last
         self.dense_BTD = dense_BTD
@@ -60,19 +59,23 @@ class CalibratedLayer:
 
     def output(self, batch: int) -> Tensor:
         """Run the layer as it is now; return the hidden states (B, T, D) of a batch behind it."""
-        return hidden_states_of(self.arguments[batch].call(self.layer.module, self.hidden_BTD[batch]))
+        return hidden_states_of(self._run(batch))
 
     def outputs(self) -> Iterator[Tensor]:
         """Run the layer as it is now; yield its hidden states (B, T, D) a batch at a time."""
         return (self.output(batch) for batch in range(len(self.hidden_BTD)))
 
+    def passed_on(self, batch: int) -> Tensor:
+        """Run the layer as the model is to go on behind it; return the hidden states (B, T, D) of a batch."""
+        return self._stream.take(batch, self._run(batch))
+
     def advance(self, outputs: HiddenStates | None = None) -> None:
-        """Make the inputs of the next layer of this one's: what it gives as it is now, or what it is known to give."""
+        """Make the inputs of the next layer of this one's: what it gives as it is now, or what it was to pass on."""
         if outputs is not None:
             self.hidden_BTD.replace(outputs)
         elif not self.has_advanced:
-            for batch, out_BTD in enumerate(self.outputs()):
-                self.hidden_BTD[batch] = out_BTD
+            for batch in range(len(self.hidden_BTD)):
+                self.hidden_BTD[batch] = self.passed_on(batch)
         self.has_advanced = True
 
     def bytes_waiting(self, in_features: int) -> int:
@@ -134,17 +137,20 @@ class CalibratedLayer:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
         collector = Collector(statistic, self.layer.linears if linears is None else linears, to_the_end=advance)
-        seen = zip(self.hidden_BTD, self.arguments, self.real, strict=True)
         with collector:
-            for number, (hidden_BTD, arguments, real) in enumerate(islice(seen, batches)):
-                with collector.batch(tuple(hidden_BTD.shape), real):
-                    out = arguments.call(self.layer.module, hidden_BTD)
+            for batch, real in enumerate(islice(self.real, batches)):
+                with collector.batch(tuple(self.hidden_BTD.shapes[batch].shape), real):
+                    out = self._run(batch)
                 if advance:
-                    self.hidden_BTD[number] = hidden_states_of(out)
+                    self.hidden_BTD[batch] = self._stream.take(batch, out)
         self.has_advanced = self.has_advanced or advance
         statistics = collector.statistics()
         check_statistics(statistics)
         return statistics
+
+    def _run(self, batch: int) -> Any:
+        """Call the layer as the model does."""
+        return self._stream.call(self.layer, batch, self.hidden_BTD[batch])
 
 
 def check_statistics(statistics: Mapping[str, InputStatistic]) -> None:

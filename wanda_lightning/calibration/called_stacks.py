@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.call_order import is_passed_on
 from wanda_lightning.calibration.calls import hidden_states_of, split
-from wanda_lightning.calibration.dry_run import is_passed_on
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 from wanda_lightning.model.stacks import lists_of_layers, without_nested
@@ -16,12 +16,16 @@ from wanda_lightning.model.stacks import lists_of_layers, without_nested
 class _Watched:
     """A list of layers whose calls are watched.
 
+    Args:
+        layers: The layers.
+        is_named: Whether the user says that it is one: then something may happen to what one layer gives to the next.
+
     Attributes:
         fault: Why its layers are not called one after another; None if they are.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[nn.Module], is_named: bool) -> None:
+        self.layers, self._is_named = layers, is_named
         self.fault: str | None = None
         self._called = 0
         self._passed: Any = None
@@ -33,8 +37,13 @@ class _Watched:
                 self.fault = f"layer {index} is called several times"
             elif index > self._called:
                 self.fault = f"layer {index} is called where layer {self._called} would be next"
-            elif not isinstance(hidden, Tensor) or (index and not is_passed_on(self._passed, hidden)):
-                self.fault = f"layer {index} is not called with what the layer before it gave"
+            elif not isinstance(hidden, Tensor):
+                self.fault = f"layer {index} is not called with a tensor"
+            elif index and not self._is_named and not is_passed_on(self._passed, hidden):
+                self.fault = (
+                    f"layer {index} is not called with what the layer before it gave; name the list with layers if it "
+                    "is to be pruned"
+                )
         self._called += 1
 
     def leaves(self, out: Any) -> None:
@@ -73,7 +82,9 @@ def called_stacks(
             f"{type(feed.model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of "
             "layers of one class that hold linears"
         )
-    watched = {name: _Watched([*cast(Any, found)._modules.values()]) for name, found in lists.items()}
+    watched = {
+        name: _Watched([*cast(Any, found)._modules.values()], named is not None) for name, found in lists.items()
+    }
     order = _run(feed, batch, watched)
     fit = {name: lists[name] for name, each in watched.items() if each.fault is None}
     faults = "; ".join(f"{name}: {each.fault}" for name, each in watched.items() if each.fault)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Arguments(NamedTuple):
@@ -20,7 +20,7 @@ class Arguments(NamedTuple):
     kwargs: dict[str, Any]
     keyword: str | None = None
 
-    def call(self, layer: nn.Module, hidden: Tensor) -> Any:
+    def call(self, layer: Callable[..., Any], hidden: Tensor) -> Any:
         """Call a layer as the model does, with these hidden states."""
         if self.keyword is None:
             return layer(hidden, *self.args, **self.kwargs)
@@ -75,6 +75,16 @@ def hidden_states_of(out: Any) -> Tensor:
     return hidden
 
 
+def without_hidden(out: Any) -> Any:
+    """Return what a layer gives beside the hidden states, for :func:`with_hidden`; None where that is nothing."""
+    return rebuilt(out, [None, *out[1:]]) if isinstance(out, tuple | list) else None
+
+
+def with_hidden(beside: Any, hidden: Tensor) -> Any:
+    """Return what a layer gives: hidden states, and what is beside them."""
+    return hidden if beside is None else rebuilt(beside, [hidden, *beside[1:]])
+
+
 def called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the forward of a layer as the model does.
 
@@ -104,6 +114,11 @@ def called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], k
 def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
     """Put other values into a tuple, named tuple or list."""
     return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
+
+
+def of_another(hidden: Tensor) -> Tensor:
+    """Make up hidden states that could be those of another batch."""
+    return 1.5 * hidden.flip(-1)
 
 
 @torch.no_grad()

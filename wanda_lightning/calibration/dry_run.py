@@ -1,24 +1,53 @@
-"""The dry run: what the model passes to each layer of a stack.
+"""The dry run: what a model passes to each layer of a stack, where that does not depend on what the layers give.
 
 The model runs with its layers replaced by recorders, so that masks, positions and whatever else a family computes
-come from its own code. The layers run meanwhile, for what a model passes to one layer may be what another gave; not
-those of a language model, unless they hand something on (see handed_on.py). Shapes: B batch, T tokens, D hidden size.
+come from its own code. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import ExitStack, suppress
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, is_the_same, rebuilt, split
+from wanda_lightning.calibration.call_order import CallOrder, is_passed_on
+from wanda_lightning.calibration.calls import Arguments, split, with_hidden, without_hidden
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.real_tokens import RealTokens
+from wanda_lightning.calibration.stream import Stream, check_tokens
 from wanda_lightning.model.replaced import replaced
+
+
+class Recorded(Stream):
+    """The batches of a dry run.
+
+    Args:
+        hidden_BTD: The hidden states that enter the first layer.
+        arguments: ``arguments[layer][batch]``.
+        real: Which tokens are real, a batch.
+    """
+
+    def __init__(self, hidden_BTD: HiddenStates, arguments: list[list[Arguments]], real: list[RealTokens]) -> None:
+        self.hidden_BTD, self.real = hidden_BTD, real
+        self.arguments, *self._later = arguments
+
+    def go_on(self) -> None:
+        """Take the arguments of the next layer."""
+        self.arguments = self._later.pop(0)
+
+    def twin(self) -> "Recorded":
+        """Copy the hidden states, and the mappings that early layers write to and late ones read."""
+        hidden_BTD = HiddenStates(self.hidden_BTD.place)
+        for batch_BTD in self.hidden_BTD:
+            hidden_BTD.append(batch_BTD)
+        copies: dict[int, MutableMapping[Any, Any]] = {}
+        arguments = [[with_own_mappings(call, copies) for call in calls] for calls in [self.arguments, *self._later]]
+        return Recorded(hidden_BTD, arguments, self.real)
 
 
 class _DryRunDoneError(Exception):
@@ -26,38 +55,35 @@ class _DryRunDoneError(Exception):
 
 
 class _Recorder:
-    """Stands before or in for the layers while the model runs, and notes what they are called with."""
+    """Stands in for the layers while the model runs, and notes what they are called with."""
 
-    def __init__(self, layers: list[nn.Module], activations: Place, stand_in: Any, goes_on: bool) -> None:
+    def __init__(self, layers: int, activations: Place, given: Any) -> None:
         self.hidden_BTD = HiddenStates(activations)
-        self.arguments: list[list[Arguments]] = [[] for _ in layers]
-        self.last_output: Tensor | None = None  # of the first batch, if the layers run
-        self._given, self._goes_on = stand_in, goes_on
-        self._last = len(layers) - 1
-        self._called = 0  # layers in this batch
-        self._passed: Tensor | None = None  # what the last of them gave; where they do not run, what it was given
+        self.arguments: list[list[Arguments]] = [[] for _ in range(layers)]
+        self._beside, self._last, self._layers = without_hidden(given), layers - 1, layers
 
     def start_batch(self) -> None:
-        self._called = 0
+        self.order = CallOrder(self._layers)
+        self._hidden: Tensor | None = None  # that entered the layer before
 
-    def end_batch(self) -> None:
-        if self._called <= self._last:
-            raise ValueError(
-                f"the model calls {self._called} of its {self._last + 1} decoder layers: name their list with layers"
-            )
-
-    def forward(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward of a layer's stand-in, given the layer's own."""
+    def forward(self, index: int) -> Callable[..., Any]:
+        """Return the forward of a layer's stand-in."""
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
             hidden, arguments = split(args, kwargs)
-            self._check_place(index, hidden)
+            self.order.called(index)
+            if self._hidden is not None and not is_passed_on(self._hidden, hidden):
+                raise ValueError(
+                    f"the model changes the hidden states between decoder layers {index - 1} and {index} in some "
+                    "batches, and not in the first: it cannot be pruned layer by layer"
+                )
             self._record(index, arguments)
             if index == 0:
                 self.hidden_BTD.append(hidden)
-            if self._given is None:
-                return self._run(index, hidden, forward, args, kwargs)
-            return self._stand_in(index, hidden)
+            if index == self._last and len(self.hidden_BTD) > 1:
+                raise _DryRunDoneError
+            self._hidden = hidden
+            return with_hidden(self._beside, hidden)
 
         return recorded
 
@@ -66,57 +92,8 @@ class _Recorder:
         shared = {name: _share(value, before.kwargs.get(name)) for name, value in arguments.kwargs.items()}
         self.arguments[index].append(Arguments(_share(arguments.args, before.args), shared, arguments.keyword))
 
-    def _stand_in(self, index: int, hidden: Tensor) -> Any:
-        """Return the hidden states as they came."""
-        if index == self._last and len(self.hidden_BTD) > 1:
-            raise _DryRunDoneError
-        given = self._given
-        return hidden if isinstance(given, Tensor) else rebuilt(given, [hidden, *given[1:]])
 
-    def _run(
-        self, index: int, hidden: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the layer; the last one only for the first batch, to be compared with."""
-        if index == self._last and len(self.hidden_BTD) > 1:
-            raise _DryRunDoneError
-        out = called(forward, hidden, args, kwargs)
-        self._passed = hidden_states_of(out)
-        if index == self._last:
-            self.last_output = self._passed
-            if not self._goes_on:
-                raise _DryRunDoneError
-        return out
-
-    def _check_place(self, index: int, hidden: Tensor) -> None:
-        """Make sure that calling the layers one after another is what the model does."""
-        if index != self._called:
-            raise ValueError(
-                f"the model calls decoder layer {index} where layer {self._called} of {self._last + 1} would be next: "
-                "only models that call each of their layers once and in order can be pruned layer by layer"
-            )
-        if index and not is_passed_on(cast(Tensor, self._passed), hidden):
-            raise ValueError(
-                f"the model changes the hidden states between decoder layers {index - 1} and {index}: it cannot be "
-                "pruned layer by layer"
-            )
-        self._called += 1
-        self._passed = hidden
-
-
-def is_passed_on(given: Tensor, taken: Tensor) -> bool:
-    """Whether what enters a layer is what another gave."""
-    if taken is given:
-        return True
-    return taken.shape == given.shape and torch.equal(taken.to(given.device), given)
-
-
-def dry_run(
-    feed: Feed,
-    layers: list[nn.Module],
-    batches: Iterable[Batch],
-    activations: Place = "device",
-    stand_in: Any = None,
-) -> tuple[HiddenStates, list[list[Arguments]], list[RealTokens]]:
+def dry_run(feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place, given: Any) -> Recorded:
     """Run the model for what its layers are called with.
 
     Args:
@@ -124,52 +101,49 @@ def dry_run(
         layers: Layers that it calls one after another.
         batches: Calibration batches.
         activations: Where the hidden states wait for the first layer.
-        stand_in: What the layers may give instead of running, see ``handed_on.py``; None: they run.
+        given: What a layer gives; what is beside the hidden states in it is what all of them seem to give.
 
     Returns:
-        The hidden states that enter the first layer, ``arguments[layer][batch]``, and which tokens are real.
+        What enters the layers.
 
     Raises:
-        ValueError: If a batch cannot be fed to the model, there is none, the layers are not called one by one, or they
-            give something else when they are called again with the same.
+        ValueError: If a batch cannot be fed to the model, there is none, or the layers are not called one by one.
     """
-    recorder = _Recorder(layers, activations, stand_in, goes_on=not feed.runs_layers)
+    recorder = _Recorder(len(layers), activations, given)
     real: list[RealTokens] = []
     parameters = [*signature(layers[0].forward).parameters]
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, "forward", recorder.forward(index, layer.forward)))
-        # The first batch goes on behind the layers of a language model, to see that none is called again, but not
-        # through the head. Of other models that is known before.
+            stack.enter_context(replaced(layer, "forward", recorder.forward(index)))
+        # The first batch goes on behind the layers, to see that none is called again, but not through the head.
         if feed.head is not None:
             stack.enter_context(replaced(feed.head, "forward", _stop))
         for number, batch in enumerate(batches):
             recorder.start_batch()
             with suppress(_DryRunDoneError):
                 feed.run(batch)
-            recorder.end_batch()
+            recorder.order.ended()
             of_first = recorder.arguments[0][number].by_name(parameters)
             real.append(feed.real_tokens(batch, recorder.hidden_BTD.shapes[number], of_first))
-    if not real:
-        raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
-    if not any(tokens.mask_BT is None or bool(tokens.mask_BT.any()) for tokens in real):
-        raise ValueError("the calibration set holds padding only: attention_mask is 0 everywhere")
-    if recorder.last_output is not None:
-        _check_repeats(layers, recorder)
-    return recorder.hidden_BTD, recorder.arguments, real
+    check_tokens(real)
+    return Recorded(recorder.hidden_BTD, recorder.arguments, real)
 
 
-def _check_repeats(layers: list[nn.Module], recorder: _Recorder) -> None:
-    """Make sure that layers give again what they gave: else what is gathered later is not what the model computes."""
-    hidden = recorder.hidden_BTD[0]
-    for layer, arguments in zip(layers, recorder.arguments, strict=True):
-        hidden = hidden_states_of(arguments[0].call(layer, hidden))
-    expected = cast(Tensor, recorder.last_output)
-    if not is_the_same(hidden, expected):
-        raise ValueError(
-            "layers give something else when they are called again with what the model passed to them (a cache, "
-            "randomness, or states that they change in place): they cannot be pruned one by one"
-        )
+def with_own_mappings(call: Arguments, copies: dict[int, MutableMapping[Any, Any]]) -> Arguments:
+    """Copy the mappings among arguments that layers may write to.
+
+    Args:
+        call: The arguments.
+        copies: Those that there are already, by the ``id`` of what was copied.
+
+    Returns:
+        The arguments with copies.
+    """
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
+
+    return call._replace(args=tuple(map(own, call.args)), kwargs={name: own(x) for name, x in call.kwargs.items()})
 
 
 def _stop(*_: Any, **__: Any) -> None:

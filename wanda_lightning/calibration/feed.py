@@ -36,8 +36,8 @@ class Feed:
             tuple or list the first element is, with labels or so behind it.
     """
 
-    runs_layers = True
-    """Whether the layers run in the dry run in any case: what a model passes to one may be what another gave."""
+    may_hand_on = True
+    """Whether what the model passes to a layer is taken to depend on what others gave; else that is looked at."""
 
     head: nn.Module | None = None
     """What the model calls behind its layers, where that is known."""
@@ -100,7 +100,7 @@ class Feed:
 class LanguageModelFeed(Feed):
     """Feeds token ids to a language model of transformers."""
 
-    runs_layers = False
+    may_hand_on = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

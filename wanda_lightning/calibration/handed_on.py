@@ -12,25 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calls import Arguments, called, hidden_states_of, is_the_same, rebuilt, split
+from wanda_lightning.calibration.call_order import is_passed_on
+from wanda_lightning.calibration.calls import (
+    Arguments,
+    called,
+    hidden_states_of,
+    is_the_same,
+    of_another,
+    rebuilt,
+    split,
+)
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.model.replaced import replaced
 
 
-class _LastLayerReachedError(Exception):
-    """What follows the layers need not run."""
+class _EnoughSeenError(Exception):
+    """What follows need not run."""
 
 
 class Probed(NamedTuple):
     """What a small part of a batch has shown.
 
     Attributes:
-        few: That part.
         given: What the first layer gives for it.
         arguments: What enters each layer beside the hidden states, twice: layers may write to it.
     """
 
-    few: Batch
     given: Any
     arguments: tuple[list[Arguments], list[Arguments]]
 
@@ -39,7 +46,7 @@ def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
     """Find what may stand in for what layers give while it is recorded what the model passes to them.
 
     The model runs twice on a small part of a batch with stand-ins for its layers, which give random numbers in the
-    shape of what the first one gives. If what it passes to a layer differs, layers have to run.
+    shape of what the first one gives. What it passes to a layer may not differ, and not be other hidden states.
 
     Args:
         feed: Runs the model.
@@ -47,7 +54,8 @@ def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
         batch: A calibration batch.
 
     Returns:
-        What was seen; None where something is handed on, or no layer is called.
+        What was seen; None where something is handed on, or happens to the hidden states on their way, or no layer is
+        called.
 
     Raises:
         ValueError: If the first layer changes in place what enters it, or gives no hidden states.
@@ -55,30 +63,43 @@ def probe(feed: Feed, layers: list[nn.Module], batch: Batch) -> Probed | None:
     few = feed.first(batch)
     given: list[Any] = []
     one, other = (_arguments(feed, layers, few, given, seed) for seed in (1, 2))
-    return Probed(few, given[0], (one, other)) if given and _same(one[1:], other[1:]) else None
+    if one is None or other is None or not _same(one[1:], other[1:]):
+        return None
+    return Probed(given[0], (one, other))
 
 
-def _arguments(feed: Feed, layers: list[nn.Module], batch: Batch, given: list[Any], seed: int) -> list[Arguments]:
-    """Return what enters each layer beside the hidden states; ``given`` keeps what the first one gives."""
+def _arguments(
+    feed: Feed, layers: list[nn.Module], batch: Batch, given: list[Any], seed: int
+) -> list[Arguments] | None:
+    """Return what enters each layer beside the hidden states; None where these are not what the layer before gave.
+
+    ``given`` keeps what the first layer gives.
+    """
     found: list[Arguments] = []
+    passed: list[Tensor] = []
 
     def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden, arguments = split(args, kwargs)
             if not given:
                 given.append(called(forward, hidden, args, kwargs))
+            if passed and not is_passed_on(passed.pop(), hidden):
+                found.clear()
+                raise _EnoughSeenError
             found.append(arguments)
             if index + 1 == len(layers):
-                raise _LastLayerReachedError
-            return _random(given[0], torch.Generator().manual_seed(seed))
+                raise _EnoughSeenError
+            out = _random(given[0], torch.Generator().manual_seed(seed))
+            passed.append(hidden_states_of(out))
+            return out
 
         return call
 
-    with ExitStack() as stack, suppress(_LastLayerReachedError):
+    with ExitStack() as stack, suppress(_EnoughSeenError):
         for index, layer in enumerate(layers):
             stack.enter_context(replaced(layer, "forward", stand_in(index, layer.forward)))
         feed.run(batch)
-    return found
+    return found or None
 
 
 def check_one_by_one(layers: list[nn.Module], probed: Probed, hidden: Tensor, expected: Tensor) -> None:
@@ -94,9 +115,9 @@ def check_one_by_one(layers: list[nn.Module], probed: Probed, hidden: Tensor, ex
         ValueError: If they do not.
     """
     for layer, own, others in zip(layers, *probed.arguments, strict=True):
-        of_another = 1.5 * hidden.flip(1)
+        other = of_another(hidden)
         hidden = hidden_states_of(own.call(layer, hidden))
-        others.call(layer, of_another)
+        others.call(layer, other)
     if not is_the_same(hidden, expected):
         raise ValueError(
             "layers do not give what they give in the model if each is called for all batches before the next one, for "

@@ -58,7 +58,7 @@ class HiddenStates:
     def append(self, hidden_BTD: Tensor) -> None:
         """Add a batch."""
         self._kept.append((torch.empty(0), hidden_BTD.device))
-        self.shapes.append(torch.empty_like(hidden_BTD, device="meta"))
+        self.shapes.append(torch.empty(0))
         self[len(self._kept) - 1] = hidden_BTD
 
     def replace(self, others: "HiddenStates") -> None:
@@ -73,7 +73,9 @@ class HiddenStates:
 
     def __getitem__(self, batch: int) -> Tensor:
         kept, device = self._kept[batch]
-        return (kept if isinstance(kept, Tensor) else torch.load(kept, weights_only=True)).to(device)
+        if isinstance(kept, Tensor):
+            return kept.to(device)
+        return torch.load(kept, weights_only=True).to(device, copy=True)  # the storage of what is loaded cannot shrink
 
     def __setitem__(self, batch: int, hidden_BTD: Tensor) -> None:
         kept: Tensor | Path = hidden_BTD
@@ -83,6 +85,7 @@ class HiddenStates:
         elif self.place == "cpu":
             kept = hidden_BTD.cpu()
         self._kept[batch] = kept, hidden_BTD.device
+        self.shapes[batch] = torch.empty_like(hidden_BTD, device="meta")
 
     def set_aside(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Move the values of a tensor to where these are, though others hold the tensor; it is empty meanwhile.
@@ -106,7 +109,7 @@ class HiddenStates:
             torch.save(values.cpu(), kept)
         storage.resize_(0)
 
-        def fill() -> None:
+        def fill(_: _Folder | None = self._folder) -> None:  # which is there as long as this is
             storage.resize_(size)
             values.copy_(torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept)
 

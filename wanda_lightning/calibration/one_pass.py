@@ -100,7 +100,7 @@ class OnePass:
             raise NotOnePassError(f"a router decides which batches reach {some[0]}")
         if some := [x.name for x in inputs.layer.linears if x.projection is not None]:
             raise NotOnePassError(f"{some[0]} is packed with others that may have other inputs")
-        batches = [Resumable(partial(inputs.output, number)) for number in range(len(inputs.hidden_BTD))]
+        batches = [Resumable(partial(inputs.passed_on, number)) for number in range(len(inputs.hidden_BTD))]
         outputs = HiddenStates(inputs.hidden_BTD.place)
         try:
             with self._hooks():

@@ -60,7 +60,7 @@ class Resumable:
         """Unwind the function where it pauses; it does not go on."""
         if self._greenlet and not self.is_done:
             self._greenlet.parent = getcurrent()
-            with suppress(GreenletExit):
+            with suppress(GreenletExit, RuntimeError):  # the latter where the garbage collector was faster
                 self._greenlet.throw(GreenletExit)
 
 

@@ -1,41 +1,33 @@
 """The walk over the layers: what enters each layer when those before it are already pruned.
 
-A dry run records the arguments that the model gives to every layer (masks and positions differ by layer in many
-models) and the hidden states that enter the first; after that the layers are called one by one. A language model has
-one stack of layers; other models may have several, and what lies between two is the model's own to run.
-Shapes: B batch, T tokens, D hidden size.
+The layers are called one by one, with what the model passes to each of them. That is recorded beforehand, or comes from
+runs of the model that wait for what the layers give. A language model has one stack of layers; other models may have
+several, and what lies between two is the model's own to run. Shapes: B batch, T tokens, D hidden size.
 """
 
-import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import chain
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
-from wanda_lightning.calibration.calls import hidden_states_of, split
+from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
-from wanda_lightning.calibration.handed_on import check_one_by_one, probe
+from wanda_lightning.calibration.first_look import check_calls_between, look
+from wanda_lightning.calibration.handed_on import Probed, check_one_by_one, probe
 from wanda_lightning.calibration.hidden_states import Place
+from wanda_lightning.calibration.stream import Stream
+from wanda_lightning.calibration.waiting import Waiting
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, is_offloaded
 
-log = logging.getLogger(__name__)
-
 Visit = tuple[DecoderLayer, CalibratedLayer | None]
 """A layer, and what enters it if there are batches."""
-
-
-class _AllLayersSeenError(Exception):
-    """What follows the decoder layers need not run."""
 
 
 def walk(
@@ -76,33 +68,37 @@ def walk(
     if (first := next(iter(batches), None)) is not None and len(stacks) == 1:
         batches = chain([first], batches)
     for number, stack in enumerate(stacks):
-        modules = [layer.module for layer in stack]
-        probed = None if feed.runs_layers or first is None else probe(feed, modules, first)
-        if probed is None and is_offloaded(model) and not feed.runs_layers:
-            log.warning(
-                "layers hand something on to later ones: all are read from disk once for each calibration batch"
-            )
-        hidden_BTD, arguments, real = dry_run(feed, modules, batches, activations, probed.given if probed else None)
-        if first is not None and number == 0 and not is_offloaded(model):  # all of it would be read for that
-            hidden, behind = _tried(layers, stack, feed, feed.first(first))
-            if probed:
-                check_one_by_one(modules, probed, hidden, behind)
-        dense = DenseStream(hidden_BTD, arguments) if with_dense or with_dense_inputs else None
-        for index, layer in enumerate(stack):
-            memory = _size(layer.module) if is_offloaded(layer.module) else None
-            is_last = index + 1 == len(stack)
-            dense_BTD = dense.hidden_BTD if dense else None
-            seen = DenseInputs(layer, activations) if with_dense_inputs else None
-            step = CalibratedLayer(layer, hidden_BTD, arguments[index], real, memory, is_last, dense_BTD, seen)
-            with in_memory(layer.module):
-                if dense:
-                    dense.advance(index, layer, seen)
-                yield step
-                if seen:
-                    seen.drop()
+        with ExitStack() as open_streams:
+            modules = [layer.module for layer in stack]
+            probed = None if feed.may_hand_on or first is None else probe(feed, modules, first)
+            if probed is None:
+                batches = [*batches]
+                stream: Stream = Waiting(feed, modules, batches, activations)
+            else:
+                stream = dry_run(feed, modules, batches, activations, probed.given)
+            open_streams.callback(stream.close)
+            # Where the layers are on disk all of them are read for this: only to see in which order they are called.
+            if first is not None and not (probed and (number or is_offloaded(model))):
+                _look(layers if number == 0 else stack, stack, feed, first, probed)
+            dense = DenseStream(stream.twin()) if with_dense or with_dense_inputs else None
+            if dense:
+                open_streams.callback(dense.close)
+            for layer in stack:
+                memory = _size(layer.module) if is_offloaded(layer.module) else None
+                is_last = layer is stack[-1]
+                dense_BTD = dense.hidden_BTD if dense else None
+                seen = DenseInputs(layer, activations) if with_dense_inputs else None
+                step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen)
+                with in_memory(layer.module):
+                    if dense:
+                        dense.advance(layer, seen)
+                    yield step
+                    if seen:
+                        seen.drop()
+                    if not is_last:
+                        step.advance()
                 if not is_last:
-                    step.advance()
-            arguments[index] = []
+                    stream.go_on()
 
 
 def visit(
@@ -148,44 +144,16 @@ def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:
     return stacks
 
 
-def _tried(
-    layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Feed, batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """Run the model as it is: what overflows is better known before anything is pruned.
-
-    Args:
-        layers: Its layers, in the order in which they are called.
-        stack: The first list of them.
-        feed: Runs it.
-        batch: A batch, or a part of one.
-
-    Returns:
-        What enters the first layer, and what leaves the last one of its list.
-
-    Raises:
-        ValueError: If what a layer gives is NaN or infinite.
-    """
-    seen: list[Tensor] = []
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(split(args, kwargs)[0].clone())  # the layer may write to it
-
-    def leave(layer: DecoderLayer, out: Any) -> None:
-        if layer is stack[-1]:
-            seen.append(hidden_states_of(out))
-        if not torch.isfinite(hidden_states_of(out)).all():
-            raise ValueError(f"the activations of {layer.name} are NaN or infinite: {OVERFLOW}")
-        if layer is layers[-1]:
-            raise _AllLayersSeenError
-
-    with ExitStack() as hooks, suppress(_AllLayersSeenError):
-        hooks.callback(layers[0].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        for layer in layers:
-            handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: leave(layer, out))
-            hooks.callback(handle.remove)
-        feed.run(batch)
-    hidden, behind = seen
-    return hidden, behind
+def _look(
+    layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Feed, first: Batch, probed: Probed | None
+) -> None:
+    """Try the model on a part of a batch: what is wrong with it is better known before anything is pruned."""
+    few, modules = feed.first(first), [layer.module for layer in stack]
+    seen = look(layers, stack, feed, few)
+    if probed:
+        check_one_by_one(modules, probed, seen.hidden_BTD, seen.behind_BTD)
+    elif not is_offloaded(feed.model):
+        check_calls_between(modules, feed, few, seen.behind_BTD)
 
 
 def _size(module: nn.Module) -> int:
