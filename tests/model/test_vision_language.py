@@ -85,6 +85,36 @@ def test_the_language_decoder_is_pruned_and_nothing_else(saved, batches, tmp_pat
     assert weights.check.loads_whole
 
 
+@pytest.mark.parametrize("saved", ["Gemma3"], indirect=True)
+@pytest.mark.parametrize("load", [load_model, load_streamed])
+def test_how_images_are_prepared_is_saved_too(saved, tmp_path, load):
+    _, folder = saved
+    prepared = {"processor_config.json": '{"image_seq_length": 4}', "preprocessor_config.json": '{"do_resize": true}'}
+    for name, content in prepared.items():
+        (folder / name).write_text(content)
+    pruned = save_pretrained(load(folder), None, tmp_path / "pruned")
+    assert {name: (pruned / name).read_text() for name in prepared} == prepared
+
+
+@pytest.mark.parametrize("saved", ["Gemma3"], indirect=True)
+def test_how_images_are_prepared_comes_from_the_hub_as_the_model_did(saved, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model, folder = saved
+    (folder / "preprocessor_config.json").write_text("{}")
+    model.name_or_path, model.config._commit_hash = "somebody/model", "0" * 40
+    at = {"somebody/model": {"0" * 40: str(folder)}}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, allow_patterns: at[name][revision])
+    assert (save_pretrained(model, None, tmp_path / "pruned") / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("saved", ["Gemma3"], indirect=True)
+def test_a_model_is_saved_where_there_is_no_hub_to_ask(saved, tmp_path, caplog):
+    saved[0].name_or_path = "somebody/model"
+    assert (save_pretrained(saved[0], None, tmp_path / "pruned") / "config.json").is_file()
+    assert "settings of processors, if somebody/model has any, are not saved" in caplog.text
+
+
 def test_streamed_it_is_the_same(saved, batches, tmp_path):
     whole, folder = saved
     streamed = load_streamed(str(folder))

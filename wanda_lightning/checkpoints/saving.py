@@ -1,5 +1,7 @@
 """Saving a pruned model so that ``from_pretrained`` loads it, whole or not at all."""
 
+import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from wanda_lightning.training.lora import has_adapters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 
 def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> Path:
     """Write a model as plain safetensors, with its zeros, and make sure that it loads again as it was.
@@ -31,7 +35,8 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
     Args:
         model: The model.
-        tokenizer: Saved beside it, if given.
+        tokenizer: Saved beside it, if given. Settings of processors of images or sound are copied from where the model
+            was loaded.
         folder: Where it goes; made if needed.
 
     Returns:
@@ -54,6 +59,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         _write(model, unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+        _take_along(model, unfinished)
         _check_reloads(model, unfinished)
     return folder
 
@@ -98,6 +104,27 @@ def _write(model: "PreTrainedModel", folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(folder, max_shard_size=_largest_layer(model))  # read and written a file at a time
+
+
+def _take_along(model: "PreTrainedModel", folder: Path) -> None:
+    """Copy how images and sounds are prepared from where a model was loaded; the model does not know."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+
+    names = [PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME]
+    takes_text_alone = model.main_input_name == "input_ids" and model.config.get_text_config() is model.config
+    if takes_text_alone or not model.name_or_path or any((folder / name).exists() for name in names):
+        return
+    source, revision = Path(model.name_or_path), getattr(model.config, "_commit_hash", None)
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(model.name_or_path, revision=revision, allow_patterns=names))
+        except (OSError, ValueError) as error:
+            log.warning("settings of processors, if %s has any, are not saved (%r)", model.name_or_path, error)
+            return
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _largest_layer(model: "PreTrainedModel") -> int:
