@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.callbacks import SparseGPTPruning, WandaPruning
+from wanda_lightning.checkpoints.loading import load_model
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Magnitude, Wanda
@@ -133,6 +134,27 @@ def test_the_adapter_is_saved_alone_beside_the_pruned_model(tmp_path, tiny_model
     assert has_adapters(module.model)  # the module is as it was
     report = json.loads((tmp_path / "pruning.json").read_text())
     assert list(report["evaluations"]) == ["dense", "pruned", "fine-tuned"]
+
+
+def test_an_adapter_goes_with_the_model_that_it_was_on_top_of(tmp_path, tiny_model_folder, capfd):
+    module, run = finetuned(tmp_path, tiny_model_folder)
+    run.save_pretrained(module)
+    assert {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()} == {
+        file.stat().st_mode for file in (tmp_path / "model").iterdir()
+    }
+    merge_masked(module.model)
+    run.save_pretrained(module)
+    assert not (tmp_path / "adapter").exists()
+    assert "Writing" not in capfd.readouterr().err  # no bars of transformers
+
+
+def test_it_is_said_that_an_adapter_is_not_loaded(tmp_path, tiny_model_folder, caplog):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "model").symlink_to(tiny_model_folder)
+    load_model(tmp_path / "model")
+    assert not caplog.text
+    load_model(tmp_path)
+    assert f"is loaded without {tmp_path / 'adapter'}, which peft.PeftModel" in caplog.text
 
 
 def test_a_masked_merge_is_saved_as_one_model_and_both_are_evaluated(tmp_path, tiny_model_folder):

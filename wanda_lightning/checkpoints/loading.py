@@ -41,7 +41,9 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         ValueError: If there is no such model, it is no causal language model, it is quantised in another way, or there
             is no such dtype.
     """
-    wanted, pretrained = checked_dtype(dtype), model_folder(pretrained)
+    wanted, run, pretrained = checked_dtype(dtype), Path(pretrained).expanduser(), model_folder(pretrained)
+    if pretrained == str(run / "model") and (run / "adapter").is_dir():
+        log.warning("%s is loaded without %s, which peft.PeftModel.from_pretrained adds", pretrained, run / "adapter")
     if any(Path(pretrained).expanduser().glob(f"*{COMPRESSED}")):
         raise ValueError(
             f"{pretrained} is stored without its zeros: restore it with `wanda-lightning decompress {pretrained} "

@@ -1,11 +1,12 @@
 """Saving the model of a run beside its report: the weights, the tokenizer, a model card, adapters."""
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from wanda_lightning.atomic_files import write_text
+from wanda_lightning.atomic_files import whole_folder, write_text
 from wanda_lightning.callbacks import SparseFinetuning
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.plumbing.run_report import keeps_files
@@ -13,6 +14,7 @@ from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, shrinking_of
 from wanda_lightning.checkpoints import hub, saving
 from wanda_lightning.checkpoints.folders import place_for
+from wanda_lightning.checkpoints.quiet import without_progress_bars
 from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.language_model import find_model, is_of_transformers
@@ -79,7 +81,10 @@ def _write(trainer: Trainer, module: LightningModule, language_model: Any, folde
             saving.save_weights(plain, folder / "model")
     _write_card(trainer, module, folder / "model")
     if has_adapters(language_model):
-        save_adapter(language_model, folder / "adapter", base=(folder / "model").resolve())
+        with whole_folder(folder / "adapter") as unfinished, without_progress_bars():
+            save_adapter(language_model, unfinished, base=(folder / "model").resolve())
+    elif (folder / "adapter/adapter_config.json").is_file():  # of an earlier run, on top of the model that was there
+        shutil.rmtree(folder / "adapter")
 
 
 def _push(trainer: Any, folder: Path) -> None:
