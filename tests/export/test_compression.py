@@ -41,6 +41,8 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_the_size_is_known_before(tmp_path, dtype, sparsity):
     """Calculated of the dense model, measured of the saved one, and written."""
     model = tiny_llama(tie_word_embeddings=True).to(dtype)
+    model.register_buffer("decay", torch.ones(999, dtype=dtype))  # such as MiniMax's
+    model.register_buffer("made_anew", torch.ones(999), persistent=False)
     linears = [linear for layer in decoder_layers(model) for linear in layer.linears]
     expected = CompressedSize(model).expected((linear, Unstructured(sparsity)) for linear in linears)
     prune_model(model, token_batches(1), "wanda", sparsity)

@@ -4,7 +4,6 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved, check_weights_can_be_saved
 from wanda_lightning.model.decoder import decoder_layers
-from wanda_lightning.model.offload import is_offloaded, stored_parameters
+from wanda_lightning.model.offload import is_offloaded, stored_tensors
 from wanda_lightning.training.lora import has_adapters
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
         )
         if [*model.state_dict()] != [*reloaded.state_dict()]:
             raise RuntimeError("the saved model does not load as it was: it has other weights")
-        for (name, saved), (_, loaded) in zip(_stored(model), _stored(reloaded), strict=True):
+        for (name, saved), (_, loaded) in zip(stored_tensors(model), stored_tensors(reloaded), strict=True):
             if not _same(saved.cpu(), loaded.cpu().to(saved.dtype)):
                 raise RuntimeError(f"the saved model does not load as it was: {name} differs")
 
@@ -154,10 +153,3 @@ def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors hold the same values; NaN, which a linear that was left out may have, is the same as NaN."""
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-def _stored(model: "PreTrainedModel") -> Iterator[tuple[str, Tensor]]:
-    """Yield what the files hold: the parameters, and those buffers that are not made anew."""
-    yield from stored_parameters(model)
-    persistent = model.state_dict().keys()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)

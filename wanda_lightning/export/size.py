@@ -12,7 +12,7 @@ from torch import nn
 from wanda_lightning.checkpoints.tensor_files import Entry, weight_files
 from wanda_lightning.export.bitmask import CHECKSUM, SHAPES, compressed_file_size, parts_of, size_of
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.model.offload import stored_parameters
+from wanda_lightning.model.offload import stored_tensors
 from wanda_lightning.sparsity import Pattern, nonzeros
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -39,7 +39,8 @@ class CompressedSize:
 
     def __init__(self, model: nn.Module) -> None:
         names = {id(parameter): name for name, parameter in model.named_parameters()}  # each once, if it is tied
-        stored = [(name, values) for name, values in stored_parameters(model) if name in names.values()]
+        copies = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*names.values()}
+        stored = [(name, values) for name, values in stored_tensors(model) if name not in copies]
         self._names = names
         self._stored = [
             (Entry(name, TYPES.get(values.dtype, "F32"), values.shape, values.nbytes), nonzeros(values))

@@ -95,6 +95,13 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, values
 
 
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the files of a model hold: the parameters, and those buffers that are not made anew."""
+    yield from stored_parameters(model)
+    persistent = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
 def _hook(part: nn.Module) -> Any:
     """Return the hook of accelerate that loads a module's own weights, or None."""
     hook = getattr(part, "_hf_hook", None)
