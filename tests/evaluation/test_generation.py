@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_llama
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from wanda_lightning.evaluation.generation import PROMPTS, continue_prompts
 from wanda_lightning.runs.generation import generate
@@ -54,6 +54,17 @@ def test_settings_of_the_model_s_files_do_not_count(model, tokenizer, settings, 
     assert continue_prompts(model, tokenizer, ["Sparse"], 8) == before
     assert model.generation_config is own
     assert not caplog.text
+
+
+def test_the_space_before_what_is_added_stays(model):
+    """LLaMA's tokenizer, whose words begin with their space, decodes a text without the first one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581cat": 1, "\u2581sat": 2}, unk_token="\u2581the"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    model.generate = lambda input_ids, **_: torch.cat([input_ids, torch.tensor([[2]])], dim=1)
+    assert continue_prompts(model, tokenizer, ["the cat"], 1) == {"the cat": " sat"}
 
 
 def test_a_text_ends_where_the_context_does(model, tokenizer):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from wanda_lightning.model.language_model import max_sequence_length
 from wanda_lightning.model.modes import in_eval_mode
@@ -62,8 +63,16 @@ def continue_prompts(
                 attention_mask=inputs["attention_mask"].to(model.device),
                 max_new_tokens=rooms[prompt],
             )
-            said[prompt] = str(tokenizer.decode(whole_1T[0, ids_1T.shape[1] :], skip_special_tokens=True))
+            said[prompt] = _added(tokenizer, whole_1T[0], ids_1T.shape[1])
     return said
+
+
+def _added(tokenizer: Any, ids_T: Tensor, length: int) -> str:
+    """Return the text behind the first tokens; by itself it would lose its space with tokenizers such as LLaMA's."""
+    before, alone, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (ids_T[:length], ids_T[length:], ids_T)
+    )
+    return whole.removeprefix(before) if whole.startswith(before) else alone
 
 
 def check_prompts(prompts: Sequence[str] | None) -> Sequence[str]:
