@@ -105,6 +105,12 @@ def test_the_clone_of_a_repository_is_not_replaced(tmp_path, llama):
     assert (tmp_path / ".git").exists()
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_what_is_saved_is_the_model_in_a_wrapper(tmp_path, llama, wrap):
+    save_pretrained(wrap(llama), None, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model").lm_head.weight, llama.lm_head.weight)
+
+
 def test_a_failed_save_leaves_the_older_model(tmp_path, llama, monkeypatch):
     save_pretrained(tiny_llama(layers=1), None, tmp_path / "model")
 

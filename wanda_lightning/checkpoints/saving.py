@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors.torch import load_file, save_model
@@ -17,6 +17,7 @@ from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.checkpoints.quiet import quiet, without_progress_bars
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved, check_weights_can_be_saved
 from wanda_lightning.model.decoder import decoder_layers
+from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.model.offload import is_offloaded, stored_tensors
 from wanda_lightning.training.lora import has_adapters
 
@@ -33,7 +34,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
     into place; an older model there is replaced. Needs free space for both.
 
     Args:
-        model: The model.
+        model: The model, also compiled, or in a wrapper for several devices.
         tokenizer: Saved beside it, if given. Settings of processors of images or sound are copied from where the model
             was loaded.
         folder: Where it goes; made if needed.
@@ -48,6 +49,7 @@ def save_pretrained(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
             :func:`wanda_lightning.checkpoints.saving_check.check_can_be_saved` finds.
     """
     folder = place_for(folder)
+    model = cast("PreTrainedModel", find_language_model(model))
     if has_adapters(model):
         raise ValueError(
             "the model has adapters, and merging them would fill the zeros of its weights: save them beside the pruned "
