@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.cli.compress import compress_command, decompress_command
-from wanda_lightning.export.bitmask import CHECKSUM
+from wanda_lightning.export.bitmask import CHECKSUM, HEADER
 from wanda_lightning.export.compression import compress, decompress, load_compressed
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.decoder import decoder_layers
@@ -245,6 +245,25 @@ def test_damage_is_noticed(tmp_path, at, read):
         read(folder)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'"model.norm.weight"', b'"model.nosm.weight"'), (b'.compressed"', b'.comqressed"')]
+)
+def test_damage_to_the_header_is_noticed(tmp_path, before, after):
+    """Another name would be as good for a reader, and the weight missing."""
+    compress(pruned(tmp_path / "model"), tmp_path / "small")
+    file = tmp_path / "small/model.compressed.safetensors"
+    file.write_bytes(file.read_bytes().replace(before, after))
+    with pytest.raises(ValueError, match=r"model\.compressed\.safetensors is damaged, its checksum is another one"):
+        load_compressed(tmp_path / "small")
+
+
+def test_a_file_of_the_same_name_that_is_another_s(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.zeros(3)}, tmp_path / "model/model.compressed.safetensors")
+    with pytest.raises(ValueError, match="was not written by wanda-lightning compress"):
+        decompress(tmp_path / "model", tmp_path / "again")
+
+
 def test_a_file_without_a_checksum_is_read(tmp_path):
     folder = pruned(tmp_path / "model")
     compress(folder, tmp_path / "small")
@@ -263,7 +282,7 @@ def test_a_mask_that_does_not_fit_is_noticed_without_a_checksum(tmp_path):
 def without_checksum(folder: Path) -> None:
     file = folder / "model.compressed.safetensors"
     with opened(file) as tensors:
-        metadata = {key: value for key, value in tensors.metadata().items() if key != CHECKSUM}
+        metadata = {key: value for key, value in tensors.metadata().items() if key not in (CHECKSUM, HEADER)}
     save_file(load_file(file), file, metadata)
 
 

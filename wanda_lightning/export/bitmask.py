@@ -1,7 +1,7 @@
 """Safetensors files without zeros: a tensor becomes a mask of one bit a weight, and the values that are not zero.
 
 If some zeros are -0.0, the signs of the zeros are stored too: the round trip is exact to the bit. Files are
-worked on tensor by tensor. Which tensors were taken apart, their shapes, and a checksum are in the file's metadata.
+worked on tensor by tensor. Which tensors were taken apart, their shapes, and checksums are in the file's metadata.
 """
 
 import hashlib
@@ -24,6 +24,9 @@ SHAPES = "wanda_lightning.compressed"
 
 CHECKSUM = "wanda_lightning.sha256"
 """Key of a file's metadata: the SHA-256 of all that stands behind its header."""
+
+HEADER = "wanda_lightning.sha256_of_header"
+"""Key of a file's metadata: the SHA-256 of the rest of its header."""
 
 VALUES, BITMASK, SIGNS = PARTS = ".values", ".bitmask", ".zero_signs"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -88,7 +91,7 @@ def decompress_file(source: Path, target: Path) -> None:
             shape = shapes.get(name, tensor.shape)
             entries.append(Entry(name, dtype, shape, prod(shape) * tensor.element_size()))
         arrays = (_bits(_read(tensors, name, shapes.get(name))) for name in names)
-        metadata = {key: value for key, value in tensors.metadata().items() if key not in (SHAPES, CHECKSUM)}
+        metadata = {key: value for key, value in tensors.metadata().items() if key not in (SHAPES, CHECKSUM, HEADER)}
         write_tensors(target, entries, arrays, metadata)
 
 
@@ -130,8 +133,8 @@ def _compressed(source: Path, tensors: Any) -> tuple[list[str], list[Entry], dic
             shapes[name] = list(tensor.shape)
             types = {name + VALUES: dtype}
             entries += [Entry(n, types.get(n, "U8"), part.shape, part.nbytes) for n, part in parts.items()]
-    metadata = tensors.metadata() or {}
-    return names_by_width, entries, {**metadata, SHAPES: json.dumps(shapes), CHECKSUM: checksum.hexdigest()}
+    metadata = (tensors.metadata() or {}) | {SHAPES: json.dumps(shapes), CHECKSUM: checksum.hexdigest()}
+    return names_by_width, entries, metadata | {HEADER: _header_checksum(header_of(entries, metadata)[8:])}
 
 
 def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
@@ -149,13 +152,23 @@ def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
 
 def _check(source: Path, tensors: Any) -> None:
     """Refuse a file whose contents are not those that were written; one that comes without a checksum may be read."""
-    if (written := tensors.metadata().get(CHECKSUM)) is None:
-        return
+    metadata = tensors.metadata() or {}
     with source.open("rb") as file:
-        (header,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + header)
-        if written != hashlib.file_digest(file, "sha256").hexdigest():
+        (size,) = struct.unpack("<Q", file.read(8))
+        of_header = _header_checksum(file.read(size))
+        if metadata.get(HEADER, of_header) != of_header or (
+            CHECKSUM in metadata and metadata[CHECKSUM] != hashlib.file_digest(file, "sha256").hexdigest()
+        ):
             raise ValueError(f"{source} is damaged, its checksum is another one: copy or download it again")
+    if SHAPES not in metadata:
+        raise ValueError(f"{source} was not written by wanda-lightning compress: it says nothing of how it was")
+
+
+def _header_checksum(header: bytes) -> str:
+    """Return the checksum of what a header says, without that checksum."""
+    said = json.loads(header)
+    said.get("__metadata__", {}).pop(HEADER, None)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:
@@ -211,4 +224,4 @@ def _names(tensors: Any) -> set[str]:
 
 
 def _shapes(tensors: Any) -> dict[str, list[int]]:
-    return json.loads((tensors.metadata() or {})[SHAPES])
+    return json.loads(tensors.metadata()[SHAPES])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.checkpoints.tensor_files import Entry, weight_files
-from wanda_lightning.export.bitmask import CHECKSUM, SHAPES, compressed_file_size, parts_of, size_of
+from wanda_lightning.export.bitmask import CHECKSUM, HEADER, SHAPES, compressed_file_size, parts_of, size_of
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import stored_tensors
 from wanda_lightning.sparsity import Pattern, nonzeros
@@ -71,4 +71,5 @@ class CompressedSize:
             if len(parts) > 1:
                 shapes[stored.name] = list(stored.shape)
             entries += parts
-        return size_of(entries, {"format": "pt", SHAPES: json.dumps(shapes), CHECKSUM: 64 * "0"})
+        checksums = {CHECKSUM: 64 * "0", HEADER: 64 * "0"}
+        return size_of(entries, {"format": "pt", SHAPES: json.dumps(shapes), **checksums})
