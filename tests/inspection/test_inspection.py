@@ -51,7 +51,7 @@ def test_memory(config_only):
     assert memory["calibration activations"] == 2 * 10 * 100 * 32
     assert memory["calibration activations, one pass"] == 2 * 10 * 100 * (64 + 2 * 32)
     # Four inputs in a layer, three of width 32 and one of 64; the factor and its scratch are of the widest.
-    assert memory["second-order methods, besides"] == 4 * (3 * 32**2 + 64**2 + 2 * 64**2)
+    assert memory["SparseGPT, Ablate, besides"] == 4 * (3 * 32**2 + 64**2 + 2 * 64**2)
     # The dense stream; 19 bytes for each weight of a layer, and what its seven linears see and give of one window.
     weights, features = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64, 2 * 64 + 2 * 48 + 3 * 96
     assert memory["reconstruction, besides"] == 2 * 10 * 100 * 32 + 19 * weights + 2 * 100 * features

@@ -46,7 +46,7 @@ def estimate_memory(
         "calibration activations": activations,
         # Before the widest linear its inputs wait, and two hidden states: see CalibratedLayer.bytes_waiting.
         "calibration activations, one pass": size * windows * tokens * (widest + 2 * hidden),
-        "second-order methods, besides": hessians + factor,
+        "SparseGPT, Ablate, besides": hessians + factor,
         "reconstruction, besides": activations + _training(kinds, size, tokens) // len(layers),
         # The dense stream, what enters its linears, and the residual stream twice; seven matrices as wide as the widest
         # linear: three more sums, and the solution without what is held out.
