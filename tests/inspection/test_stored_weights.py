@@ -9,13 +9,21 @@ import torch
 from helpers import mixtral, tiny_llama
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+)
 
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
 from wanda_lightning.cli.inspect import main
 from wanda_lightning.engine.measured_sparsity import measure_whole_model
 from wanda_lightning.export.compression import compress
 from wanda_lightning.inspection.inspect_model import inspect_model
+from wanda_lightning.report.pruning_report import PruningReport
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +166,32 @@ def test_fused_experts_that_are_stored_fused(tmp_path):
     assert weights.pattern == "2:4"
     assert weights.exceptions == []
     assert sum("experts" in linear.kind for linear in weights.linears) == 2 * 4 * 2
+
+
+def granite_moe():
+    """Its experts are fused in its files, too, under another name."""
+    config = GraniteMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return GraniteMoeForCausalLM(config).eval()
+
+
+def nemotron_h():
+    """Its list of layers has another name in files."""
+    config = NemotronHConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, layers_block_type=["mamba", "mlp", "attention", "mlp"],
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_num_heads=4, mamba_head_dim=8, n_groups=1,
+        ssm_state_size=8, chunk_size=8, max_position_embeddings=64,
+    )  # fmt: skip
+    return NemotronHForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [granite_moe, nemotron_h])
+def test_what_files_have_under_another_name_is_what_was_pruned(make, tmp_path):
+    weights = saved(make(), tmp_path, SemiStructured(2, 4))
+    pruned = PruningReport.from_dict(json.loads((tmp_path / "pruning.json").read_text())).linears
+    assert {(x.name, x.sparsity) for x in weights.linears} == {(row.name, 0.5) for row in pruned}
 
 
 def test_scales_of_quantised_weights_are_no_weights(tmp_path):

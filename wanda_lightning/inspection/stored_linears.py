@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import THIN, PrunableLinear
@@ -42,13 +42,15 @@ class StoredLinear:
 
 
 class MatrixFinder:
-    """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there.
+    """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there,
+    or by those under which transformers saves them.
 
     Where the model fuses experts, they may be stored one by one and under other names. So a stored weight whose name
     the model does not have counts as well, unless it is thin or a router's; scales of quantised ones are no weights.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
+        self._renamed = _renamed(model, layers)
         self._list = layers[0].list_name
         end = re.escape(self._list.rpartition(".")[2])
         self._pattern = re.compile(rf"((?:.*?\.)?{end})\.(\d+)\.(.+)")
@@ -61,7 +63,7 @@ class MatrixFinder:
 
     def place(self, name: str) -> tuple[int, str] | None:
         """Return the layer's number and the tensor's name in it; None for what is not in a decoder layer."""
-        match = self._pattern.fullmatch(name)
+        match = self._pattern.fullmatch(self._renamed.get(name, name))
         if match is None:
             return None
         # Files may have a prefix more than the model, or leave parts of the name out (model.layers for what is
@@ -77,6 +79,19 @@ class MatrixFinder:
                 yield name.removesuffix(".weight"), tensor
         elif linears and tensor.shape == linears[0].weight.shape:
             yield from ((linear.name, linear.view(tensor)) for linear in linears)
+
+
+def _renamed(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, str]:
+    """Map names in files to those in the model, of the weights that transformers saves as they are but renamed."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = {}
+    for layer in layers:
+        for name, weight in layer.module.named_parameters(prefix=layer.name):
+            (stored, values), *others = revert_weight_conversion(model, {name: weight}).items()
+            if not others and values.shape == weight.shape:
+                names[stored] = name
+    return names
 
 
 def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequence[SemiStructured]) -> StoredLinear:

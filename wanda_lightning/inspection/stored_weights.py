@@ -155,7 +155,7 @@ def stored_weights(folder: Path, model: nn.Module, layers: Sequence[DecoderLayer
         with opened(file) as tensors:
             shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
     report = _report(folder)
-    find, patterns = MatrixFinder(layers), _candidates(report)
+    find, patterns = MatrixFinder(model, layers), _candidates(report)
     linears = []
     for file in track(files, "Reading weights", transient=True, disable=len(files) == 1):
         with opened(file) as tensors:
