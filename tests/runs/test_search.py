@@ -270,6 +270,18 @@ class TheirData(LightningDataModule):
         return batches(2, seed=3)
 
 
+def test_held_out_batches_pass_through_the_hooks_of_the_datamodule(tmp_path):
+    class Backwards(TheirData):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch.flip(1)
+
+    model = SomebodysModule()
+    (found,) = trainer(tmp_path).validate(model, HeldOut(Backwards(), 3), verbose=False)
+    backwards = DataLoader([batch.flip(1) for batch in batches(3, seed=2)], batch_size=None)
+    (expected,) = trainer(tmp_path).validate(model, backwards, verbose=False)
+    assert found["val_loss"] == expected["val_loss"]
+
+
 def test_any_module_and_any_metric(tmp_path):
     model = SomebodysModule()
     dense = {name: value.clone() for name, value in model.state_dict().items()}

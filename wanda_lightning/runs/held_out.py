@@ -3,7 +3,11 @@
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
+
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""What a datamodule may do to batches on their way."""
 
 
 class HeldOut(LightningDataModule):
@@ -30,6 +34,9 @@ class HeldOut(LightningDataModule):
         self.tokenizer = getattr(datamodule, "tokenizer", None)
         if hasattr(datamodule, "calibration_dataloader"):  # else the train dataloader is taken
             self.calibration_dataloader = datamodule.calibration_dataloader
+        for hook in TRANSFERS:
+            if is_overridden(hook, datamodule):  # else Lightning asks the module
+                setattr(self, hook, getattr(datamodule, hook))
         self._loader: Any = None
 
     @override
