@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import loader, tiny_llama, trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from wanda_lightning.callbacks import WandaPruning
 from wanda_lightning.checkpoints.loading import load_tokenizer
@@ -37,6 +38,15 @@ def test_validation_is_perplexity(tiny_model_folder, tmp_path, masked):
     assert metrics["val/perplexity"] == pytest.approx(expected, rel=1e-5)
     (metrics,) = trainer(tmp_path).test(module, loader(masked), verbose=False)
     assert metrics["test/perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_that_was_broken_off_leaves_nothing(tiny_model_folder, tmp_path, stage):
+    module = CausalLM(str(tiny_model_folder))
+    (expected,) = getattr(trainer(tmp_path), stage)(module, loader())
+    with pytest.raises(KeyError):
+        getattr(trainer(tmp_path), stage)(module, DataLoader([loader().dataset[0], {}], batch_size=None))
+    assert getattr(trainer(tmp_path), stage)(module, loader()) == [expected]
 
 
 def test_training_lowers_the_loss_in_train_mode(tiny_model_folder, tmp_path):

@@ -115,11 +115,12 @@ class CausalLM(LightningModule):
         """Call the model, without a cache."""
         return self.model(**inputs, use_cache=False)
 
-    def on_fit_start(self) -> None:
-        """Reset the metrics: ``validate`` leaves inference tensors in them, which cannot be added to here."""
-        for metric in self.modules():
-            if isinstance(metric, Perplexity):
-                metric.reset()
+    def on_validation_epoch_start(self) -> None:
+        """Begin at zero, whatever an evaluation that was broken off, or in inference mode, has left."""
+        for metric in self.perplexities:
+            cast(Perplexity, metric).reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_train_start(self) -> None:
         """Load the teacher, if there is one."""
