@@ -255,6 +255,15 @@ def test_a_length_over_the_models_limit_is_refused(tokenizer):
         validate(Holder(tokenizer=tokenizer), TextDataModule(sequence_length=129))
 
 
+def test_tokens_that_the_model_does_not_know_are_refused(tokenizer):
+    module = Holder(tokenizer=tokenizer)
+    module.llm = tiny_llama(layers=1, vocab_size=90)
+    with pytest.raises(
+        ValueError, match=r"'builtin': the tokenizer gives token \d+, and the model knows those below 90"
+    ):
+        validate(module, TextDataModule(sequence_length=LENGTH))
+
+
 def test_no_tokenizer_is_an_error():
     with pytest.raises(ValueError, match=r"TextDataModule\(tokenizer="):
         TextDataModule().setup()

@@ -185,21 +185,22 @@ class TextDataModule(LightningDataModule):
 
     def _windows_of(self, split: Split, number: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return the windows of a split (of the evaluation set of that number), and a last shorter one if wanted."""
-        tokenizer, length = self._tokenizer_and_length()
+        tokenizer_and_length = self._tokenizer_and_length()
         evaluation = split == "evaluation"
         source = (self._sets[number].source or self._source) if evaluation else self._source
         try:
-            return self._windows.get(
+            windows = self._windows.get(
                 f"{split} {number}",
                 source,
                 split,
-                tokenizer,
-                length,
+                *tokenizer_and_length,
                 num_samples=self.num_samples,
                 seed=self.seed,
                 max_evaluation_windows=self.max_evaluation_windows,
                 keep_last_window=self.keep_last_window,
             )
+            self._fit.check_ids(windows[0], _module(self.trainer))
+            return windows
         except ValueError as error:
             name = self._sets[number].location if evaluation else self.source
             raise ValueError(f"{split} part of {name!r}: {error}") from error

@@ -1,12 +1,14 @@
 """The tokenizer and the window length that fit the model, where nothing else is asked for."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from wanda_lightning.checkpoints.loading import load_tokenizer
-from wanda_lightning.model.language_model import max_sequence_length
+from wanda_lightning.model.language_model import max_sequence_length, vocabulary_size
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -73,11 +75,25 @@ class ModelFit:
     @staticmethod
     def check_length(asked: int | None, module: LightningModule | None) -> int | None:
         """Return the model's limit, None where it is not known; refuse windows that are longer."""
-        parts = () if module is None else module.modules()
-        limits = (max_sequence_length(part.config) for part in parts if hasattr(part, "config"))
-        limit = next((limit for limit in limits if limit), None)  # of the first model, whatever the module calls it
+        limit = _first(max_sequence_length, module)
         if asked is not None and limit is not None and asked > limit:
             raise ValueError(
                 f"sequence_length must be at most {limit}, the model's max_position_embeddings, got {asked}"
             )
         return limit
+
+    @staticmethod
+    def check_ids(ids: Tensor, module: LightningModule | None) -> None:
+        """Refuse tokens that the model does not know, as another model's tokenizer gives them."""
+        known = _first(vocabulary_size, module)
+        if known is not None and int(ids.max()) >= known:
+            raise ValueError(
+                f"the tokenizer gives token {int(ids.max())}, and the model knows those below {known} only: take the "
+                "model's own tokenizer"
+            )
+
+
+def _first(said: Callable[[Any], int | None], module: LightningModule | None) -> int | None:
+    """Return what the first config that says it says, whatever the module calls its model."""
+    parts = () if module is None else module.modules()
+    return next((found for part in parts if hasattr(part, "config") and (found := said(part.config))), None)

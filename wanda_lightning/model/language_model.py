@@ -95,10 +95,17 @@ def find_model(module: nn.Module) -> nn.Module:
 
 def max_sequence_length(config: Any) -> int | None:
     """Return the longest sequence a model's positions allow, or None where its config does not say."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(_of_text(config), "max_position_embeddings", None)
     return longest if longest and longest > 0 else None  # XLNet says -1
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Return how many tokens a model knows, or None where its config does not say."""
+    return getattr(_of_text(config), "vocab_size", None)
+
+
+def _of_text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import Any
 
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
+from wanda_lightning.model.language_model import vocabulary_size
 from wanda_lightning.training.distillation import Distillation, Teacher, check_vocabulary
 
 
@@ -21,8 +22,7 @@ def check_teacher(distillation: Distillation | None, pretrained: str, **kwargs: 
     """
     if distillation is None or distillation.teacher is None:  # the model itself
         return
-    configs = [load_config(name, **kwargs).get_text_config() for name in (distillation.teacher, pretrained)]
-    teacher, model = (getattr(config, "vocab_size", None) for config in configs)
+    teacher, model = (vocabulary_size(load_config(name, **kwargs)) for name in (distillation.teacher, pretrained))
     if teacher is not None and model is not None:
         check_vocabulary(teacher, model)
 
