@@ -262,6 +262,10 @@ def test_examples_in_the_prompt_may_change_between_evaluations(model, tokenizer,
     assert prompts[0] == prompts[1]
 
 
+def test_a_folder_of_tasks_may_be_a_path(folder):
+    assert list(load_tasks(["local_choice"], folder).questions()) == ["local_choice"]
+
+
 def test_a_task_that_was_written_since_is_found(model, tokenizer, folder, tmp_path):
     text = (folder / "choice.yaml").read_text()
     for name in ("first", "second", "third"):

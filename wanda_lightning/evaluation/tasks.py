@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.arguments import plain
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.evaluation import continuation
 
@@ -72,7 +73,8 @@ def load_tasks(tasks: Sequence[str] = DEFAULT_TASKS, include_path: str | Sequenc
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise ValueError(f"no tasks to evaluate; the default is {', '.join(DEFAULT_TASKS)}")
-    folders = tuple([include_path] if isinstance(include_path, str) else include_path or ())
+    given = plain(include_path)  # paths of pathlib become text
+    folders = tuple([given] if isinstance(given, str) else given or ())
     for folder in folders:
         if not Path(folder).expanduser().is_dir():
             raise ValueError(f"include_path must be a folder of task YAMLs, {folder!r} is none")
