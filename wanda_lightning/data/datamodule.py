@@ -49,7 +49,7 @@ class TextDataModule(LightningDataModule):
             ``tokenizer``, else the one that belongs to its hyperparameter ``pretrained``.
         num_samples: Number of calibration windows.
         sequence_length: Tokens in a window. Default: 2048, or the model's limit where that is lower.
-        seed: Seed of the choice of calibration windows and of the order of training windows.
+        seed: Seed of the calibration windows, and of the order of training (with several processes, the Trainer's own).
         calibration_batch_size: Calibration windows in a batch.
         batch_size: Training and evaluation windows in a batch.
         max_evaluation_windows: Evaluate on the first so many windows only. Default: all (of C4, the usual 256).
