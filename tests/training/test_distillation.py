@@ -159,6 +159,7 @@ def test_copies_of_the_module_share_the_teacher(tmp_path, tiny_model_folder):
         ({"alpha": "half"}, r"alpha must be a number in \[0, 1\], got 'half'"),
         ({"temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be a finite number above 0, got nan"),
+        ({"teacher": torch.nn.Linear(1, 1)}, "teacher must be the name, folder or .* got Linear"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -46,6 +46,8 @@ class Distillation:
             raise ValueError(f"alpha must be a number in [0, 1], got {self.alpha!r}")
         positive_number("temperature", self.temperature)
         number_not_below_0("hidden_states", self.hidden_states)
+        if self.teacher is not None and not (isinstance(self.teacher, str) and self.teacher):
+            raise ValueError(f"teacher must be the name, folder or .gguf file of a model, got {self.teacher!r:.100}")
 
     def loss(self, logits_BTV: Tensor, teacher_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         """Compute the loss on predictions.
