@@ -262,6 +262,8 @@ def test_tokens_that_the_model_does_not_know_are_refused(tokenizer):
         ValueError, match=r"'builtin': the tokenizer gives token \d+, and the model knows those below 90"
     ):
         validate(module, TextDataModule(sequence_length=LENGTH))
+    module.other = tiny_llama(layers=1)  # which of them reads the tokens is not known
+    validate(module, TextDataModule(sequence_length=LENGTH, max_evaluation_windows=2))
 
 
 def test_no_tokenizer_is_an_error():

@@ -1,6 +1,6 @@
 """The tokenizer and the window length that fit the model, where nothing else is asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -75,7 +75,7 @@ class ModelFit:
     @staticmethod
     def check_length(asked: int | None, module: LightningModule | None) -> int | None:
         """Return the model's limit, None where it is not known; refuse windows that are longer."""
-        limit = _first(max_sequence_length, module)
+        limit = next(_said(max_sequence_length, module), None)  # of the first model
         if asked is not None and limit is not None and asked > limit:
             raise ValueError(
                 f"sequence_length must be at most {limit}, the model's max_position_embeddings, got {asked}"
@@ -85,7 +85,7 @@ class ModelFit:
     @staticmethod
     def check_ids(ids: Tensor, module: LightningModule | None) -> None:
         """Refuse tokens that the model does not know, as another model's tokenizer gives them."""
-        known = _first(vocabulary_size, module)
+        known = max(_said(vocabulary_size, module), default=None)  # a teacher beside the model may know fewer
         if known is not None and int(ids.max()) >= known:
             raise ValueError(
                 f"the tokenizer gives token {int(ids.max())}, and the model knows those below {known} only: take the "
@@ -93,7 +93,7 @@ class ModelFit:
             )
 
 
-def _first(said: Callable[[Any], int | None], module: LightningModule | None) -> int | None:
-    """Return what the first config that says it says, whatever the module calls its model."""
+def _said(what: Callable[[Any], int | None], module: LightningModule | None) -> Iterator[int]:
+    """Yield what the configs of a module's models say, whatever it calls them."""
     parts = () if module is None else module.modules()
-    return next((found for part in parts if hasattr(part, "config") and (found := said(part.config))), None)
+    yield from filter(None, (what(part.config) for part in parts if hasattr(part, "config")))
