@@ -5,7 +5,7 @@ from functools import partial
 import helpers
 import pytest
 import torch
-from helpers import TWO_PROCESSES, loader
+from helpers import TWO_PROCESSES, few_windows, loader
 from lightning.pytorch import Callback
 
 from wanda_lightning.callbacks import WandaPruning, ZeroShotEvaluation
@@ -148,6 +148,14 @@ def test_two_processes_give_the_numbers_of_one(tiny_model_folder, tmp_path):
         assert {k: v for k, v in two.items() if "zero_shot" in k} == pytest.approx(
             {k: v for k, v in one.items() if "zero_shot" in k}
         )
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_fast_dev_run_asks_one_question_and_writes_no_file(tiny_model_folder, tmp_path, stage):
+    callback = zero_shot(limit=None)
+    getattr(trainer(tmp_path, callback, fast_dev_run=True), stage)(module(tiny_model_folder), few_windows())
+    assert callback.result.details["n-samples"][TASK]["effective"] == 1
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_bad_values_are_named():

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,7 +26,7 @@ class ZeroShotEvaluation(Callback):
     ``val/zero_shot/mean/acc``. lm-eval's own results, with versions and seeds, go to ``zero_shot/`` beside the report
     of the pruning callback, else in the Trainer's ``log_dir``. The questions are split over the processes. Tasks are
     loaded when the run starts, so that one that cannot be had ends the run before anything is lost. Random state and
-    training mode are left as they were.
+    training mode are left as they were. A ``fast_dev_run`` asks one question of each task, and writes no file.
 
     Args:
         tasks: Names of lm-eval's tasks, groups or tags, with wildcards; ``builtin_continuation`` needs no download.
@@ -102,6 +102,7 @@ class ZeroShotEvaluation(Callback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         assert self._loaded is not None
+        trial = bool(cast(Any, trainer).fast_dev_run)
         with trainer.precision_plugin.forward_context():
             self.result = evaluate_zero_shot(
                 find_language_model(pl_module),
@@ -110,7 +111,7 @@ class ZeroShotEvaluation(Callback):
                 progress=trainer.progress_bar_callback is not None,
                 # Where weights are sharded, all processes must run the same batches.
                 split=isinstance(trainer.strategy, DDPStrategy),
-                **self.settings,
+                **self.settings | ({"limit": 1} if trial else {}),
             )
         for name, value in self.result.metrics.items():
             pl_module.log(f"{prefix}/zero_shot/{name}", value, sync_dist=True)  # the same on all processes
@@ -120,7 +121,7 @@ class ZeroShotEvaluation(Callback):
         callbacks = pruning_callbacks(trainer)
         if callbacks:
             callbacks[0].run.results.write(file, lambda: write_text(file, details), trainer)
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and not trial:
             write_text(file, details)
 
 
