@@ -196,6 +196,25 @@ def test_a_size_that_was_calculated_too_small_is_mended(trained, tmp_path, monke
     assert written <= 125_000
 
 
+def test_a_size_is_searched_for_on_after_a_crash(trained, tmp_path, monkeypatch):
+    """After the first of two prunings, and after the second."""
+    monkeypatch.setattr("wanda_lightning.runs.size_search._calculated", lambda *_: [200_000, 125_000, 124_000])
+    measured = iter([KeyboardInterrupt, 130_000, KeyboardInterrupt, 130_000, 120_000])
+
+    def measure(trainer):
+        if (size := next(measured)) is KeyboardInterrupt:
+            raise size
+        return size
+
+    monkeypatch.setattr("wanda_lightning.runs.size_search._measured", measure)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), max_bytes=125_000, step=0.4)
+    result = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), max_bytes=125_000, step=0.4)
+    assert (result.found, result.trial(0.8).metrics) == (0.8, {"bytes": 120_000})
+    assert json.loads((tmp_path / "pruning.json").read_text())["target_sparsity"] == 0.8
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [(1e9, "fits as it is: its weights take"), (1000, "at the largest sparsity, 50 %, the weights")],

@@ -39,7 +39,7 @@ def prune_to_size(
         datamodule: Its data, for calibration and evaluation.
         callback: What is pruned with.
         weights: Keeps the dense weights.
-        result: Says how many bytes; what is found goes into it.
+        result: Says how many bytes; what is found goes into it, and into the folder, which holds no other search.
         grid: The sparsities to choose from, from 0 on.
 
     Raises:
@@ -52,12 +52,15 @@ def prune_to_size(
     number = next((number for number, size in enumerate(sizes) if size <= most), len(grid))
     if number == 0:
         raise ValueError(f"the model fits as it is: its weights take {sizes[0]:,} bytes, {most:,.0f} are allowed")
+    callback.overwrite |= bool(result.dense)  # of this very search, which goes on after a crash
     result.dense = {"bytes": sizes[0]}
     while number < len(grid):
         result.trials = [
             Trial(grid[at], grid[at], {"bytes": sizes[at]})
             for at in sorted({*range(0, len(grid), max(1, len(grid) // CURVE)), number - 1} - {0, number})
         ]
+        if trainer.is_global_zero:
+            result.save(run_folder(trainer))
         callback.pattern = Unstructured(grid[number])
         weights.bring_back(model)
         prune(trainer, model, datamodule)
