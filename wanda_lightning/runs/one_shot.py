@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from wanda_lightning.callbacks.plumbing.settings_check import steps_are_known
 from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.callbacks.shape_pruning import check_folder, due_callbacks, shape_callbacks, shrinking_of
 from wanda_lightning.model.language_model import find_language_model
@@ -48,7 +49,7 @@ def prune(
         )
     if train_dataloaders is not None and val_dataloaders is None:  # as fit, which then does not validate
         evaluate = evaluate and is_overridden("val_dataloader", module)
-    if module.automatic_optimization and trainer.max_steps >= 0 and not cast(Any, trainer).fast_dev_run:
+    if trainer.max_steps >= 0 and steps_are_known(trainer, module):
         for callback in callbacks:
             if callback.schedule is not None:
                 callback.schedule.check_steps(trainer.max_steps)

@@ -19,6 +19,7 @@ from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.samples import samples_of
+from wanda_lightning.callbacks.plumbing.settings_check import steps_are_known
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
@@ -158,8 +159,7 @@ class PruningRun:
         if self.pruned_at > trainer.global_step:
             self._forget(trainer)
         schedule = self.asked.schedule
-        known = module.automatic_optimization  # of modules that step by themselves nobody can know how often they do
-        if schedule is not None and known and not cast(Any, trainer).fast_dev_run:
+        if schedule is not None and steps_are_known(trainer, module):
             schedule.check_steps(trainer.estimated_stepping_batches)
 
     def end_training(self, trainer: Trainer, module: LightningModule) -> None:

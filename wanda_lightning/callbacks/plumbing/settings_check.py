@@ -1,6 +1,8 @@
 """What a pruning callback refuses of its settings, before there is a model."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.allocation.selection import Selection
@@ -29,3 +31,8 @@ def check_settings(asked: "PruningCallback") -> None:
     instance_or_none("schedule", asked.schedule, Gradual, "Gradual(start=0, end=100)")
     if asked.schedule is not None:
         asked.schedule.check(asked.method, asked.pattern, asked.allocation, asked.dense_target)
+
+
+def steps_are_known(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether a schedule can be held against the steps of training: a module that steps by itself takes any number."""
+    return module.automatic_optimization and not cast(Any, trainer).fast_dev_run
