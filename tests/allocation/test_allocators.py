@@ -404,6 +404,7 @@ def test_calibration_is_asked_for(llama):
         (lambda: LeastLoss(reach=0), r"reach must be a number in \(0, 1\], got 0"),
         (lambda: LeastLoss(rounds=0), "rounds must be"),
         (lambda: LeastLoss(sequences=0), "sequences must be"),
+        (lambda: LeastLoss(choices=["dense", "2:4"], reach=0.5), "reach is not for choices, got reach=0.5"),
         (lambda: LeastLoss(choices=["2:4"]), "choices must be a list of two or more different patterns"),
         (lambda: LeastLoss(choices=["2:4", "2:4"]), "choices must be a list of two or more different patterns"),
         (lambda: LeastLoss(choices="2:4"), "choices must be a list of two or more different patterns, got '2:4'"),

@@ -4,6 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import SomebodysModule, digests, tiny_llama, token_batches
@@ -13,7 +14,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from wanda_lightning import (
+    OWL,
     CausalLM,
+    LeastLoss,
     Magnitude,
     MagnitudePruning,
     SparseGPTPruning,
@@ -196,6 +199,18 @@ def test_a_size_that_was_calculated_too_small_is_mended(trained, tmp_path, monke
     assert written <= 125_000
 
 
+def test_what_an_allocation_cannot_split_is_over_the_budget(trained, tmp_path):
+    callback = WandaPruning(allocation=LeastLoss(rounds=1))  # no linear loses more than 95 %
+    result = trainer(tmp_path, callback).search(CausalLM(trained), data(), max_perplexity_increase=100, step=0.24)
+    assert (result.found, [trial.sparsity for trial in result.trials]) == (0.72, [0.48, 0.72])
+
+
+def test_a_budget_that_needs_what_an_allocation_cannot_split(trained, tmp_path):
+    asked = {"max_perplexity_increase": 1e-6, "step": 0.02}
+    with pytest.raises(ValueError, match=r"the budget cannot be met, 2 % cannot be tried: OWL.* sparsity of -0\."):
+        trainer(tmp_path, WandaPruning(allocation=OWL(spread=0.3))).search(CausalLM(trained), data(), **asked)
+
+
 def test_a_size_is_searched_for_on_after_a_crash(trained, tmp_path, monkeypatch):
     """After the first of two prunings, and after the second."""
     monkeypatch.setattr("wanda_lightning.runs.size_search._calculated", lambda *_: [200_000, 125_000, 124_000])
@@ -344,6 +359,12 @@ def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path, asked, mes
 def test_what_has_no_sparsity_to_choose_is_refused(tmp_path, callbacks, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, *callbacks).search(CausalLM("no-such-model"), data(), max_perplexity_increase=0.1)
+
+
+@pytest.mark.parametrize("most", [np.float32(0.1), np.float64(0.1)])
+def test_budgets_of_numpy_are_pythons(most):
+    assert str(budget_of(max_perplexity_increase=most)) == "perplexity at most 10 % over the dense model's"
+    assert budget_of(max_bytes=np.int64(5)) == budget_of(max_bytes=5)
 
 
 def test_a_datamodule_that_holds_nothing_out_is_refused(tmp_path):

@@ -23,6 +23,10 @@ from wanda_lightning.sparsity import Pattern, Unstructured, as_pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 
+class CannotSplitError(ValueError):
+    """An allocator cannot split a sparsity as it says; another sparsity it could."""
+
+
 class Team(Protocol):
     """The processes that have the other parts of the calibration set, see ``engine/processes.py``."""
 
@@ -179,12 +183,12 @@ def layer_shares(task: Task, shares: Sequence[float], by: str) -> dict[str, Patt
         The patterns by linear name.
 
     Raises:
-        ValueError: If a sparsity is outside of [0, 1).
+        CannotSplitError: If a sparsity is outside of [0, 1).
     """
     asked: dict[str, float] = {}
     for layer, share in zip(task.pruned_layers, shares, strict=True):
         if not 0 <= share < 1:
-            raise ValueError(f"{by} gives {layer.name} a sparsity of {share:.4f}, outside of [0, 1)")
+            raise CannotSplitError(f"{by} gives {layer.name} a sparsity of {share:.4f}, outside of [0, 1)")
         asked |= {linear.name: share for linear in layer.linears}
     return exact(task.linears, asked)
 

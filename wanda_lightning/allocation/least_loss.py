@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from wanda_lightning.allocation.allocator import Allocator, Task, exact
+from wanda_lightning.allocation.allocator import Allocator, CannotSplitError, Task, exact
 from wanda_lightning.allocation.split import cheapest_split
 from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
 from wanda_lightning.arguments import plain_fields, positive_up_to, whole_number
@@ -75,6 +75,8 @@ class LeastLoss(Allocator):
         whole_number("rounds", self.rounds, 1)
         whole_number("sequences", self.sequences, 1)
         if self.choices is not None:
+            if self.reach is not None:
+                raise ValueError(f"reach is not for choices, got reach={self.reach!r}: leave it out")
             is_list = isinstance(self.choices, Sequence) and not isinstance(self.choices, str)
             if not is_list or len({*map(_choice, self.choices)}) < max(2, len(self.choices)):
                 raise ValueError(f"choices must be a list of two or more different patterns, got {self.choices!r}")
@@ -98,7 +100,7 @@ class LeastLoss(Allocator):
             for linear in task.linears:
                 pattern.check_in_features(linear.weight_OI.shape[1], linear.name)
         if asked > (most := max((choice.sparsity for choice in choices), default=MOST)):
-            raise ValueError(f"{self} prunes no linear more than {most:g}, got a sparsity of {asked:g}")
+            raise CannotSplitError(f"{self} prunes no linear more than {most:g}, got a sparsity of {asked:g}")
 
     def allocate(self, task: Task) -> Allotment:
         """Measure and split until the loss on held-out text does not fall any more.

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from wanda_lightning.arguments import number_not_below_0
+from wanda_lightning.arguments import number_not_below_0, plain
 
 Kind = Literal["increase", "drop", "rise", "bytes"]
 PERPLEXITY, BYTES = "perplexity", "bytes"
@@ -153,5 +153,6 @@ def budget_of(
             + (", ".join(f"{name}={value}" for name, value in asked.items() if value is not None) or "none")
         )
     ((kind, most),) = found
+    most = plain(most)
     number_not_below_0("a budget", most)
     return Budget(metric or (BYTES if kind == "bytes" else PERPLEXITY), kind, most)

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from wanda_lightning.allocation.allocator import CannotSplitError
 from wanda_lightning.arguments import plain, positive_up_to, whole_number
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
@@ -19,7 +20,7 @@ from wanda_lightning.runs.bisection import last_within
 from wanda_lightning.runs.budget import Budget
 from wanda_lightning.runs.held_out import HeldOut
 from wanda_lightning.runs.one_shot import prune, with_callbacks
-from wanda_lightning.runs.search_result import SearchResult, Trial
+from wanda_lightning.runs.search_result import SearchResult, Trial, percent
 from wanda_lightning.runs.size_search import prune_to_size
 from wanda_lightning.runs.trials import (
     DenseWeights,
@@ -42,6 +43,7 @@ def search(
     held_out_windows: int,
 ) -> SearchResult:
     """Find the sparsity that a budget allows, and prune to it; see :meth:`PruningTrainer.search`."""
+    held_out_windows = plain(held_out_windows)
     whole_number("held_out_windows", held_out_windows, 1)
     grid, callback, folder = _grid(step), _callback(trainer), run_folder(trainer)
     check_in_memory(model, "a search")
@@ -85,7 +87,14 @@ def _find(
         if trial is None:
             pruning = at_sparsity(callback, sparsity, str(folder / "trials" / f"{sparsity:g}"))
             pruning.evaluations["dense"] = result.dense
-            metrics = prune_and_evaluate(trainer, model, held_out, weights, pruning)
+            try:
+                metrics = prune_and_evaluate(trainer, model, held_out, weights, pruning)
+            except CannotSplitError as error:
+                said = f"{percent(sparsity)} cannot be tried: {error}"
+                if number == 1:  # larger ones were too much
+                    raise ValueError(f"the budget cannot be met, {said}") from error
+                rank_zero_info(said)
+                return math.inf
             assert pruning.report is not None
             trial = Trial(sparsity, pruning.report.sparsity, metrics)
             result.trials.append(trial)

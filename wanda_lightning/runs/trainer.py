@@ -138,9 +138,10 @@ class PruningTrainer(Trainer):
     ) -> SearchResult:
         """Finds the largest sparsity within a budget, prunes to it, evaluates and saves.
 
-        The pruning callback's own sparsity is not used; all its other settings are. Each trial prunes from the dense
-        weights, of which a copy is kept in memory, and is evaluated on held-out windows of the calibration source. The
-        evaluation set is read in the end. After a crash the same call goes on behind the finished trials.
+        The pruning callback's own sparsity is not used; all its other settings are, and what its allocation cannot
+        split counts as over the budget. Each trial prunes from the dense weights, of which a copy is kept in memory,
+        and is evaluated on held-out windows of the calibration source. The evaluation set is read in the end. After a
+        crash the same call goes on behind the finished trials.
 
         Args:
             model: A LightningModule that holds a Hugging Face causal language model.
