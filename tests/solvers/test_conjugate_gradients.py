@@ -5,7 +5,8 @@ import torch
 from least_squares import error, hessian_of, normal_equations, random
 from torch import Tensor
 
-from wanda_lightning.solvers import factorize, fit_kept_weights, prune_with_mask
+from wanda_lightning.solvers import factorize, fit_kept_weights, prune_with_admm, prune_with_mask
+from wanda_lightning.sparsity import SemiStructured
 
 
 def mixed_mask(rows: int, features: int) -> Tensor:
@@ -27,6 +28,26 @@ def test_equals_the_normal_equations(dead, start):
     fit_kept_weights(weight, dense, mask, hessian, steps=60, tolerance=1e-10)
     torch.testing.assert_close(weight, expected, rtol=1e-8, atol=1e-8)
     assert not weight[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-12])
+def test_weights_of_inputs_that_are_nearly_dead_do_not_make_up_for_others(dtype, size):
+    """They would have to grow as the inputs shrink; of N:M patterns some of them stay, whatever the scores."""
+    shrunk = torch.ones(24).double().index_fill_(0, torch.arange(4), size)
+    hessian, dense = (hessian_of(24, 20) * shrunk * shrunk[:, None]).float(), random(10, 24).to(dtype)
+    for solve in (refined, prune_with_admm):
+        weight = dense.clone()
+        mask = solve(weight, hessian, SemiStructured(2, 4))
+        assert torch.equal(weight[:, :4], (dense * mask)[:, :4])
+        assert not torch.equal(weight, dense * mask)
+
+
+def refined(weight: Tensor, hessian: Tensor, pattern: SemiStructured) -> Tensor:
+    dense, mask = weight.clone(), pattern.mask(weight.abs())
+    weight.mul_(mask)
+    fit_kept_weights(weight, dense, mask, hessian, steps=20)
+    return mask
 
 
 def test_float32():

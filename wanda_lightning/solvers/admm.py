@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.precision import full_float32
+from wanda_lightning.solvers.conjugate_gradients import dead_inputs
 from wanda_lightning.sparsity import Pattern, Unstructured, zero_where_pruned
 
 STAGES = 8
@@ -49,8 +50,8 @@ def prune_with_admm(
     Returns:
         Boolean mask of the weight's shape, True = kept.
     """
-    norm_I = hessian_II.diagonal().sqrt()
-    dead_I = norm_I == 0
+    dead_I = dead_inputs(hessian_II.diagonal())
+    norm_I = hessian_II.diagonal().sqrt().masked_fill(dead_I, 0)
     scale_I = norm_I.masked_fill(dead_I, 1)
     correlation_II = (hessian_II / scale_I).div_(scale_I.unsqueeze(1) * (1 + damping)).fill_diagonal_(1)
     v_OI = weight_OI.to(hessian_II) * norm_I

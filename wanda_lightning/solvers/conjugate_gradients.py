@@ -20,7 +20,7 @@ def fit_kept_weights(
 ) -> None:
     """Bring the kept weights closer to the least-squares solution, in place.
 
-    Weights of inputs that were always zero change no output and stay as they are. Rows whose error did not fall, once
+    Weights of dead inputs (:func:`dead_inputs`) stay as they are. Rows whose error did not fall, once
     rounded to the weight's dtype, stay as they were.
 
     Args:
@@ -33,8 +33,9 @@ def fit_kept_weights(
             row's dense weights, both weighted with the norms of their inputs.
     """
     diagonal_I = hessian_II.diagonal()
-    fixed_OI = ~mask_OI | (diagonal_I == 0)
-    inverse_I = diagonal_I.masked_fill(diagonal_I == 0, 1).reciprocal()
+    dead_I = dead_inputs(diagonal_I)
+    fixed_OI = ~mask_OI | dead_I
+    inverse_I = diagonal_I.masked_fill(dead_I, 1).reciprocal()
     dense_OI = dense_OI.to(hessian_II)
     w_OI = weight_OI.to(hessian_II, copy=True)
     enough_O1 = tolerance**2 * _row_sum(dense_OI.square(), diagonal_I)
@@ -58,6 +59,20 @@ def fit_kept_weights(
         change_OI = dense_OI - w_OI.to(weight_OI.dtype).to(w_OI)
         better_O1 = _row_sum(change_OI, change_OI @ hessian_II) < error_O1
     weight_OI.copy_(torch.where(better_O1, w_OI.to(weight_OI.dtype), weight_OI))
+
+
+def dead_inputs(diagonal_I: Tensor) -> Tensor:
+    """Find the inputs that were always zero, or so small that float32 loses their squares beside those of the others.
+
+    To make up for others their weights would have to be so much larger, and spoil the outputs where the inputs are not.
+
+    Args:
+        diagonal_I: Of X^T X up to a scale, shape (in_features,).
+
+    Returns:
+        True = dead, the same shape.
+    """
+    return diagonal_I <= torch.finfo(torch.float32).eps * diagonal_I.mean()
 
 
 def _row_sum(a_OI: Tensor, b_OI: Tensor) -> Tensor:
