@@ -34,10 +34,14 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name, given in {"targets": self.targets, "ignore": self.ignore}.items():
-            is_list = isinstance(given, Collection) and not isinstance(given, str)
-            if given is not None and not (is_list and all(isinstance(pattern, str) for pattern in given)):
+            if given is not None and not _are_names(given):
                 raise ValueError(f'{name} must be a list of name patterns such as ["q_proj"], got {given!r}')
-        instance_or_none("allocation", self.allocation, (Allocator, Mapping), 'OWL() or {"down_proj": 0.3}')
+        if not (self.layers is None or isinstance(self.layers, str) or _are_names(self.layers)):
+            raise ValueError(f'layers must be the name of a list of layers such as "model.layers", got {self.layers!r}')
+        allocation = 'OWL() or {"down_proj": 0.3}'
+        instance_or_none("allocation", self.allocation, (Allocator, Mapping), allocation)
+        if not _are_names((self.by_name or {}).keys()):
+            raise ValueError(f"allocation must be something like {allocation}, got {self.allocation!r}")
 
     @property
     def by_name(self) -> Allocation | None:
@@ -74,3 +78,7 @@ class Selection:
     def matches(self, decoder: Sequence[DecoderLayer]) -> dict[str, int]:
         """Count the linears that each of the name patterns fits."""
         return count_matches(decoder, [*(self.targets or ()), *(self.ignore or ()), *(self.by_name or ())])
+
+
+def _are_names(given: object) -> bool:
+    return isinstance(given, Collection) and not isinstance(given, str) and all(isinstance(each, str) for each in given)
