@@ -116,6 +116,15 @@ def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+def test_a_folder_that_one_of_the_runs_cannot_have_is_found_before_the_first(tiny_model_folder, tmp_path):
+    """A name says no settings where the method is the only one of its kind."""
+    trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Wanda()], [0.5])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"wanda-0\.5 holds the results of another run: method.*refine=1"):
+        trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda(refine=1)], [0.5])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
 def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tmp_path):
     """Figures of two data types, or with and without zero-shot tasks, must not end in one table."""
     asked = [Magnitude()], [0.5]
@@ -147,6 +156,9 @@ def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder
         (([Wanda()], [0.5, 0.5], []), "each of them once"),
         (([Wanda()], [1.5], []), r"\[0, 1\)"),
         (([Wanda()], [], ["4:2"]), "4:2"),
+        (("wanda", [0.5], []), "methods must be a list, got 'wanda'"),
+        (([Wanda()], 0.5, []), r"sparsities must be a list, got 0\.5"),
+        (([Wanda()], [], "2:4"), "patterns must be a list, got '2:4'"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path, asked, message):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.methods import PruningMethod
@@ -41,11 +42,17 @@ def sweep(
 ) -> Comparison:
     """Prune one model in every way asked for, each time from the dense weights; see :meth:`PruningTrainer.sweep`."""
     folder = run_folder(trainer)
+    asked = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "allocations": allocations}
+    for name, given in asked.items():
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ValueError(f"{name} must be a list, got {given!r}")
     check_in_memory(model, "a sweep")
     callbacks = _callbacks(trainer, [*map(as_method, methods)], sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
     settings = settings_of(trainer, model, datamodule)
     dense = _recorded(folder / "sweep.json", settings)
+    for callback in callbacks:
+        callback.run.results.check_folder(Path(str(callback.output_dir)), settings=describe_settings(callback))
     if dense is None:
         dense = evaluate(trainer, model, datamodule)
         write_text(folder / "sweep.json", json.dumps({"settings": settings, "dense": dense}, indent=2) + "\n")
@@ -58,8 +65,8 @@ def sweep(
         rank_zero_info(name)
         callback.evaluations["dense"] = dense
         prune_and_evaluate(trainer, model, datamodule, weights, callback)
-    asked = [Path(str(callback.output_dir)) for callback in callbacks]
-    comparison = Comparison([*dict.fromkeys([*asked, *_done_before(folder, dense)])])
+    runs = [Path(str(callback.output_dir)) for callback in callbacks]
+    comparison = Comparison([*dict.fromkeys([*runs, *_done_before(folder, dense)])])
     if trainer.is_global_zero:
         comparison.save(folder)
         plotting.plot(comparison, folder / "comparison.png")
