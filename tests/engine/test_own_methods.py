@@ -8,6 +8,7 @@ from helpers import tiny_llama, token_batches
 
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import ADMM, PruningMethod, ScoreMethod
+from wanda_lightning.statistics import InputNorm
 
 
 class Own(PruningMethod):
@@ -85,6 +86,41 @@ def test_one_that_does_not_is_named_with_the_linear(llama, method, message, patt
     with pytest.raises(ValueError, match=f"{named}.*({message})"):
         prune_model(llama, None, method, pattern)
     assert all(map(torch.equal, llama.parameters(), tiny_llama().parameters()))
+
+
+class InputSize(InputNorm):
+    def _add(self, x_TI):
+        self.total += x_TI.abs().sum(0)
+
+    def compute(self):
+        return self.total
+
+
+class ByInputSize(ScoreMethod):
+    statistic = InputSize
+
+    def score(self, weight_OI, statistic):
+        return weight_OI.abs() * statistic.compute()
+
+
+def test_a_statistic_of_ones_own(batches):
+    ours, plain = tiny_llama(layers=1), tiny_llama(layers=1)
+    prune_model(ours, batches, ByInputSize(), 0.5, targets=["q_proj"])
+    inputs = []
+    plain.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for batch in batches:
+        plain(batch)
+    score = plain.model.layers[0].self_attn.q_proj.weight.abs() * torch.cat(inputs).flatten(0, 1).abs().sum(0)
+    lowest = score.argsort(dim=1)[:, :16]
+    expected = plain.model.layers[0].self_attn.q_proj.weight.scatter(1, lowest, 0)
+    assert torch.equal(ours.model.layers[0].self_attn.q_proj.weight, expected)
+
+
+@pytest.mark.parametrize("setting", ["exact_error", "dense_target"])
+def test_a_statistic_of_ones_own_is_not_replaced_by_another(llama, batches, setting):
+    message = rf"{setting} gathers X\^T X, and ByInputSize\(\) needs InputSize: leave {setting} out"
+    with pytest.raises(ValueError, match=message):
+        prune_model(llama, batches, ByInputSize(), 0.5, **{setting: True})
 
 
 def test_weights_that_half_precision_cannot_hold_are_an_error():
