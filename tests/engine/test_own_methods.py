@@ -123,6 +123,13 @@ def test_a_statistic_of_ones_own_is_not_replaced_by_another(llama, batches, sett
         prune_model(llama, batches, ByInputSize(), 0.5, **{setting: True})
 
 
+def test_refine_needs_a_hessian(llama, batches):
+    method = ByInputSize()
+    method.refine = 5
+    with pytest.raises(ValueError, match=r"ByInputSize\(refine=5\) has refine, which needs InputHessian"):
+        prune_model(llama, batches, method, 0.5)
+
+
 def test_weights_that_half_precision_cannot_hold_are_an_error():
     """Of four inputs that are small two have to stay, and make up for others with weights that are as large."""
     model = tiny_llama(layers=1)

@@ -25,7 +25,8 @@ def refined(prune: Prune) -> Prune:
     def prune_and_refine(self: Any, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         if not self.refine:
             return prune(self, weight_OI, statistic, pattern)
-        assert isinstance(statistic, InputHessian)
+        if not isinstance(statistic, InputHessian):
+            raise ValueError(f"{self} has refine, which needs InputHessian as its statistic")
         dense_OI = weight_OI.clone()
         mask_OI = prune(self, weight_OI, statistic, pattern)
         hessian_II = statistic.compute().to(weight_OI.device)
