@@ -37,11 +37,11 @@ def cheapest_split(
     counts = [[gain // unit if over else round(gain / unit) for gain in options] for options in gains]
     size = sum(max(options) for options in counts) + 1
     wanted = min(-(-total // unit) if over else round(total / unit), size - 1)
-    least = torch.full((size,), math.inf, dtype=torch.float64)
+    least = torch.full((size,), math.inf, dtype=torch.float64, device="cpu")
     least[0] = 0
     chosen = []
     for part, options in zip(costs, counts, strict=True):
-        reached = torch.full((len(part), size), math.inf, dtype=torch.float64)
+        reached = torch.full((len(part), size), math.inf, dtype=torch.float64, device="cpu")
         for number, (cost, count) in enumerate(zip(part, options, strict=True)):
             reached[number, count:] = least[: size - count] + cost
         least, option = reached.min(0)

@@ -112,7 +112,7 @@ class LayerChooser:
     def _mean(self, values: Iterator[Tensor]) -> float:
         """Average values (N,) over all batches of all processes."""
         sums = [(float(each.sum(dtype=longest_float(each.device))), each.numel()) for each in values]
-        total = torch.tensor(sums, dtype=torch.float64).sum(0)
+        total = torch.tensor(sums, dtype=torch.float64, device="cpu").sum(0)
         device = next(self.model.parameters()).device
         total = total.to(device) if device.type == "cuda" else total
         self.processes.sum([total])

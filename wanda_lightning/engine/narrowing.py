@@ -145,7 +145,7 @@ class Narrowing:
     def apply_first(self, model: nn.Module) -> None:
         """Keep the first neurons of each group, whichever they are: values of other neurons are to be loaded."""
         groups = [group for each in self.neurons.values() for group in each]
-        self.apply(model, {group.reader.name: torch.arange(self.kept(group)) for group in groups})
+        self.apply(model, {group.reader.name: torch.arange(self.kept(group), device="cpu") for group in groups})
 
 
 def _numbers(
@@ -163,6 +163,6 @@ def _numbers(
     modules = dict(own_modules(empty))
     twins = {module: modules[name] for name, module in own_modules(model)}
     there = [group.within(twins) for group in groups]
-    keep_neurons(there, [torch.arange(widths[group.width, group.block]) for group in there])
+    keep_neurons(there, [torch.arange(widths[group.width, group.block], device="cpu") for group in there])
     changed = {width: kept for (width, block), kept in widths.items() if block == 1 and width != kept}
     return find_numbers(base, changed, shapes_of(empty))

@@ -132,7 +132,8 @@ def calls_of(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[
 def _works(group: Sequence[Neurons], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Remove half of the neurons from a copy of their module, and see whether it is as if nobody read them."""
     random = torch.Generator().manual_seed(0)
-    kept = [torch.randperm(each.width, generator=random)[: each.width // 2].sort().values for each in group]
+    orders = [torch.randperm(each.width, generator=random, device="cpu") for each in group]
+    kept = [order_I[: len(order_I) // 2].sort().values for order_I in orders]
     return can_go(random_copy(group), kept, args, kwargs, lambda module: module)
 
 
@@ -143,7 +144,8 @@ def random_copy(group: Sequence[Neurons]) -> list[Neurons]:
     group = [each.within(twins) for each in group]
     random = torch.Generator().manual_seed(0)
     for linear in (linear for each in group for linear in each.linears):
-        linear.weight_OI.copy_(torch.randn(linear.weight_OI.shape, generator=random) / linear.weight_OI.shape[1] ** 0.5)
+        values_OI = torch.randn(linear.weight_OI.shape, generator=random, device="cpu")
+        linear.weight_OI.copy_(values_OI / linear.weight_OI.shape[1] ** 0.5)
     return group
 
 
@@ -170,7 +172,7 @@ def can_go(
     try:
         whole = _first(module(*args, **kwargs))
         for each, kept_K in zip(group, kept, strict=True):
-            gone = torch.ones(each.width, dtype=torch.bool).index_fill_(0, kept_K, 0)
+            gone = torch.ones(each.width, dtype=torch.bool, device="cpu").index_fill_(0, kept_K, 0)
             each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
         unread = _first(module(*args, **kwargs))
         keep_neurons(group, kept)

@@ -181,7 +181,7 @@ def _works(heads: Neurons, groups: int, built: nn.Module, args: tuple[Any, ...],
             mine.copy_(theirs)
         return smaller
 
-    kept_K = torch.arange(heads.width - groups * heads.block, heads.width)
+    kept_K = torch.arange(heads.width - groups * heads.block, heads.width, device="cpu")
     return can_go(random_copy([heads]), [kept_K], args, kwargs, as_built)
 
 
@@ -198,7 +198,7 @@ def _check(
     there, modules = dict(own_modules(sliced)), dict(own_modules(model))
     twins = {module: there[name] for name, module in modules.items()}
     every = [each.within(twins) for of_layer in found.values() for each in of_layer]
-    keep_neurons(every, [torch.arange(groups * each.block) for each in every])
+    keep_neurons(every, [torch.arange(groups * each.block, device="cpu") for each in every])
     is_, says = shapes_of(sliced), shapes_of(smaller)
     if every and is_ == says:
         return
