@@ -130,6 +130,17 @@ def test_atp_takes_the_beta_with_the_least_held_out_loss():
     assert all(f"{loss:.3f} with {beta:.4f}" in allotment.story for loss, beta in zip(losses, betas, strict=True))
 
 
+@pytest.mark.parametrize("allocator", [ATP(), LeastLoss(rounds=2)], ids=str)
+def test_sequences_of_a_batch_that_is_alone_are_held_out(allocator):
+    """Not those that masks are chosen on."""
+    (batch,) = token_batches(1, batch_size=8)
+    one, many = (
+        prune_model(tiny_llama(), batches, "magnitude", 0.5, allocation=allocator).allocation
+        for batches in ([batch], batch.split(1))
+    )
+    assert (one.story, one.patterns) == (many.story, many.patterns)
+
+
 @pytest.mark.parametrize("allocator", ALLOCATORS, ids=str)
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT(), Magnitude(), RIA()], ids=lambda method: type(method).__name__)
 def test_totals_are_exact(allocator, method):

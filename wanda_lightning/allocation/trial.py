@@ -27,12 +27,23 @@ ROWS = 256
 
 def held_out(batches: Sequence[Batch]) -> list[Batch]:
     """Return every fourth batch, at least one: those on which allocations are judged."""
+    batches = _several(batches)
     return [*batches[3::4]] or [batches[-1]]
 
 
 def fitted(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the batches that are not :func:`held_out`; where there is one alone, that one."""
+    """Return the batches that are not :func:`held_out`; where there is one sequence alone, that one."""
+    batches = _several(batches)
     return [batch for number, batch in enumerate(batches) if number % 4 != 3][: max(1, len(batches) - 1)]
+
+
+def _several(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Return the sequences of a batch that is the only one."""
+    tensors = tensors_of(batches[0])
+    rows = len(tensors["input_ids"])
+    if len(batches) > 1 or rows == 1:
+        return batches
+    return [{name: tensor[row : row + 1] for name, tensor in tensors.items()} for row in range(rows)]
 
 
 def first_sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
