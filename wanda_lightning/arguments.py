@@ -1,9 +1,10 @@
 """What users give, checked in one way everywhere: numbers most of all, data types and devices."""
 
 import math
+import re
 from numbers import Integral, Real
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast, get_args
 
 if TYPE_CHECKING:  # the command line names data types before torch is imported
     import torch
@@ -60,6 +61,19 @@ def is_finite(value: object) -> TypeGuard[float]:
 def is_fraction(value: object) -> TypeGuard[float]:
     """Tell whether a value is a number in [0, 1), as a sparsity is; True and False are none."""
     return is_finite(value) and 0 <= value < 1
+
+
+def meant_sparsity(value: object) -> str:
+    """Guess what a sparsity or pattern that cannot be used was meant to be; empty if nothing comes to mind."""
+    if isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
+        return f'; write pattern="{value}"'
+    try:
+        number = float(cast(Any, value))
+    except (TypeError, ValueError):
+        return ""
+    if 1 < number < 100:
+        return f"; write {number / 100:g} to prune {number:g} %"
+    return f"; write {number:g} to prune {100 * number:g} %" if 0 <= number < 1 and isinstance(value, str) else ""
 
 
 def whole_number(name: str, value: object, least: int) -> None:

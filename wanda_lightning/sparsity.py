@@ -5,14 +5,13 @@ Shapes: G comparison groups, N scores in a group, O out features, I in features.
 """
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import is_finite, is_fraction, is_whole, plain, plain_fields
+from wanda_lightning.arguments import is_finite, is_fraction, is_whole, meant_sparsity, plain, plain_fields
 from wanda_lightning.lowest_scores import prune_lowest
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -35,7 +34,9 @@ class Unstructured:
     def __post_init__(self) -> None:
         plain_fields(self)
         if not is_fraction(self.sparsity):
-            raise ValueError(f"sparsity must be a number in [0, 1), got {self.sparsity!r}{_meant(self.sparsity)}")
+            raise ValueError(
+                f"sparsity must be a number in [0, 1), got {self.sparsity!r}{meant_sparsity(self.sparsity)}"
+            )
 
     def mask(self, score_GN: Tensor) -> Tensor:
         """Keep all but the lowest scores of each row, as many as :meth:`count` says; ties go by position.
@@ -155,7 +156,7 @@ def parse_pattern(pattern: str, sparsity: float | None = None) -> Pattern:
         if str(pattern).isdecimal() and int(pattern) >= 60:
             meant = f"{int(pattern) // 60}:{int(pattern) % 60}"
             hint = f'; YAML reads an unquoted {meant} as this number, write pattern: "{meant}"'
-        hint += _meant(pattern)
+        hint += meant_sparsity(pattern)
         raise ValueError(f'pattern must be "unstructured" or "n:m" such as "2:4", got {pattern!r}{hint}')
     semi_structured = SemiStructured(int(kept), int(size))
     agrees = sparsity is None or (is_finite(sparsity) and math.isclose(sparsity, semi_structured.sparsity))
@@ -222,16 +223,3 @@ def zero_where_pruned(weight: Tensor, mask: Tensor) -> None:
 def max_kept_per_group(mask_OI: Tensor, m: int) -> int:
     """Count the kept weights of the fullest group of m consecutive inputs; n:m holds for every n from there on."""
     return int(mask_OI.unflatten(-1, (-1, m)).sum(-1, dtype=torch.int16).max())
-
-
-def _meant(value: object) -> str:
-    """Guess what a sparsity or pattern that cannot be used was meant to be; empty if nothing comes to mind."""
-    if isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
-        return f'; write pattern="{value}"'
-    try:
-        number = float(cast(Any, value))
-    except (TypeError, ValueError):
-        return ""
-    if 1 < number < 100:
-        return f"; write {number / 100:g} to prune {number:g} %"
-    return f"; write {number:g} to prune {100 * number:g} %" if 0 <= number < 1 and isinstance(value, str) else ""

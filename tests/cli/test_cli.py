@@ -269,7 +269,11 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
         (["prune", "-c", RECIPE, MODEL, "--data.num_sample=3"], "did you mean --data.num_samples?"),
         (["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.sparsty=1"], "did you mean --trainer.callbacks.sparsity?"),
         (["prune", "MODEL", "--sparsty", "0.6"], "did you mean --sparsity?"),
-        (["prune", "MODEL", "--sparsity", "50"], "write 0.5 to prune 50 %"),
+        (["fit", "MODEL", "--lr", "1e-4"], "did you mean --model.optimizer.lr?"),
+        (
+            ["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.activations=gpu"],
+            "activations must be one of device, cpu, disk, got 'gpu'",
+        ),
         (["sweep", "MODEL", "--methods=[wnda]"], "error: --methods must be one of magnitude, wanda, sparsegpt, ablate"),
         (["sweep", "MODEL", "--methods=[wnda]"], "got 'wnda'; did you mean wanda?\n"),
         (

@@ -63,6 +63,9 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["inspect", "MODEL", "--nothing"], 2, "--nothing"),
         (["inspect", "MODEL", "--dtype=float99"], 2, "bfloat16"),
         (["inspect", "--help"], 0, "--num_samples"),
+        (["prune", "MODEL", "--sparsity", "50"], 2, "in [0, 1), got '50'; write 0.5 to prune 50 %"),
+        (["prune", "MODEL", "--dtype=bf16"], 2, "--dtype must be one of auto, float32, bfloat16, float16, float64"),
+        (["recipes", "wanda"], 2, "action must be one of list, show, copy, got 'wanda'"),
     ],
 )
 def test_answers_without_torch(arguments, code, said, tmp_path):

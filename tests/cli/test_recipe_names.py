@@ -102,4 +102,4 @@ def test_an_action_that_is_not_there(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["sho", "wanda"])
     assert stop.value.code == 2
-    assert "'show'" in capsys.readouterr().err
+    assert "one of list, show, copy, got 'sho'" in capsys.readouterr().err

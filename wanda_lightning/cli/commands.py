@@ -76,7 +76,7 @@ COMMANDS = {
         "compress:compress_command",
     ),
     "decompress": Command(
-        "Undo that: restore the model as it was, bit by bit.",
+        "Restore a compressed model as it was, bit by bit.",
         "wanda-lightning decompress to-ship model",
         "compress:decompress_command",
     ),

@@ -25,9 +25,7 @@ PLAIN = (
     *(option for options in OF_RUNS.values() for option in options),
 )
 """The options without a dot in their names; the others, such as ``--data.source``, are those of classes."""
-NO_MODEL = (
-    "no model was given: name it first, a hub name, a folder or a .gguf file, as in `wanda-lightning prune MODEL`"
-)
+NO_MODEL = "no model was given: name it first behind the command, a hub name, a folder or a .gguf file"
 
 
 def refuse_at_once(arguments: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
         "generate",
         generate,
         arguments,
-        pretrained={"type": str, "metavar": "DIR", "help": "Folder of a run or of a model, hub name, or .gguf file."},
+        pretrained={"type": str, "metavar": "MODEL", "help": "Folder of a run or of a model, hub name, or .gguf file."},
         prompts={
             "nargs": "*",
             "type": str,

@@ -37,6 +37,7 @@ LISTS = {
 }
 """The lists that a sweep takes."""
 NO_LIST = re.compile(rf"Parser key \"({'|'.join(LISTS)})\":\s+Expected a <class '[\w.]+'>. Got value: (.*)")
+ONE_OF = re.compile(r"Parser key \"(\S+)\":\s+Expected a typing.Literal\[(.*)\]. Got value: (.*)")
 NO_METHOD = re.compile(
     r'Parser key "methods":(?!.*Problem with given class_path).*?(?:path string|Given value): (\S+)', re.DOTALL
 )
@@ -52,7 +53,8 @@ class FunctionParser(ArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = re.search(UNRECOGNIZED, message)
-        super().error(_meant(message, unknown[1], self._option_string_actions) if unknown else message, ex)
+        meant = _meant(message, unknown[1], self._option_string_actions) if unknown else shortened(message)
+        super().error(meant, ex)
 
 
 def shortened(message: str) -> str:
@@ -68,6 +70,9 @@ def shortened(message: str) -> str:
         return NO_MODEL
     if no_list := NO_LIST.search(message):
         return f"--{no_list[1]} must be a list {LISTS[no_list[1]]}; got {no_list[2]}"
+    if one_of := ONE_OF.fullmatch(message):
+        accepted = one_of[2].replace("'", "")
+        return f"{one_of[1]} must be one of {accepted}, got {one_of[3]!r}"
     if found := NO_METHOD.search(message):
         return no_method("--methods", found[1])
     if "Does not validate against" in message:
@@ -98,6 +103,7 @@ def with_hint(message: str, options: Iterable[str]) -> str:
         if part is None or name == part[1]:
             signatures = [inspect.signature(getattr(wanda_lightning, owner)) for owner in owners]
             known += [f"--{name}.{each}" for signature in signatures for each in signature.parameters]
+            known += ["--model.optimizer.lr"] if name == "model" else []
     return _meant(message, unknown[1] or f".{unknown[3]}", known)
 
 

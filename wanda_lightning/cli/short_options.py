@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from wanda_lightning.arguments import Dtype, is_fraction, meant_sparsity
 from wanda_lightning.cli.recipes import settings_of
 
 METHODS = {
@@ -143,12 +144,19 @@ def _check(command: str, short: dict[str, Any]) -> None:
         raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
         raise ValueError(no_method("--method", short["--method"]))
-    if "--sparsity" in short:
-        try:
-            int(float(short["--sparsity"]))  # neither nan nor inf
-        except (ValueError, OverflowError):
-            hint = "; an N:M pattern is --pattern" if ":" in short["--sparsity"] else ""
-            raise ValueError(f"--sparsity must be a number in [0, 1), got {short['--sparsity']!r}{hint}") from None
+    sparsity, dtype = short.get("--sparsity", "0"), short.get("--dtype", "auto")
+    if not is_fraction(_number(sparsity)):
+        hint = "; an N:M pattern is --pattern" if ":" in sparsity else meant_sparsity(sparsity)
+        raise ValueError(f"--sparsity must be a number in [0, 1), got {sparsity!r}{hint}")
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"--dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _callbacks(short: dict[str, Any], recipes: Sequence[str]) -> list[str]:
