@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import SomebodysData, SomebodysModule, tiny_llama, trainer
 from helpers import few_windows as data
+from lightning.pytorch import Callback
 
 from wanda_lightning import CausalLM, ZeroShotEvaluation
 from wanda_lightning.callbacks import WandaPruning
@@ -89,6 +90,19 @@ def test_results_of_another_model_are_not_overwritten_silently(tmp_path):
     with pytest.raises(ValueError, match=r"parameters: .* there, .* now"):
         run(tmp_path, other, sparsity=0.5)
     assert contents(tmp_path) == before
+
+
+class Evaluated(Callback):
+    def on_validation_batch_start(self, *_):
+        raise AssertionError("a batch was evaluated")
+
+
+def test_results_of_other_data_are_refused_before_anything_is_evaluated(tmp_path, tiny_model_folder):
+    first = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer)
+    first.prune(CausalLM(tiny_model_folder), data(), save=False)
+    again = trainer(tmp_path, WandaPruning(sparsity=0.5), Evaluated(), cls=PruningTrainer)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
+        again.prune(CausalLM(tiny_model_folder), data(seed=1))
 
 
 def test_the_same_run_again_replaces_its_results(tmp_path):

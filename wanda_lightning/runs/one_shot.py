@@ -110,7 +110,7 @@ def end_if_asked(trainer: Trainer) -> None:
 
 
 class _ChecksFirst(Callback):
-    """Refuses targets that match no linear, too many layers and the like when the model is there, not hours later."""
+    """Refuses what it can, such as targets that match nothing, when model and data are there, not hours later."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if shaping := shape_callbacks(trainer):
@@ -118,7 +118,8 @@ class _ChecksFirst(Callback):
             for each in due_callbacks(shaping, model):
                 each.check(model)
         for callback in pruning_callbacks(trainer):
-            callback.run.stage(pl_module)  # which looks for all of them
+            callback.run.files.check_folder(trainer, pl_module)  # whose results may be of other data
+            callback.run.stage(pl_module)  # which looks for all targets
 
 
 def _evaluate(

@@ -41,6 +41,14 @@ class RunFiles:
     def begin(self, trainer: Trainer, module: LightningModule, loaded: bool = True) -> None:
         """Begin a run: refuse a folder with the results of another one, and keep earlier results until the end.
 
+        Takes and raises what :meth:`check_folder` does.
+        """
+        self.check_folder(trainer, module, loaded)
+        self.results.begin(self.asked.folder(trainer))
+
+    def check_folder(self, trainer: Trainer, module: LightningModule, loaded: bool = True) -> None:
+        """Refuse a folder with the results of another run.
+
         Args:
             trainer: The Trainer.
             module: Its module.
@@ -57,7 +65,6 @@ class RunFiles:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
         if not self.asked.overwrite and keeps_files(trainer):
             self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
-        self.results.begin(folder)
 
     def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
         """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results.
