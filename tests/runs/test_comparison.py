@@ -127,6 +127,15 @@ def test_standard_errors_stand_beside_their_metrics(tmp_path):
     assert rows[0][-1] == "0.41 ± 0.023"
 
 
+@pytest.mark.parametrize(("also", "rows"), [({}, 1), ({"val/perplexity": 1.0}, 2)])
+def test_the_dense_model_is_one_row_where_runs_have_other_metrics(runs, also, rows):
+    comparison = Comparison(runs[:3])
+    comparison.runs[1].evaluations["dense"] |= {"acc": 0.4, **also}
+    dense = [row["metrics"] for row in comparison.rows() if row["stage"] == "dense"]
+    assert len(dense) == rows
+    assert dense[-1]["acc"] == 0.4
+
+
 def test_figures_that_do_not_compare_are_noted(runs):
     file = runs[0] / "pruning.json"
     plain = json.loads(file.read_text())

@@ -71,15 +71,18 @@ class Comparison:
         return ", ".join(model + data)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each stage of each run; dense results that runs share appear once."""
-        rows, dense = [], []
+        """Return a row for each stage of each run; dense results that do not contradict each other are one row."""
+        rows: list[dict[str, Any]] = []
+        dense: list[tuple[str, dict[str, float]]] = []
         for run in self.runs:
             for stage, metrics in run.evaluations.items():
                 shown = {key: value for key, value in metrics.items() if key != "sparsity"}
                 if stage == "dense":
-                    if (shown, self.distinction(run)) in dense:
+                    of = self.distinction(run)
+                    if same := [known for other, known in dense if other == of and known | shown == shown | known]:
+                        same[0].update(shown)
                         continue
-                    dense.append((shown, self.distinction(run)))
+                    dense.append((of, shown))
                 is_dense = stage in ("dense", "as loaded")
                 rows.append(
                     {
