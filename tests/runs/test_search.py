@@ -392,6 +392,7 @@ def test_a_metric_that_is_not_logged_ends_it_before_the_evaluation(trained, tmp_
     with pytest.raises(ValueError, match="there are val/perplexity, val/zero_shot/builtin_continuation/acc"):
         trainer(tmp_path, *callbacks).search(CausalLM(trained), data(), metric=metric, max_drop=0.1)
     assert len(seen) == 1
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_metric_is_known_by_the_end_of_its_name():

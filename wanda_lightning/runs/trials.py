@@ -76,9 +76,7 @@ def logged_metrics(trainer: Any, model: LightningModule, datamodule: LightningDa
     """Validate on one batch, and with one question of each zero-shot task, to see which metrics there are."""
     with ExitStack() as soon:
         soon.enter_context(replaced(trainer, "limit_val_batches", 1))
-        for each in trainer.callbacks:
-            if isinstance(each, ZeroShotEvaluation):
-                soon.enter_context(replaced(each, "settings", each.settings | {"limit": 1}))
+        soon.enter_context(replaced(trainer, "fast_dev_run", True))  # one question is asked, and no file is written
         soon.enter_context(with_callbacks(trainer, without=[trainer.progress_bar_callback]))
         return evaluate(trainer, model, datamodule)
 
