@@ -100,6 +100,21 @@ def test_errors_and_sparsities_by_layer_and_kind(report):
     assert shades[:4] == pytest.approx([(error / 0.12) ** 0.5 for error in (0.005, 0.105, 0.02, 0.12)], abs=1e-3)
 
 
+@pytest.mark.parametrize("dense", [{"layers.3.attn.q": "ignored"}, {}])
+def test_empty_cells_are_spoken_of_where_there_are_some(report, dense):
+    report.linears[2] = LinearReport("layers.0.attn.q", "layers.0", (8, 8), 0.25, 0.25, 10, 0.02, True)
+    report.not_pruned = dense
+    page = Page(to_html(report))
+    assert ("Empty cells were not pruned." in page.text) == bool(dense)
+    assert ("Of the layers every linear was pruned." in page.text) == (not dense)
+
+
+def test_names_of_layers_are_told_from_numbers(report):
+    """On a phone there is no room for six of them side by side."""
+    report.linears.append(LinearReport("others.0.attn.q", "others.0", (8, 8), 0.5, 0.25, 10, 0.02, True))
+    assert to_html(report).count('class="axis long"') == 3
+
+
 def test_lines_are_drawn_to_scale(report):
     page = to_html(report)
     dots = re.findall(r'class="dots"[^>]* d="M0.5 ([\d.]+)h0M1.5 ([\d.]+)h0"', page)

@@ -6,7 +6,7 @@ from typing import Any
 from wanda_lightning.model.names import kind_of
 
 ERROR = (
-    "error: how much of the output of a linear, a weight matrix of a decoder layer, the pruning changed on the "
+    "error: how much of the output of a linear, a weight matrix of a layer, the pruning changed on the "
     "calibration set, ||(W - W') X||² / ||W X||²: 0 is nothing, 1 as much as there was; mean over linears; ~ where it "
     "is estimated from the norms of the inputs alone."
 )

@@ -222,7 +222,7 @@ def _layer_table(linears: Iterable[LinearReport], allocation: Allotment | None) 
         layers.setdefault(row.layer, []).append(row)
     why = allocation if allocation and allocation.figure else None
     return (
-        ["decoder layer", "linears", "weights", "sparsity", *([why.figure] if why else []), "error", "seconds"],
+        ["layer", "linears", "weights", "sparsity", *([why.figure] if why else []), "error", "seconds"],
         [
             [
                 name,

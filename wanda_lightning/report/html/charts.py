@@ -59,7 +59,7 @@ def heat_map(
     scale = f'0<span class="scale" style="background: linear-gradient(to right, {stops})"></span>{level(top)}'
     return Markup(
         f'<figure><div class="plot">{strips}{_axis(labels)}</div>'
-        f"<figcaption>{scale}; on the right the mean over the layers</figcaption></figure>"
+        f"<figcaption>{scale}; a column is a layer, on the right is their mean</figcaption></figure>"
     )
 
 
@@ -211,4 +211,5 @@ def _axis(labels: Sequence[str]) -> str:
         f'<span style="left: {100 * (place + 0.5) / len(labels):.2f}%">{escape(labels[place])}</span>'
         for place in places
     )
-    return f'<div class="axis">{texts}</div>'
+    kind = "axis" if all(label.isdigit() for label in labels) else "axis long"
+    return f'<div class="{kind}">{texts}</div>'

@@ -94,8 +94,10 @@ def _sparsities(report: "PruningReport") -> dict[str, Any] | None:
         return None
     least, most = (choose(row.sparsity for row in report.linears) for choose in (min, max))
     alike = most - least < 0.005
-    figures = _by_layer(report, by_kind(report, mean_sparsity), 1.0, _percent, "{:.0%}".format, "sparsity", not alike)
-    return {"alike": alike, "range": [_percent(least), _percent(most)], "figures": figures}
+    series = by_kind(report, mean_sparsity)
+    empty = any(value is None for values in series.values() for value in values)
+    figures = _by_layer(report, series, 1.0, _percent, "{:.0%}".format, "sparsity", not alike)
+    return {"alike": alike, "empty": empty, "range": [_percent(least), _percent(most)], "figures": figures}
 
 
 def _allocation(report: "PruningReport") -> dict[str, Any] | None:
