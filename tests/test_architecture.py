@@ -145,6 +145,13 @@ def test_public_names_resolve():
         assert getattr(wanda_lightning, name).__name__ == name
 
 
+def test_strict_type_checkers_see_the_public_names():
+    """Names of a package with types are exported where they are imported as themselves; ``__all__`` is no literal."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert sorted(alias.asname or "" for node in block.body for alias in node.names) == sorted(wanda_lightning.__all__)
+
+
 def test_files_and_classes_are_short():
     """A file of more lines is a room with two ideas in it; the loop over all has to fit on a screen."""
     for file in PACKAGE.rglob("*.py"):

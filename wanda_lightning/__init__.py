@@ -82,49 +82,61 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
 
-if TYPE_CHECKING:
-    from wanda_lightning.allocation.atp import ATP
-    from wanda_lightning.allocation.least_loss import LeastLoss
-    from wanda_lightning.allocation.owl import OWL
-    from wanda_lightning.allocation.schedule import Gradual
-    from wanda_lightning.callbacks import (
-        AblatePruning,
-        ADMMPruning,
-        DepthPruning,
-        MagnitudePruning,
-        PruningCallback,
-        RIAPruning,
-        SparseFinetuning,
-        SparseGPTPruning,
-        WandaPruning,
-        WidthPruning,
-        ZeroShotEvaluation,
-    )
-    from wanda_lightning.callbacks.transformers_trainer import KeepZeros
-    from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
-    from wanda_lightning.checkpoints.saving import save_pretrained
-    from wanda_lightning.data import TextDataModule
-    from wanda_lightning.engine.depth import prune_depth
-    from wanda_lightning.engine.journal import Journal
-    from wanda_lightning.engine.processes import Processes
-    from wanda_lightning.engine.pruner import prune_model
-    from wanda_lightning.engine.reconstruction import Reconstruction
-    from wanda_lightning.engine.width import prune_width
-    from wanda_lightning.evaluation import evaluate_zero_shot
-    from wanda_lightning.export.compression import compress, decompress, load_compressed
-    from wanda_lightning.export.semi_structured import to_semi_structured
-    from wanda_lightning.inspection.inspect_model import inspect_model
-    from wanda_lightning.methods import ADMM, RIA, Ablate, Magnitude, PruningMethod, ScoreMethod, SparseGPT, Wanda
-    from wanda_lightning.report.pruning_report import PruningReport
-    from wanda_lightning.runs.causal_lm import CausalLM
-    from wanda_lightning.runs.comparison import Comparison
-    from wanda_lightning.runs.generation_speed import measure_speed
-    from wanda_lightning.runs.search_result import SearchResult
-    from wanda_lightning.runs.trainer import PruningTrainer
-    from wanda_lightning.sparsity import SemiStructured, Unstructured
-    from wanda_lightning.statistics import InputHessian, InputNorm
-    from wanda_lightning.training.distillation import Distillation
-    from wanda_lightning.training.lora import LoraSettings, merge_masked
+if TYPE_CHECKING:  # of a package with types, strict checkers take only names that are imported as themselves
+    from wanda_lightning.allocation.atp import ATP as ATP
+    from wanda_lightning.allocation.least_loss import LeastLoss as LeastLoss
+    from wanda_lightning.allocation.owl import OWL as OWL
+    from wanda_lightning.allocation.schedule import Gradual as Gradual
+    from wanda_lightning.callbacks import AblatePruning as AblatePruning
+    from wanda_lightning.callbacks import ADMMPruning as ADMMPruning
+    from wanda_lightning.callbacks import DepthPruning as DepthPruning
+    from wanda_lightning.callbacks import MagnitudePruning as MagnitudePruning
+    from wanda_lightning.callbacks import PruningCallback as PruningCallback
+    from wanda_lightning.callbacks import RIAPruning as RIAPruning
+    from wanda_lightning.callbacks import SparseFinetuning as SparseFinetuning
+    from wanda_lightning.callbacks import SparseGPTPruning as SparseGPTPruning
+    from wanda_lightning.callbacks import WandaPruning as WandaPruning
+    from wanda_lightning.callbacks import WidthPruning as WidthPruning
+    from wanda_lightning.callbacks import ZeroShotEvaluation as ZeroShotEvaluation
+    from wanda_lightning.callbacks.transformers_trainer import KeepZeros as KeepZeros
+    from wanda_lightning.checkpoints.loading import load_model as load_model
+    from wanda_lightning.checkpoints.loading import load_streamed as load_streamed
+    from wanda_lightning.checkpoints.loading import load_tokenizer as load_tokenizer
+    from wanda_lightning.checkpoints.saving import save_pretrained as save_pretrained
+    from wanda_lightning.data import TextDataModule as TextDataModule
+    from wanda_lightning.engine.depth import prune_depth as prune_depth
+    from wanda_lightning.engine.journal import Journal as Journal
+    from wanda_lightning.engine.processes import Processes as Processes
+    from wanda_lightning.engine.pruner import prune_model as prune_model
+    from wanda_lightning.engine.reconstruction import Reconstruction as Reconstruction
+    from wanda_lightning.engine.width import prune_width as prune_width
+    from wanda_lightning.evaluation import evaluate_zero_shot as evaluate_zero_shot
+    from wanda_lightning.export.compression import compress as compress
+    from wanda_lightning.export.compression import decompress as decompress
+    from wanda_lightning.export.compression import load_compressed as load_compressed
+    from wanda_lightning.export.semi_structured import to_semi_structured as to_semi_structured
+    from wanda_lightning.inspection.inspect_model import inspect_model as inspect_model
+    from wanda_lightning.methods import ADMM as ADMM
+    from wanda_lightning.methods import RIA as RIA
+    from wanda_lightning.methods import Ablate as Ablate
+    from wanda_lightning.methods import Magnitude as Magnitude
+    from wanda_lightning.methods import PruningMethod as PruningMethod
+    from wanda_lightning.methods import ScoreMethod as ScoreMethod
+    from wanda_lightning.methods import SparseGPT as SparseGPT
+    from wanda_lightning.methods import Wanda as Wanda
+    from wanda_lightning.report.pruning_report import PruningReport as PruningReport
+    from wanda_lightning.runs.causal_lm import CausalLM as CausalLM
+    from wanda_lightning.runs.comparison import Comparison as Comparison
+    from wanda_lightning.runs.generation_speed import measure_speed as measure_speed
+    from wanda_lightning.runs.search_result import SearchResult as SearchResult
+    from wanda_lightning.runs.trainer import PruningTrainer as PruningTrainer
+    from wanda_lightning.sparsity import SemiStructured as SemiStructured
+    from wanda_lightning.sparsity import Unstructured as Unstructured
+    from wanda_lightning.statistics import InputHessian as InputHessian
+    from wanda_lightning.statistics import InputNorm as InputNorm
+    from wanda_lightning.training.distillation import Distillation as Distillation
+    from wanda_lightning.training.lora import LoraSettings as LoraSettings
+    from wanda_lightning.training.lora import merge_masked as merge_masked
 
 
 sys.meta_path.insert(0, MovedModules())
