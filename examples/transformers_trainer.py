@@ -10,7 +10,7 @@ from wanda_lightning import KeepZeros, prune_model, save_pretrained
 MODEL, TEXT, LENGTH = "HuggingFaceTB/SmolLM2-135M", "my_text.txt", 512
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-ids = torch.tensor(tokenizer(Path(TEXT).read_text())["input_ids"])
+ids = torch.tensor(tokenizer(Path(TEXT).read_text(encoding="utf-8"))["input_ids"])
 windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 report = prune_model(model, windows[:32].split(4), "wanda", 0.5)
