@@ -72,6 +72,12 @@ def test_sparsity_is_that_of_the_model(tmp_path, shards):
     assert sum(linear.zeros for linear in weights.linears) / total == pytest.approx(measure_whole_model(model))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_a_dense_model_has_no_table_of_zeros(tmp_path, sparsity):
+    weights = saved(tiny_llama(), tmp_path, Unstructured(sparsity))
+    assert ("zeros in layer" in text_of(weights)) == (sparsity > 0)
+
+
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2", "2:4", "4:8", "3:4", "3:16"])
 def test_the_tightest_pattern_is_found(tmp_path, pattern):
     n, m = map(int, pattern.split(":"))

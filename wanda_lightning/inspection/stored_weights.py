@@ -75,10 +75,11 @@ class StoredWeights:
         return [str(x) for x in self.linears if x.sparsity < reported.get(x.name, 0) - 0.001]
 
     def to_table(self) -> Any:
-        """Return tables and findings for a rich console."""
+        """Return findings for a rich console, and a table where there is anything to show in it."""
         from rich.console import Group
 
-        return Group(terminal_table(*self.by_layer_and_kind()), *self._findings())
+        pruned = any(linear.sparsity >= 0.01 for linear in self.linears)
+        return Group(*([terminal_table(*self.by_layer_and_kind())] if pruned else []), *self._findings())
 
     def by_layer_and_kind(self) -> Table:
         """Tabulate the sparsity; consecutive layers that read the same share a row."""
