@@ -42,11 +42,11 @@ class StoredLinear:
 
 
 class MatrixFinder:
-    """Tells which stored tensors are prunable: within a layer they go by the names that the model's linears have there,
-    or by those under which transformers saves them.
+    """Tells which stored tensors are prunable, by the names of linears in the model or in files of transformers.
 
-    Where the model fuses experts, they may be stored one by one and under other names. So a stored weight whose name
-    the model does not have counts as well, unless it is thin or a router's; scales of quantised ones are no weights.
+    Within a layer these are names that the model has there, or those under which transformers saves them. Where the
+    model fuses experts, they may be stored one by one and under other names. So a stored weight whose name the model
+    does not have counts as well, unless it is thin or a router's; scales of quantised ones are no weights.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
