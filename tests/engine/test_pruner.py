@@ -71,6 +71,12 @@ def test_every_linear_reaches_the_target(llama, batches, method, pattern):
     assert all(torch.equal(llama.get_parameter(name), before[name]) for name in untouched)
 
 
+def test_matrices_too_thin_to_prune_are_said_to_be_so(batches):
+    model = tiny_llama(hidden_size=4, intermediate_size=6)
+    with pytest.raises(ValueError, match=r"nothing is left to prune of the decoder's matrices \(21 thin\)"):
+        prune_model(model, batches, Wanda(), Unstructured(0.5))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_sparsity_zero_changes_nothing(llama, batches, method):
     before = weights(llama)
@@ -147,7 +153,7 @@ def test_half_precision(batches):
         ({"calibration": token_batches(length=0)}, r"hold input_ids, .* got a torch.int64 tensor of shape \(2, 0\)"),
         ({"calibration": token_batches(length=129)}, "129 tokens, the model takes at most 128"),
         ({"targets": ["nothing"]}, "'nothing' matches no linear"),
-        ({"targets": ["q_proj"], "ignore": ["*_proj"]}, "nothing is left to prune"),
+        ({"targets": ["q_proj"], "ignore": ["*_proj"]}, r"nothing is left to prune .* \(21 ignored\): say"),
         ({"pattern": SemiStructured(3, 7)}, "32 input features.*groups of 7"),
         ({"pattern": SemiStructured(2, 4), "method": Wanda(variant=True)}, "variant prunes unstructured"),
         ({"targets": "q_proj"}, r'targets must be a list of name patterns such as \["q_proj"\], got \'q_proj\''),

@@ -1,5 +1,6 @@
 """What pruning refuses before any weight has changed."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -47,7 +48,9 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
         )
     linears = [linear for layer in plan.layers for linear in layer.linears]
     if not linears:
-        raise ValueError("nothing is left to prune: targets and ignore exclude every linear of the decoder")
+        left = Counter(reason for layer in plan.layers for reason in layer.left_dense.values())
+        said = ", ".join(f"{number} {reason}" for reason, number in left.items())
+        raise ValueError(f"nothing is left to prune of the decoder's matrices ({said}): say other targets or ignore")
     if absent := names_without_values(model):
         raise ValueError(f"{len(absent)} weights were never loaded ({absent[0]}, ...): load the model with its weights")
     if journal.file(0) is None and any(is_on_disk(layer.module) for layer in plan.layers):
