@@ -68,3 +68,8 @@ def test_where_nothing_can_be_gained_the_order_stays(score):
 
 def test_one_group_has_nothing_to_exchange():
     assert grouped(torch.rand(3, 4), SemiStructured(2, 4)).tolist() == [0, 1, 2, 3]
+
+
+def test_sums_that_overflow_end_the_exchange():
+    order = grouped(torch.full((4, 16), 1e300, dtype=torch.float64).square(), SemiStructured(2, 4))
+    assert sorted(order.tolist()) == [*range(16)]

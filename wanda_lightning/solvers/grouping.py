@@ -45,7 +45,7 @@ def grouped(score_OI: Tensor, pattern: SemiStructured) -> Tensor:
             loss_GG = _least_sums(next_OG, moved_OG)
             order_GM[:, place] = order_GM[_exchanged(loss_GG), place]
         before, lost = lost, _lost(score_OI, order_GM, pattern)
-        if before - lost < ENOUGH * first:
+        if not before - lost >= ENOUGH * first:  # also where sums have overflowed
             break
     return order_GM.flatten()
 
