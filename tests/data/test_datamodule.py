@@ -307,6 +307,11 @@ def test_bad_values_are_named(bad):
     assert name in str(error.value) or "missing.txt" in str(error.value)
 
 
+def test_texts_have_to_be_named():
+    with pytest.raises(ValueError, match="source must be a name, got a list; without a hub these work"):
+        TextDataModule(["one text", "another"])
+
+
 def test_describe(tokenizer):
     data = TextDataModule(tokenizer=tokenizer, num_samples=4, sequence_length=LENGTH, seed=2)
     assert data.describe() == {

@@ -144,6 +144,11 @@ def test_half_precision(batches):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_the_name_of_a_model_is_none(batches):
+    with pytest.raises(ValueError, match=r"model must be a torch.nn.Module.* got 'me/model'"):
+        prune_model("me/model", batches, Wanda(), Unstructured(0.5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

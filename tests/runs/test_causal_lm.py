@@ -171,6 +171,19 @@ def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_p
     assert all(map(torch.equal, opened.model.parameters(), module.model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": tiny_llama()}, "must be a name or folder, got a LlamaForCausalLM: see prune_model"),
+        ({"pretrained": None}, "got a NoneType"),
+        ({"pretrained": "M", "optimizer": "adamw"}, r"optimizer must be something like partial\(AdamW.*got 'adamw'"),
+    ],
+)
+def test_other_kinds_of_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLM(**arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no .gguf file; make test-all sets it")
 def test_gguf_loads_dense_and_saves(tmp_path):

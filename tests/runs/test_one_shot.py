@@ -68,6 +68,11 @@ def test_a_loader_in_the_place_of_the_datamodule_is_refused(tmp_path):
     assert sparsities(module) == {0.0}
 
 
+def test_a_model_in_the_place_of_the_module_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model must be a LightningModule, such as .* got a LlamaForCausalLM"):
+        pruning_trainer(tmp_path, WandaPruning()).prune(tiny_llama())
+
+
 def test_other_processes_hear_of_a_model_that_cannot_be_written(tmp_path, told, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -17,7 +17,7 @@ from wanda_lightning.arguments import plain, whole_number
 from wanda_lightning.data.evaluation_sets import Evaluation, evaluation_rows, evaluation_sets
 from wanda_lightning.data.model_fit import ModelFit
 from wanda_lightning.data.resuming import ResumableLoader, ShuffledByEpoch
-from wanda_lightning.data.source import Split
+from wanda_lightning.data.source import WITHOUT_HUB, Split
 from wanda_lightning.data.sources import open_source
 from wanda_lightning.data.windowed_text import KnownWindows, held_out_windows
 
@@ -211,6 +211,8 @@ class TextDataModule(LightningDataModule):
 
 
 def _check(settings: Mapping[str, Any]) -> None:
+    if not isinstance(settings["source"], str):
+        raise ValueError(f"source must be a name, got a {type(settings['source']).__name__}; {WITHOUT_HUB}")
     for name, least in LEAST.items():
         if settings[name] is not None or name not in OPTIONAL:
             whole_number(name, settings[name], least)

@@ -109,7 +109,13 @@ def _of_text(config: Any) -> Any:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the original of what ``torch.compile`` returned, any other module as it is."""
+    """Return the original of what ``torch.compile`` returned, any other module as it is.
+
+    Raises:
+        ValueError: If it is no module but, for example, the name of one.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, such as one of from_pretrained, got {model!r:.60}")
     original = model._modules.get("_orig_mod")
     return model if original is None else original
 

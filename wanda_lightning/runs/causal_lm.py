@@ -58,16 +58,14 @@ class CausalLM(LightningModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(pretrained, str | Path):
+            raise ValueError(f"pretrained must be a name or folder, got a {type(pretrained).__name__}: see prune_model")
         pretrained = str(pretrained)  # a path of pathlib would not be read from a checkpoint
         self.save_hyperparameters("pretrained")  # what a checkpoint needs to load; the rest is the run's to choose
         self.pretrained = pretrained
-        self.gradient_checkpointing = gradient_checkpointing
-        self.trust_remote_code = trust_remote_code
+        self.gradient_checkpointing, self.trust_remote_code = gradient_checkpointing, trust_remote_code
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)  # no lambda: it is pickled to be spawned
-        self.lr_scheduler = lr_scheduler
-        self.lora = lora
-        self.distillation = distillation
-        self.stream = stream
+        self.lr_scheduler, self.lora, self.distillation, self.stream = lr_scheduler, lora, distillation, stream
         _check_settings(self)
         self.model_kwargs = {
             "dtype": dtype,
@@ -206,6 +204,8 @@ class CausalLM(LightningModule):
 
 
 def _check_settings(module: CausalLM) -> None:
+    if not callable(module.optimizer):
+        raise ValueError(f"optimizer must be something like partial(AdamW, lr=1e-5), got {module.optimizer!r:.60}")
     instance_or_none("lora", module.lora, LoraSettings, "LoraSettings(rank=8)")
     instance_or_none("distillation", module.distillation, Distillation, "Distillation(alpha=0.5)")
     if module.stream and (module.lora or module.distillation or module.gradient_checkpointing):

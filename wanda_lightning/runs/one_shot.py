@@ -28,6 +28,8 @@ def prune(
     val_dataloaders: Any = None,
 ) -> PruningReport | Shrinking:
     """Prune once with the pruning callbacks of a Trainer; see :meth:`PruningTrainer.prune`."""
+    if not hasattr(module, "automatic_optimization"):  # which a compiled one hands on
+        raise ValueError(f"model must be a LightningModule, such as CausalLM(name), got a {type(module).__name__}")
     callbacks = pruning_callbacks(trainer)
     if not callbacks and not shape_callbacks(trainer):
         raise ValueError(
