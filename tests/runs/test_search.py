@@ -316,6 +316,18 @@ def test_held_out_batches_pass_through_the_hooks_of_the_datamodule(tmp_path):
     assert found["val_loss"] == expected["val_loss"]
 
 
+def test_a_module_may_ask_its_datamodule_for_anything_in_a_trial_too(tmp_path):
+    class Scaled(SomebodysModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("scaled", torch.tensor(self.trainer.datamodule.scale))
+
+    data = TheirData()
+    data.scale = 3.0
+    (found,) = trainer(tmp_path).validate(Scaled(), HeldOut(data, 3), verbose=False)
+    assert found["scaled"] == 3.0
+    assert not hasattr(HeldOut(data, 3), "tokenizer")
+
+
 def test_any_module_and_any_metric(tmp_path):
     model = SomebodysModule()
     dense = {name: value.clone() for name, value in model.state_dict().items()}

@@ -31,13 +31,16 @@ class HeldOut(LightningDataModule):
                 f"max_windows), as TextDataModule has, got {type(datamodule).__name__}"
             )
         self.datamodule, self.max_windows = datamodule, max_windows
-        self.tokenizer = getattr(datamodule, "tokenizer", None)
-        if hasattr(datamodule, "calibration_dataloader"):  # else the train dataloader is taken
-            self.calibration_dataloader = datamodule.calibration_dataloader
         for hook in TRANSFERS:
             if is_overridden(hook, datamodule):  # else Lightning asks the module
                 setattr(self, hook, getattr(datamodule, hook))
         self._loader: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Be the datamodule in all else: its calibration set, its tokenizer, and whatever its module asks it for."""
+        if name == "datamodule" or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.datamodule, name)
 
     @override
     def prepare_data(self) -> None:
