@@ -89,7 +89,9 @@ def _for_each_block(
 ) -> None:
     """Bring each block up to date with the earlier ones, hand it to ``prune_block(w, start, M)``, and store it."""
     lower_II = factor.to(weight_OI.device).lower_II
-    weight_IO = weight_OI.t().to(lower_II.dtype, copy=True, memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(lower_II.dtype, weight_OI.dtype)  # weights that stay as they are lose no bits
+    lower_II = lower_II.to(dtype)
+    weight_IO = weight_OI.t().to(dtype, copy=True, memory_format=torch.contiguous_format)
     change_IO = torch.empty_like(weight_IO)
     with full_float32(weight_IO.device):
         for start in range(0, len(weight_IO), block_size):
