@@ -55,6 +55,10 @@ def test_totals(report, llama):
     assert report.whole_model_sparsity == pytest.approx(zeros / llama.num_parameters(), abs=1e-4)
 
 
+def test_printed_it_is_a_line_of_totals(report):
+    assert str(report).startswith("Wanda, unstructured, sparsity 0.5: 50.00% of the weights of 18 linears are zero")
+
+
 def test_shared_parameters_count_once():
     from helpers import tiny_llama
 

@@ -136,6 +136,10 @@ def test_the_dense_model_is_one_row_where_runs_have_other_metrics(runs, also, ro
     assert dense[-1]["acc"] == 0.4
 
 
+def test_printed_it_is_its_table(runs):
+    assert str(Comparison(runs)) == Comparison(runs).to_markdown()
+
+
 def test_figures_that_do_not_compare_are_noted(runs):
     file = runs[0] / "pruning.json"
     plain = json.loads(file.read_text())

@@ -119,6 +119,9 @@ class PruningReport:
         """
         return to_table(self, details)
 
+    def __str__(self) -> str:
+        return f"{self.title}: {self.summary}"
+
     def _repr_html_(self) -> str:
         """Show it in a notebook."""
         return to_notebook(self)

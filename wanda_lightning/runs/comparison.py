@@ -135,6 +135,8 @@ class Comparison:
             "\n".join([*markdown_table(header, rows, left=TEXT), *(f"\nNote: {note}." for note in self.notes())]) + "\n"
         )
 
+    __str__ = to_markdown
+
     def to_table(self) -> Any:
         """Return the table for a rich console."""
         from rich.console import Group
