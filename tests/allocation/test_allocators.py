@@ -327,6 +327,22 @@ def test_a_linear_that_the_loss_depends_on_keeps_more():
     assert min(losses) < losses[0]
 
 
+@pytest.mark.parametrize("allocation", [LeastLoss(step=0.1, reach=1), LeastLoss(choices=["dense", "2:4"])], ids=str)
+def test_a_linear_whose_errors_cost_all_stays_dense(allocation, monkeypatch):
+    """Also where the sparsity is a multiple of the step but for rounding, as 0.3 is of 0.1."""
+    needed = "model.layers.1.mlp.up_proj"
+
+    def measure(self, trials, units, now, batches):
+        weights = [1e6 if unit[0].name == needed else 1.0 for unit in units]
+        return [0.0] * len(units), weights
+
+    monkeypatch.setattr(LeastLoss, "_measure", measure)
+    losses = iter(range(0, -99, -1))
+    monkeypatch.setattr(Trials, "loss", lambda *_: float(next(losses)))
+    report = prune_model(tiny_llama(), token_batches(), "wanda", 0.3, allocation=allocation)
+    assert report.allocation.patterns[needed] == 0.0
+
+
 def test_reach_goes_part_of_the_way_from_an_even_split():
     def patterns(reach):
         report = prune_model(*with_an_idle_layer(), "wanda", 0.6, allocation=LeastLoss(rounds=3, reach=reach))

@@ -144,9 +144,9 @@ class LeastLoss(Allocator):
         """List what a linear may be pruned to: the choices, or sparsities around the one asked for."""
         if self.choices:
             return sorted(map(_choice, self.choices), key=lambda pattern: pattern.sparsity)
-        places = range(-math.floor(asked / self.step), self.rounds + 1)
-        grid = [asked + place * self.step for place in places]
-        return [Unstructured(sparsity) for sparsity in grid if sparsity == asked or 0 <= sparsity <= MOST]
+        places = range(-math.floor(asked / self.step + 1e-9), self.rounds + 1)
+        grid = [max(0.0, asked + place * self.step) for place in places]  # 0 is on it for 0.3 by 0.1, too
+        return [Unstructured(sparsity) for sparsity in grid if sparsity == asked or sparsity <= MOST]
 
     def _gains(self, units: Sequence[Unit], options: Sequence[Pattern], asked: float) -> tuple[list[list[int]], int]:
         """Count what each option of each unit adds to the total, and what the total has to be."""
