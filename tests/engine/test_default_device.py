@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 
-from wanda_lightning import prune_depth, prune_model, prune_width
+from wanda_lightning import OWL, Reconstruction, SparseGPT, TextDataModule, prune_depth, prune_model, prune_width
 from wanda_lightning.allocation.split import cheapest_split
 
 
@@ -21,6 +21,11 @@ def width(**settings):
 
 
 ALL = {
+    "wanda": lambda model, batches: prune_model(model, batches, "wanda", 0.5),
+    "balanced": lambda model, batches: prune_model(
+        model, batches, SparseGPT(shrinkage=0.3), "2:4", dense_target=True, reconstruction=Reconstruction(1)
+    ),
+    "ADMM": lambda model, batches: prune_model(model, batches, "admm", 0.5, allocation=OWL(), exact_error=True),
     "permute": lambda model, _: prune_model(model, None, "magnitude", "2:4", permute=True),
     "width": width(),
     "attention": width(attention_keep=0.5),
@@ -52,3 +57,10 @@ def test_models_become_what_they_become_without(change, expected, model, batches
 
 def test_a_split_is_found(elsewhere):
     assert cheapest_split([[0, 1, 4], [0, 2, 8]], [[0, 1, 2], [0, 1, 2]], total=3) == [2, 1]
+
+
+def test_windows_are_where_they_are_without(tokenizer, elsewhere):
+    data = TextDataModule(tokenizer=tokenizer, num_samples=2, sequence_length=16, keep_last_window=True)
+    data.setup()
+    splits = [data._windows_of("calibration")[0], *data._windows_of("evaluation")]  # a DataLoader fails by itself there
+    assert {str(windows.device) for windows in splits} == {"cpu"}

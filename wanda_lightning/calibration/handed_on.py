@@ -127,7 +127,7 @@ def check_one_by_one(layers: list[nn.Module], probed: Probed, hidden: Tensor, ex
 
 def _random(out: Any, generator: torch.Generator) -> Any:
     if isinstance(out, Tensor):
-        numbers = torch.randn(out.shape, generator=generator)
+        numbers = torch.randn(out.shape, generator=generator, device="cpu")
         return numbers.to(out) if out.is_floating_point() else (numbers > 0).to(out)
     return rebuilt(out, [_random(part, generator) for part in out]) if isinstance(out, tuple | list) else out
 

@@ -92,7 +92,7 @@ def evaluation_rows(windows_NT: Tensor, rest: Tensor | None = None, processes: i
     rows = [{"input_ids": window_T} for window_T in windows_NT]
     lengths = [windows_NT.shape[1]] * len(rows)
     if rest is not None:
-        padding = torch.zeros(windows_NT.shape[1] - len(rest), dtype=rest.dtype)
+        padding = torch.zeros(windows_NT.shape[1] - len(rest), dtype=rest.dtype, device=rest.device)
         rows.append({"input_ids": torch.cat([rest, padding])})
         lengths.append(len(rest))
     for _ in range(-len(rows) % processes):
@@ -100,7 +100,7 @@ def evaluation_rows(windows_NT: Tensor, rest: Tensor | None = None, processes: i
         lengths.append(1)
     if min(lengths) == max(lengths):
         return rows
-    positions_T = torch.arange(windows_NT.shape[1])
+    positions_T = torch.arange(windows_NT.shape[1], device=windows_NT.device)
     return [row | {"attention_mask": (positions_T < length).long()} for row, length in zip(rows, lengths, strict=True)]
 
 

@@ -26,7 +26,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
         Token ids, int64, shape (L,).
     """
     # verbose=False: the warning that the text is longer than the model's limit is beside the point, it is cut next.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
 
 
 def random_windows(token_ids_L: Tensor, num_samples: int, sequence_length: int, seed: int) -> Tensor:

@@ -179,7 +179,7 @@ def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:
     kept = _unpacked(tensors.get_tensor(name + BITMASK), prod(shape))
     if int(np.count_nonzero(kept)) != len(values):
         raise ValueError(f"the compressed tensor {name} is damaged: its mask and its values do not fit together")
-    tensor = torch.zeros(shape, dtype=values.dtype)
+    tensor = torch.zeros(shape, dtype=values.dtype, device=values.device)
     bits = _bits(tensor)
     bits[kept] = _bits(values)
     if name + SIGNS in tensors.keys():  # noqa: SIM118 (not a dict)

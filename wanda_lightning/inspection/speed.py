@@ -29,7 +29,7 @@ def sorting_rate(device: torch.device | str) -> float:
     """Measure sorting, which choosing a mask consists of: numbers a second."""
 
     def sorting(size: int) -> Callable[[], torch.Tensor]:
-        scores = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        scores = torch.rand(size, size, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
         return lambda: scores.sort(dim=1, stable=True).indices
 
     return _rate(sorting, lambda size: size**2)

@@ -76,7 +76,8 @@ def measure_speed(
     vocabulary = min(_vocabulary(name, max(prompt, CONTEXT + new_tokens)) for name in names)
     place = checked_device(device)
     loaded = [_load(name, dtype, place) for name in names]
-    ids_1P = torch.randint(vocabulary, (1, prompt), generator=torch.Generator().manual_seed(0)).to(place)
+    random = torch.Generator().manual_seed(0)
+    ids_1P = torch.randint(vocabulary, (1, prompt), generator=random, device="cpu").to(place)
     ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
     inputs = {f"decoding (batch {size})": (ids_1C.repeat(size, 1), new_tokens) for size in dict.fromkeys(batch_sizes)}
     inputs[f"prompt ({prompt} tokens)"] = (ids_1P, 0)
