@@ -173,10 +173,8 @@ class PruningReport:
         if self.matches:
             yield ["name pattern", "linears"], [[pattern, str(count)] for pattern, count in self.matches.items()]
         if self.not_pruned:
-            yield (
-                ["not pruned, because", "matrices"],
-                [[r, str(n)] for r, n in Counter(self.not_pruned.values()).items()],
-            )
+            reasons = Counter(self.not_pruned.values())
+            yield ["not pruned, because", "matrices"], [[why, str(number)] for why, number in reasons.items()]
 
     def add(self, done: Iterable[tuple[LinearReport, Magnitudes]]) -> None:
         """Add the rows of pruned linears, and how large their weights were, by kind of linear."""
