@@ -5,7 +5,7 @@ before gave. A run that waits holds whatever the model's code holds; where nothi
 recorded instead (see dry_run.py), which holds less. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
@@ -78,15 +78,15 @@ class Waiting(Stream):
         ValueError: If a batch cannot be fed to the model, there is none, or the first layer is not called first.
     """
 
-    def __init__(self, feed: Feed, layers: list[nn.Module], batches: Sequence[Batch], activations: Place) -> None:
-        self._feed, self._layers, self._batches = feed, layers, batches
+    def __init__(self, feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place) -> None:
+        self._feed, self._layers, self._batches = feed, layers, [*batches]
         self._given: Any = None  # what the layer gives, for the run that goes on
-        self._runs = [_Run(partial(feed.run, batch), len(layers)) for batch in batches]
+        self._runs = [_Run(partial(feed.run, batch), len(layers)) for batch in self._batches]
         self.hidden_BTD, self.arguments, self.real = HiddenStates(activations), [], []
         parameters = [*signature(layers[0].forward).parameters]
         try:
             with self._standing_in():
-                for batch, run in zip(batches, self._runs, strict=True):
+                for batch, run in zip(self._batches, self._runs, strict=True):
                     call = run.next_call()
                     self.hidden_BTD.append(call.hidden)
                     self.arguments.append(call.arguments)

@@ -6,7 +6,7 @@ several, and what lies between two is the model's own to run. Shapes: B batch, T
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import chain
 
 from torch import nn
@@ -68,21 +68,20 @@ def walk(
     if (first := next(iter(batches), None)) is not None and len(stacks) == 1:
         batches = chain([first], batches)
     for number, stack in enumerate(stacks):
-        with ExitStack() as open_streams:
-            modules = [layer.module for layer in stack]
-            probed = None if feed.may_hand_on or first is None else probe(feed, modules, first)
+        modules = [layer.module for layer in stack]
+        probed = None if feed.may_hand_on or first is None else probe(feed, modules, first)
+        with ExitStack() as streams:
+            stream: Stream
             if probed is None:
-                batches = [*batches]
-                stream: Stream = Waiting(feed, modules, batches, activations)
+                stream = streams.enter_context(closing(Waiting(feed, modules, batches, activations)))
             else:
-                stream = dry_run(feed, modules, batches, activations, probed.given)
-            open_streams.callback(stream.close)
+                stream = streams.enter_context(closing(dry_run(feed, modules, batches, activations, probed.given)))
             # Where the layers are on disk all of them are read for this: only to see in which order they are called.
             if first is not None and not (probed and (number or is_offloaded(model))):
                 _look(layers if number == 0 else stack, stack, feed, first, probed)
-            dense = DenseStream(stream.twin()) if with_dense or with_dense_inputs else None
-            if dense:
-                open_streams.callback(dense.close)
+            dense = None
+            if with_dense or with_dense_inputs:
+                dense = streams.enter_context(closing(DenseStream(stream.twin())))
             for layer in stack:
                 memory = _size(layer.module) if is_offloaded(layer.module) else None
                 is_last = layer is stack[-1]
