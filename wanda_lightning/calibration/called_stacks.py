@@ -1,6 +1,6 @@
 """Which lists of layers a model calls one layer after another, and in which order: seen while it runs once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.call_order import is_passed_on
 from wanda_lightning.calibration.calls import hidden_states_of, split
 from wanda_lightning.calibration.feed import Feed
-from wanda_lightning.model.replaced import replaced
+from wanda_lightning.calibration.stand_ins import LayerForward, standing_in
 from wanda_lightning.model.stacks import lists_of_layers, without_nested
 
 
@@ -105,7 +105,9 @@ def _run(feed: Feed, batch: Any, watched: Mapping[str, _Watched]) -> Callable[[n
     def note(module: nn.Module, _: Any) -> None:
         order.setdefault(module, len(order))
 
-    def watching(forward: Callable[..., Any], places: Iterable[tuple[_Watched, int]]) -> Callable[..., Any]:
+    def watching(number: int, forward: LayerForward) -> LayerForward:
+        places = [*lists.values()][number]
+
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors = args or any(isinstance(value, Tensor) for value in kwargs.values())
             hidden = split(args, kwargs)[0] if tensors else None
@@ -118,11 +120,9 @@ def _run(feed: Feed, batch: Any, watched: Mapping[str, _Watched]) -> Callable[[n
 
         return call
 
-    with ExitStack() as stack:
+    with ExitStack() as hooks, standing_in([*lists], watching):
         for module in feed.model.modules():
-            stack.callback(module.register_forward_pre_hook(note).remove)
-        for layer, places in lists.items():
-            stack.enter_context(replaced(layer, "forward", watching(layer.forward, places)))
+            hooks.callback(module.register_forward_pre_hook(note).remove)
         feed.run(batch)
     for each in watched.values():
         each.end()

@@ -1,6 +1,7 @@
 """How a model calls a layer, and what the layer gives. Shapes: B batch, T tokens, D hidden size."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,23 @@ def called(forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...], k
 def rebuilt(given: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
     """Put other values into a tuple, named tuple or list."""
     return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
+
+
+def with_own_mappings(call: Arguments, copies: dict[int, MutableMapping[Any, Any]]) -> Arguments:
+    """Copy the mappings among arguments that layers may write to.
+
+    Args:
+        call: The arguments.
+        copies: Those that there are already, by the ``id`` of what was copied.
+
+    Returns:
+        The arguments with copies.
+    """
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
+
+    return call._replace(args=tuple(map(own, call.args)), kwargs={name: own(x) for name, x in call.kwargs.items()})
 
 
 def of_another(hidden: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ The model runs with its layers replaced by recorders, so that masks, positions a
 come from its own code. Shapes: B batch, T tokens, D hidden size.
 """
 
-import copy
-from collections.abc import Callable, Iterable, MutableMapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.call_order import CallOrder, is_passed_on
-from wanda_lightning.calibration.calls import Arguments, split, with_hidden, without_hidden
+from wanda_lightning.calibration.calls import Arguments, split, with_hidden, with_own_mappings, without_hidden
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.real_tokens import RealTokens
+from wanda_lightning.calibration.stand_ins import EnoughSeenError, LayerForward, ending_at, standing_in
 from wanda_lightning.calibration.stream import Stream, check_tokens
-from wanda_lightning.model.replaced import replaced
 
 
 class Recorded(Stream):
@@ -50,10 +49,6 @@ class Recorded(Stream):
         return Recorded(hidden_BTD, arguments, self.real)
 
 
-class _DryRunDoneError(Exception):
-    """Every layer's arguments are recorded: the rest of the model need not run."""
-
-
 class _Recorder:
     """Stands in for the layers while the model runs, and notes what they are called with."""
 
@@ -66,7 +61,7 @@ class _Recorder:
         self.order = CallOrder(self._layers)
         self._hidden: Tensor | None = None  # that entered the layer before
 
-    def forward(self, index: int) -> Callable[..., Any]:
+    def stand_in(self, index: int, _: LayerForward) -> LayerForward:
         """Return the forward of a layer's stand-in."""
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +76,7 @@ class _Recorder:
             if index == 0:
                 self.hidden_BTD.append(hidden)
             if index == self._last and len(self.hidden_BTD) > 1:
-                raise _DryRunDoneError
+                raise EnoughSeenError
             self._hidden = hidden
             return with_hidden(self._beside, hidden)
 
@@ -112,42 +107,17 @@ def dry_run(feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activ
     recorder = _Recorder(len(layers), activations, given)
     real: list[RealTokens] = []
     parameters = [*signature(layers[0].forward).parameters]
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, "forward", recorder.forward(index)))
-        # The first batch goes on behind the layers, to see that none is called again, but not through the head.
-        if feed.head is not None:
-            stack.enter_context(replaced(feed.head, "forward", _stop))
+    # The first batch goes on behind the layers, to see that none is called again, but not through the head.
+    with standing_in(layers, recorder.stand_in), ending_at(feed.head):
         for number, batch in enumerate(batches):
             recorder.start_batch()
-            with suppress(_DryRunDoneError):
+            with suppress(EnoughSeenError):
                 feed.run(batch)
             recorder.order.ended()
             of_first = recorder.arguments[0][number].by_name(parameters)
             real.append(feed.real_tokens(batch, recorder.hidden_BTD.shapes[number], of_first))
     check_tokens(real)
     return Recorded(recorder.hidden_BTD, recorder.arguments, real)
-
-
-def with_own_mappings(call: Arguments, copies: dict[int, MutableMapping[Any, Any]]) -> Arguments:
-    """Copy the mappings among arguments that layers may write to.
-
-    Args:
-        call: The arguments.
-        copies: Those that there are already, by the ``id`` of what was copied.
-
-    Returns:
-        The arguments with copies.
-    """
-
-    def own(value: Any) -> Any:
-        return copies.setdefault(id(value), copy.copy(value)) if isinstance(value, MutableMapping) else value
-
-    return call._replace(args=tuple(map(own, call.args)), kwargs={name: own(x) for name, x in call.kwargs.items()})
-
-
-def _stop(*_: Any, **__: Any) -> None:
-    raise _DryRunDoneError
 
 
 def _share(value: Any, previous: Any) -> Any:

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW
 from wanda_lightning.calibration.call_order import CallOrder
-from wanda_lightning.calibration.calls import called, hidden_states_of, is_the_same, of_another, split
-from wanda_lightning.calibration.dry_run import with_own_mappings
+from wanda_lightning.calibration.calls import (
+    called,
+    hidden_states_of,
+    is_the_same,
+    of_another,
+    split,
+    with_own_mappings,
+)
 from wanda_lightning.calibration.feed import Feed
+from wanda_lightning.calibration.stand_ins import EnoughSeenError, LayerForward, ending_at, standing_in
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.model.replaced import replaced
-
-
-class _AllSeenError(Exception):
-    """What follows need not run."""
 
 
 class Seen(NamedTuple):
@@ -66,16 +68,14 @@ def look(layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Fe
         if not torch.isfinite(hidden_states_of(out)).all():
             raise ValueError(f"the activations of {layer.name} are NaN or infinite: {OVERFLOW}")
         if layer is layers[-1] and feed.may_hand_on:  # which is known to call each of them once
-            raise _AllSeenError
+            raise EnoughSeenError
 
-    with ExitStack() as hooks, suppress(_AllSeenError):
+    with ExitStack() as hooks, ending_at(feed.head), suppress(EnoughSeenError):
         for module in places:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for layer in layers:
             handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: leave(layer, out))
             hooks.callback(handle.remove)
-        if feed.head is not None:
-            hooks.enter_context(replaced(feed.head, "forward", _stop))
         feed.run(batch)
     order.ended()
     return Seen(*seen)
@@ -95,29 +95,23 @@ def check_calls_between(layers: Sequence[nn.Module], feed: Feed, batch: Batch, e
     """
     behind: list[Tensor] = []
 
-    def between(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def between(index: int, forward: LayerForward) -> LayerForward:
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden, arguments = split(args, kwargs)
             with_own_mappings(arguments, {}).call(forward, of_another(hidden))
             out = called(forward, hidden, args, kwargs)
             with_own_mappings(arguments, {}).call(forward, of_another(hidden))
-            if layer is layers[-1]:
+            if index + 1 == len(layers):
                 behind.append(hidden_states_of(out))
-                raise _AllSeenError
+                raise EnoughSeenError
             return out
 
         return call
 
-    with ExitStack() as stack, suppress(_AllSeenError):
-        for layer in layers:
-            stack.enter_context(replaced(layer, "forward", between(layer, layer.forward)))
+    with standing_in(layers, between), suppress(EnoughSeenError):
         feed.run(batch)
     if not is_the_same(behind[0], expected_BTD):
         raise ValueError(
             "layers give something else when they are called for other batches, too, before the next layer (a cache, "
             "randomness, or something that they hand on by other ways than arguments): they cannot be pruned one by one"
         )
-
-
-def _stop(*_: Any, **__: Any) -> None:
-    raise _AllSeenError

@@ -4,8 +4,8 @@ Such as the choice of tokens that a layer attends to (DeepSeek's sparse attentio
 of the first layer. What a model computes by itself, such as masks and positions, does not depend on its layers.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,7 @@ from wanda_lightning.calibration.calls import (
     split,
 )
 from wanda_lightning.calibration.feed import Feed
-from wanda_lightning.model.replaced import replaced
-
-
-class _EnoughSeenError(Exception):
-    """What follows need not run."""
+from wanda_lightning.calibration.stand_ins import EnoughSeenError, LayerForward, standing_in
 
 
 class Probed(NamedTuple):
@@ -78,26 +74,24 @@ def _arguments(
     found: list[Arguments] = []
     passed: list[Tensor] = []
 
-    def stand_in(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def stand_in(index: int, forward: LayerForward) -> LayerForward:
         def call(*args: Any, **kwargs: Any) -> Any:
             hidden, arguments = split(args, kwargs)
             if not given:
                 given.append(called(forward, hidden, args, kwargs))
             if passed and not is_passed_on(passed.pop(), hidden):
                 found.clear()
-                raise _EnoughSeenError
+                raise EnoughSeenError
             found.append(arguments)
             if index + 1 == len(layers):
-                raise _EnoughSeenError
+                raise EnoughSeenError
             out = _random(given[0], torch.Generator().manual_seed(seed))
             passed.append(hidden_states_of(out))
             return out
 
         return call
 
-    with ExitStack() as stack, suppress(_EnoughSeenError):
-        for index, layer in enumerate(layers):
-            stack.enter_context(replaced(layer, "forward", stand_in(index, layer.forward)))
+    with standing_in(layers, stand_in), suppress(EnoughSeenError):
         feed.run(batch)
     return found or None
 

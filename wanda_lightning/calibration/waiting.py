@@ -5,8 +5,7 @@ before gave. A run that waits holds whatever the model's code holds; where nothi
 recorded instead (see dry_run.py), which holds less. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ from wanda_lightning.calibration.calls import Arguments, hidden_states_of, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.calibration.resumable import Resumable, pause
+from wanda_lightning.calibration.stand_ins import LayerForward, standing_in
 from wanda_lightning.calibration.stream import Stream, check_tokens
 from wanda_lightning.model.decoder import DecoderLayer
-from wanda_lightning.model.replaced import replaced
 
 
 class _Call(NamedTuple):
@@ -85,7 +84,7 @@ class Waiting(Stream):
         self.hidden_BTD, self.arguments, self.real = HiddenStates(activations), [], []
         parameters = [*signature(layers[0].forward).parameters]
         try:
-            with self._standing_in():
+            with standing_in(self._layers, self._wait):
                 for batch, run in zip(self._batches, self._runs, strict=True):
                     call = run.next_call()
                     self.hidden_BTD.append(call.hidden)
@@ -110,7 +109,7 @@ class Waiting(Stream):
 
     def go_on(self) -> None:
         """Give the model what the layer gave, and let it run up to the next one."""
-        with self._standing_in():
+        with standing_in(self._layers, self._wait):
             for number, run in enumerate(self._runs):
                 given = self.hidden_BTD[number]
                 self._given = with_hidden(run.beside, given)
@@ -131,21 +130,14 @@ class Waiting(Stream):
         for run in self._runs:
             run.give_up()
 
-    @contextmanager
-    def _standing_in(self) -> Iterator[None]:
-        """Let calls of layers wait: those of the model, for nobody else calls them meanwhile."""
+    def _wait(self, index: int, _: LayerForward) -> LayerForward:
+        """Let calls of a layer wait: those of the model, for nobody else calls it meanwhile."""
 
-        def waits(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                pause(_Call(index, *split(args, kwargs)))
-                return self._given
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            pause(_Call(index, *split(args, kwargs)))
+            return self._given
 
-            return forward
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(self._layers):
-                stack.enter_context(replaced(layer, "forward", waits(index)))
-            yield
+        return forward
 
 
 def _may_hold(value: Any, storage: int) -> bool:
