@@ -67,7 +67,7 @@ def prune_linear_by_linear(model, batches, method, pattern):
                 if linear.expert is None:
                     statistic.update(args[0])
                 else:
-                    for _, x_TI in expert_inputs([linear], *args[:2], None):
+                    for _, x_TI in expert_inputs([linear], args, None):
                         statistic.update(x_TI)
 
             hook = linear.module.register_forward_pre_hook(see)

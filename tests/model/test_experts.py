@@ -46,6 +46,17 @@ def nemotron():  # experts without a gate
     ).eval()
 
 
+def llama4():  # every expert multiplies all tokens, times the router's score, which is zero for most
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    settings = MIXTURE | {"num_experts_per_tok": 1, "intermediate_size_mlp": 64, "head_dim": 8}
+    model = Llama4ForCausalLM(Llama4TextConfig(**settings)).eval()
+    for layer in model.model.layers:
+        nn.init.normal_(layer.feed_forward.experts.gate_up_proj)
+    return model
+
+
 def experts_of(layer):
     return {linear.module: name for linear in layer.linears if (name := linear.experts)}
 
@@ -73,7 +84,7 @@ def test_each_expert_sees_exactly_its_tokens(build):
     (batch,) = token_batches(1, vocab=64)
     ((hidden_TI, index_TK, weight_TK, expected_TO),) = in_plain_forward(model, module, batch)
     out_TO = torch.zeros_like(expected_TO)
-    for linear, x_TI in expert_inputs(linears, hidden_TI, index_TK, None):
+    for linear, x_TI in expert_inputs(linears, [hidden_TI, index_TK], None):
         token_T, chosen_T = torch.where(index_TK == linear.expert)
         assert len(x_TI) == len(token_T)
         assert x_TI.shape[1] == linear.weight_OI.shape[1]
@@ -83,6 +94,109 @@ def test_each_expert_sees_exactly_its_tokens(build):
         else:
             assert torch.equal(x_TI, hidden_TI[token_T])
     torch.testing.assert_close(out_TO, expected_TO, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@torch.no_grad()
+def test_experts_that_are_called_in_a_way_of_their_own_are_watched(padding):
+    layer = decoder_layers(llama4())[-1]
+    ((module, _),) = experts_of(layer).items()
+    linears = [linear for linear in layer.linears if linear.module is module]
+    torch.manual_seed(1)
+    mask_BT = torch.arange(16)[None] >= padding
+    chosen_T = torch.arange(16) % 3  # no token for the last of four experts
+    x_ETI = torch.randn(4, 16, 32) * (torch.arange(4)[:, None, None] == chosen_T[:, None])
+    seen = {
+        (linear.parameter, linear.expert): x_TI
+        for linear, x_TI in expert_inputs(linears, [x_ETI.reshape(64, 32)], None if not padding else mask_BT)
+    }
+    expected = {}
+    for expert in range(4):
+        x_TI = x_ETI[expert][(chosen_T == expert) & mask_BT[0]]
+        gate_TO, up_TO = (x_TI @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+        expected |= {("gate_up_proj", expert): x_TI, ("down_proj", expert): up_TO * nn.functional.silu(gate_TO)}
+    assert [len(expected["down_proj", e]) for e in range(4)] == ([6, 5, 5, 0] if not padding else [4, 3, 3, 0])
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+
+
+class LoopedExperts(nn.Module):
+    """As LongCat-Flash has them: called as those of transformers, but without saying how they are laid out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 32, 32) / 4)
+        self.down_proj = nn.Parameter(torch.randn(4, 32, 16) / 4)
+
+    def forward(self, hidden_TI, index_TK, weight_TK):
+        out_TI = torch.zeros_like(hidden_TI)
+        for expert in index_TK.unique():
+            token_T, chosen_T = torch.where(index_TK == expert)
+            gate_TO, up_TO = apply_linear(hidden_TI[token_T], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            routed_TI = self.last(gate_TO.sigmoid() * up_TO, expert)
+            out_TI.index_add_(0, token_T, routed_TI * weight_TK[token_T, chosen_T, None])
+        return out_TI
+
+    def last(self, x_TI, expert):
+        return x_TI @ self.down_proj[expert].T
+
+
+class Looped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(32, 4, bias=False), LoopedExperts()
+
+    def forward(self, hidden):
+        x_TI = hidden.reshape(-1, 32)
+        weight_TK, index_TK = self.gate(x_TI).softmax(-1).topk(2)
+        return self.experts(x_TI, index_TK, weight_TK).view(hidden.shape)
+
+
+def looped_llama():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    for layer in model.model.layers:
+        layer.mlp = Looped()
+    return model
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_experts_are_pruned_with_what_enters_them(batches, padded):
+    """Against experts of the same weights that are listed, one linear after the other, by a loop over the model."""
+    model, plain = looped_llama(), looped_llama()
+    batch = batches[0] if not padded else {"input_ids": batches[0], "attention_mask": torch.ones_like(batches[0])}
+    if padded:
+        batch["attention_mask"][1, :5] = 0
+    report = prune_model(model, [batch], SparseGPT(block_size=16), SemiStructured(2, 4), targets=["*.mlp.experts.*"])
+    assert {row.passes for row in report.linears} == {1}
+    for layer in plain.model.layers:
+        for parameter in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+            ((hidden_TI, index_TK, _, _),) = in_plain_forward(plain, layer.mlp.experts, batch)
+            for expert in range(4):
+                routed_T = (index_TK == expert).any(-1)
+                if padded:
+                    routed_T &= batch["attention_mask"].flatten().bool()
+                x_TI = hidden_TI[routed_T]
+                if parameter is layer.mlp.experts.down_proj:
+                    gate_TO, up_TO = apply_linear(x_TI, layer.mlp.experts.gate_up_proj[expert]).chunk(2, dim=-1)
+                    x_TI = gate_TO.sigmoid() * up_TO
+                statistic = InputHessian(x_TI.shape[1])
+                statistic.update(x_TI)
+                SparseGPT(block_size=16).prune(parameter[expert], statistic, SemiStructured(2, 4))
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+    assert not all(map(torch.equal, model.parameters(), looped_llama().parameters()))
+
+
+def test_experts_that_cannot_be_watched_are_refused(batches, monkeypatch):
+    monkeypatch.setattr(
+        LoopedExperts, "last", lambda self, x_TI, expert: torch.einsum("ti,oi->to", x_TI, self.down_proj[expert])
+    )
+    model = looped_llama()
+    with pytest.raises(
+        ValueError, match=r"what enters model\.layers\.0\.mlp\.experts\.down_proj cannot be told: Looped"
+    ):
+        prune_model(model, batches, Wanda(), Unstructured(0.5))
+    assert all(map(torch.equal, model.parameters(), looped_llama().parameters()))
 
 
 @pytest.mark.parametrize("statistic", [InputNorm, InputHessian])

@@ -110,7 +110,7 @@ class Collector:
         elif linears[0].expert is None:
             self._see(linears[0], inputs[0])
         else:
-            self._see_experts(linears, *inputs[:2])
+            self._see_experts(linears, inputs)
         self._stop.called(module)
 
     def _see(self, linear: PrunableLinear, x: Tensor) -> None:
@@ -134,11 +134,11 @@ class Collector:
         """Whether the owner of a linear's statistic has counted an input in this batch."""
         return any(seen is x and self._statistics[owner] is self._statistics[name] for seen, owner in self._inputs)
 
-    def _see_experts(self, linears: list[PrunableLinear], hidden: Tensor, top_k_index: Tensor) -> None:
+    def _see_experts(self, linears: list[PrunableLinear], inputs: list[Any]) -> None:
         for linear in linears:
             if linear.name not in self._statistics:
                 self._statistics[linear.name] = self._empty(linear)
-        for linear, x_TI in expert_inputs(linears, hidden, top_k_index, self._real.mask_BT):
+        for linear, x_TI in expert_inputs(linears, inputs, self._real.mask_BT):
             self._statistics[linear.name].update(x_TI)
 
     def _empty(self, linear: PrunableLinear) -> InputStatistic:

@@ -151,8 +151,8 @@ class OnePass:
             some = [linear for linear in linears if (linear.parameter == EXPERT_OUTPUT) == behind]
             if some:
                 statistics = {linear.name: self._empty(linear) for linear in some}
-                for number, (hidden, top_k_index, *_) in self._arrived.items():
-                    for linear, x_TI in expert_inputs(some, hidden, top_k_index, self._inputs.real[number].mask_BT):
+                for number, arguments in self._arrived.items():
+                    for linear, x_TI in expert_inputs(some, arguments, self._inputs.real[number].mask_BT):
                         statistics[linear.name].update(x_TI)
                 yield _checked(statistics, some)
 

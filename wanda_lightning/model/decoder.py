@@ -60,9 +60,9 @@ def decoder_layers(
 
     The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
     looked for in the model's own decoder first, and not in parts for other inputs than text. Every ``nn.Linear``,
-    ``transformers.Conv1D`` and ``Conv2d`` (without groups) in them is prunable, and of fused experts (3-D parameters of
-    transformers' experts interface) every expert's matrix. Routers of mixtures of experts and linears with at most 4
-    inputs or outputs are pruned only when a target names them.
+    ``transformers.Conv1D`` and ``Conv2d`` (without groups) in them is prunable, and every expert's matrix of fused
+    experts (3-D parameters). Routers of mixtures of experts and linears with at most 4 inputs or outputs are pruned
+    only when a target names them.
 
     Args:
         model: A causal language model of transformers.

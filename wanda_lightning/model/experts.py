@@ -1,32 +1,48 @@
 """What enters each expert of a mixture whose experts are fused into 3-D parameters.
 
-Such a module is called once with all tokens and the experts that the router chose for each. Nothing in it is a linear
-that a hook could watch, so the inputs of every expert are computed from the arguments of that call.
-Shapes: T tokens, I in features, O out features, K experts chosen for a token.
+Such a module is called once with all tokens. Nothing in it is a linear that a hook could watch, so the inputs of every
+expert are computed from the arguments of that call, or, where a module is called in a way of its own, seen in the
+products that it takes.
+Shapes: T tokens, I in features, O out features, E experts, K experts chosen for a token.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
-from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, PrunableLinear
+from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, PrunableLinear, in_experts_interface
+
+PRODUCTS = {F.linear, torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
 def expert_inputs(
-    linears: Sequence[PrunableLinear], hidden: Tensor, top_k_index: Tensor, mask_BT: Tensor | None
+    linears: Sequence[PrunableLinear], inputs: Sequence[Any], mask_BT: Tensor | None
 ) -> Iterator[tuple[PrunableLinear, Tensor]]:
     """Yield each expert matrix with the tokens routed to it; matrices that got no token are left out.
 
     Args:
         linears: Matrices of one module of experts.
-        hidden: What enters the module, shape (T, I) or (B, T, I).
-        top_k_index: The experts of each token, shape (T, K) or (B, T, K). Numbers beyond the last expert mean none.
+        inputs: What the module is called with. In transformers' experts interface this begins with the hidden states,
+            (T, I) or (B, T, I), and the experts of each token, (T, K) or (B, T, K); numbers beyond the last expert mean
+            none.
         mask_BT: Which tokens are real; None where all are.
 
     Yields:
         The matrix and its inputs, shape (tokens routed to it, in_features).
+
+    Raises:
+        ValueError: If the inputs of a module outside of that interface cannot be told.
     """
+    if not in_experts_interface(linears[0].module):
+        yield from _seen_in_products(linears, inputs, mask_BT)
+        return
+    hidden, top_k_index, *_ = inputs
     hidden_TI = hidden.reshape(-1, hidden.shape[-1])
     index_TK = top_k_index.reshape(-1, top_k_index.shape[-1])
     assert len(hidden_TI) == len(index_TK), f"{len(index_TK)} tokens are routed, {len(hidden_TI)} enter the experts"
@@ -47,8 +63,68 @@ def _intermediate(down: PrunableLinear, tokens_TI: Tensor) -> Tensor:
     """Compute what enters an expert's second matrix, as its module does."""
     experts = cast(Any, down.module)
     name = next(name for name in EXPERT_INPUTS if hasattr(experts, name))
-    weight_OI = PrunableLinear(down.name, experts, down.experts, name, down.expert).weight_OI
+    weight_OI = replace(down, parameter=name).weight_OI
     bias = getattr(experts, f"{name}_bias", None)
     bias_O = None if bias is None else bias[down.expert]
-    out_TO = nn.functional.linear(tokens_TI.to(weight_OI.device), weight_OI, bias_O)
+    out_TO = F.linear(tokens_TI.to(weight_OI.device), weight_OI, bias_O)
     return experts._apply_gate(out_TO) if experts.has_gate else experts.act_fn(out_TO)
+
+
+def _seen_in_products(
+    linears: Sequence[PrunableLinear], inputs: Sequence[Any], mask_BT: Tensor | None
+) -> Iterator[tuple[PrunableLinear, Tensor]]:
+    """Run a module of experts on the real tokens, and yield what its matrices are multiplied with."""
+    experts = linears[0].module
+    with _Products(experts) as products:
+        experts.forward(*(inputs if mask_BT is None else [_real(x, mask_BT, linears[0]) for x in inputs]))
+    if products.seen and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in products.seen}):
+        raise ValueError(
+            f"what enters {linears[0].experts}.{unseen.pop()} cannot be told: {type(experts).__name__} multiplies with "
+            "it in another way than by F.linear, matmul or bmm; leave it out with ignore"
+        )
+    for linear in linears:
+        for x_TI in products.seen.get((linear.parameter, linear.expert), []):
+            yield linear, x_TI
+
+
+def _real(x: Any, mask_BT: Tensor, linear: PrunableLinear) -> Any:
+    """Return the real tokens of an argument: it has a row a token, or a row a token for each expert in turn."""
+    if not isinstance(x, Tensor):
+        return x
+    if len(x) % mask_BT.numel():
+        raise ValueError(
+            f"{linear.experts} is called with {len(x)} rows for {mask_BT.numel()} tokens, and which of them are "
+            "padding cannot be told: calibrate without padding, on sequences of equal length"
+        )
+    return x[mask_BT.flatten().to(x.device).repeat(len(x) // mask_BT.numel())]
+
+
+class _Products(TorchFunctionMode):
+    """Within it, what fused experts are multiplied with is seen.
+
+    Attributes:
+        seen: The inputs, each (tokens, I), by the name of the parameter and the number of the expert.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self._experts = experts
+        self.seen: dict[tuple[str, int | None], list[Tensor]] = {}
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS and len(args) > 1:
+            self._see(*args[:2])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, x: Tensor, factor: Tensor) -> None:
+        for name in (*EXPERT_INPUTS, EXPERT_OUTPUT):
+            weight = getattr(self._experts, name, None)
+            if weight is None:
+                continue
+            start = (factor.data_ptr() - weight.data_ptr()) // weight.element_size()
+            if 0 <= start < weight.numel():  # a view of the weight: one expert, or all
+                rows = x if factor.dim() == 3 else x[None]
+                for expert, x_TI in enumerate(rows, start // weight.stride(0)):
+                    # Where all experts see all tokens, those that were not chosen for one see zeros.
+                    self.seen.setdefault((name, expert), []).append(x_TI[x_TI.any(-1)])

@@ -5,7 +5,7 @@ Shapes: O out features, I in features, E experts.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from wanda_lightning.model.one_matrix import is_one_matrix
 THIN = 4
 """A linear with this few inputs or outputs computes gates and coefficients; pruned only when a target names it."""
 
-# The 3-D parameters that transformers' experts interface prescribes; those of the first kind see the hidden states.
+# The 3-D parameters that transformers' fused experts have; those of the first kind see the hidden states.
 EXPERT_INPUTS = ("gate_up_proj", "up_proj")
 EXPERT_OUTPUT = "down_proj"
 
@@ -34,6 +34,7 @@ class PrunableLinear:
         expert: Which slice of a 3-D weight it is; None for a whole weight.
         projection: Which projection of an ``nn.MultiheadAttention`` it is, in the order of query, key and value; None
             elsewhere.
+        is_transposed: Whether the module stores it as (in_features, out_features).
     """
 
     name: str
@@ -42,6 +43,7 @@ class PrunableLinear:
     parameter: str = "weight"
     expert: int | None = None
     projection: int | None = None
+    is_transposed: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -71,11 +73,6 @@ class PrunableLinear:
             return weight.unflatten(0, (3, -1))[self.projection] if self.parameter == "in_proj_weight" else weight
         matrix = weight.flatten(1) if self.expert is None else weight[self.expert]
         return matrix.t() if self.is_transposed else matrix
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the module stores the matrix as (in_features, out_features)."""
-        return _is_conv1d(self.module) if self.expert is None else bool(self.module.is_transposed)
 
     @property
     def is_router(self) -> bool:
@@ -127,12 +124,14 @@ def prunable_linears(layer: nn.Module, prefix: str) -> list[PrunableLinear]:
         if experts is None and _holds_layers_alike(module):
             lists.append(name)
         elif is_linear(module):
-            linears.append(PrunableLinear(name, module, experts))
-        elif holds_fused_experts(module):
+            linears.append(PrunableLinear(name, module, experts, is_transposed=_is_conv1d(module)))
+        elif (transposed := _experts_are_transposed(module)) is not None:
             for parameter in (*EXPERT_INPUTS, EXPERT_OUTPUT):
                 weight = getattr(module, parameter, None)
                 linears += [
-                    PrunableLinear(f"{name}.{parameter}.{expert}", module, name, parameter, expert)
+                    PrunableLinear(
+                        f"{name}.{parameter}.{expert}", module, name, parameter, expert, is_transposed=transposed
+                    )
                     for expert in range(0 if weight is None else len(weight))
                 ]
         elif holds_packed_projections(module):
@@ -162,13 +161,30 @@ def is_linear(module: nn.Module) -> bool:
     return (isinstance(module, nn.Linear) and is_one_matrix(module)) or _is_conv1d(module) or is_conv2d(module)
 
 
-def holds_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds the weights of many experts as 3-D parameters, in the way of transformers' interface.
+def _experts_are_transposed(module: nn.Module) -> bool | None:
+    """Whether the many experts that a module holds as 3-D parameters are (in, out) each; None if it holds none.
 
-    Its calls are ``experts(hidden_states, top_k_index, top_k_weights)``, and it says how the weights are laid out.
+    The modules of transformers' experts interface say so themselves. Of others the shapes tell: gate and up in one
+    matrix have twice as many outputs as the matrix behind them has inputs.
     """
-    weight = getattr(module, EXPERT_OUTPUT, None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 3 and hasattr(module, "is_transposed")
+    down, both = getattr(module, EXPERT_OUTPUT, None), getattr(module, EXPERT_INPUTS[0], None)
+    if not _is_of_experts(down):
+        return None
+    if in_experts_interface(module):
+        return bool(module.is_transposed)
+    if not _is_of_experts(both):
+        return None
+    rows, columns = both.shape[1:]
+    return {(columns // 2, rows): True, (columns, rows // 2): False}.get((*down.shape[1:],))
+
+
+def in_experts_interface(module: nn.Module) -> bool:
+    """Whether fused experts are called as ``experts(hidden_states, top_k_index, top_k_weights)``."""
+    return hasattr(module, "is_transposed")
+
+
+def _is_of_experts(weight: Any) -> TypeGuard[nn.Parameter]:
+    return isinstance(weight, nn.Parameter) and weight.dim() == 3
 
 
 def _holds_layers_alike(module: nn.Module) -> bool:
