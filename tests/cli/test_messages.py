@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,54 @@ def run(tiny_model_folder, tmp_path, monkeypatch, capsys):
 def config_with(**changes) -> str:
     with open("model/config.json") as file:
         return json.dumps(json.load(file) | changes)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        print("its own code has run")
+"""
+
+
+@pytest.fixture
+def own_code(run):
+    """Give the model code of its own."""
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    changed = config_with(model_type="own_llama", auto_map=own)
+    Path("model/config.json").write_text(changed)
+    Path("model/own.py").write_text(CODE)
+
+
+def test_code_of_the_model_s_own_is_named(run, own_code):
+    code, message = run()
+    assert code == 2
+    assert re.match(
+        "The repository model contains custom code .*: look at it, and add --trust_remote_code true", message
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "model", "--num_samples=1"],
+        ["generate", "model", "t1 t2", "--tokens=1"],
+        ["speed", "model", "--prompt=4", "--new_tokens=1", "--rounds=1", "--batch_sizes=[1]"],
+        ["validate", "model", "--sequence_length=16", "--data.max_evaluation_windows=2", "--trainer.logger=false"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_code_of_the_model_s_own_runs_if_it_is_trusted(own_code, monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning", *command, "--trust_remote_code=true"])
+    main()
+    assert "its own code has run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,12 @@ from wanda_lightning.cli.commands import run_function
 
 
 def generate(
-    pretrained: str, prompts: list[str], tokens: int = 40, dtype: Dtype = "auto", device: str | None = None
+    pretrained: str,
+    prompts: list[str],
+    tokens: int = 40,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Let a model continue texts, always with its most likely next token.
 
@@ -15,10 +20,12 @@ def generate(
         tokens: Tokens to add to each, at most.
         dtype: Data type of the weights. Default: the checkpoint's.
         device: Where it computes, such as cpu or cuda:0. Default: the GPU, if there is one.
+        trust_remote_code: Run code that the model's author put beside it.
     """
     from wanda_lightning.runs import generation
 
-    for prompt, said in generation.generate(pretrained, prompts or (), tokens, dtype, device).items():
+    said_by = generation.generate(pretrained, prompts or (), tokens, dtype, device, trust_remote_code)
+    for prompt, said in said_by.items():
         print(f"{prompt}{said}\n")
 
 

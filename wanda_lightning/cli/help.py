@@ -23,6 +23,7 @@ _OPTIONS = {
     "--num_samples N": "calibration windows, by default 128",
     "--sequence_length N": "tokens in a window, by default up to 2048",
     "--dtype NAME": "float32, bfloat16 or float16; by default the checkpoint's",
+    "--trust_remote_code true": "run code that the model's author put beside it",
     "--push_to_hub ME/NAME": "push the saved model to the hub, with its card",
     "--prompt TEXT": "a text that the model continues in the report, instead of three short ones; may be repeated",
     "--overwrite": "replace other results that are there",

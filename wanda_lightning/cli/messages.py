@@ -40,6 +40,8 @@ def explained(error: Exception) -> str | None:
         return f"the disk takes no more ({message}): make room there, or name an output folder elsewhere"
     if misconfigured and "gpu backend" in message:
         return "no GPU was found that this torch can use: leave --trainer.accelerator out, or set it to cpu"
+    if "trust_remote_code" in message:
+        return f"{message.partition('. ')[0]}: look at it, and add --trust_remote_code true if you trust it"
     if isinstance(error, ImportError) and not (error.name or "").startswith("wanda_lightning"):
         return f"a package is missing, or does not fit the others: {message}"
     if misconfigured or isinstance(error, ValueError | OSError):

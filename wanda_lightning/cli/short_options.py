@@ -33,6 +33,7 @@ LONG = {
     "--dtype": "--model.dtype",
     "--max_steps": "--trainer.max_steps",
     "--push_to_hub": "--trainer.push_to_hub",
+    "--trust_remote_code": "--model.trust_remote_code",
 }
 OF_CALLBACK = ("--method", "--sparsity", "--pattern", "--prompt")
 OF_SHAPES = ("WidthPruning", "DepthPruning")  # callbacks that have none of these options

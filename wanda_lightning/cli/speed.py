@@ -14,6 +14,7 @@ def speed(
     rounds: int = 10,
     dtype: Dtype = "auto",
     device: str | None = None,
+    trust_remote_code: bool = False,
     output: Path | None = None,
 ) -> None:
     """Measure how fast models read a prompt and decode, and what they take, against the first of them.
@@ -26,6 +27,7 @@ def speed(
         rounds: How often each model has its turn; at least 6 to call a difference one.
         dtype: Data type of the weights. Default: the checkpoint's; many processors are slow in half precision.
         device: Where it computes, such as cpu or cuda:0. Default: the GPU, if there is one.
+        trust_remote_code: Run code that the models' authors put beside them.
         output: Write speed.json, speed.md and speed.png into this folder.
     """
     from rich.console import Console
@@ -35,7 +37,9 @@ def speed(
 
     if output:
         check(output / "speed.png")
-    report = measure_speed(models, prompt, new_tokens, batch_sizes, rounds, dtype, device, progress=True)
+    report = measure_speed(
+        models, prompt, new_tokens, batch_sizes, rounds, dtype, device, trust_remote_code, progress=True
+    )
     Console().print(report.to_table())
     if output:
         report.save(output)

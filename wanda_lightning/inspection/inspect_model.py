@@ -83,6 +83,7 @@ def inspect_model(
     sequence_length: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Look at a model's config: what would be pruned, and what that would take; and at the weights in its folder.
 
@@ -94,6 +95,7 @@ def inspect_model(
         sequence_length: Tokens in a window. Default: as much as the model takes, at most 2048.
         dtype: Data type of weights and activations; see :func:`wanda_lightning.load_model`.
         device: Where pruning would run. Its speed is measured in about a second.
+        trust_remote_code: Run code that the model's author put beside it.
 
     Returns:
         What was found.
@@ -110,9 +112,10 @@ def inspect_model(
         whole_number("sequence_length", sequence_length, 2)
     wanted, place = checked_dtype(dtype), checked_device(device)
     folder = Path(model_folder(pretrained)).expanduser()
-    config = load_config(pretrained)
+    config = load_config(pretrained, trust_remote_code=trust_remote_code)
     tokens = _tokens(config, sequence_length)
-    model = build_skeleton(config, dtype=wanted or _stored_dtype(folder, config))
+    dtype = wanted or _stored_dtype(folder, config)
+    model = build_skeleton(config, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model)
     kinds = linear_kinds(model, layers)
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())

@@ -18,6 +18,7 @@ def generate(
     tokens: int = TOKENS,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
     """Let a saved model continue texts, always with its most likely next token.
 
@@ -27,6 +28,7 @@ def generate(
         tokens: Tokens to add to each, at most.
         dtype: See ``load_model``.
         device: Where it computes. Default: the GPU, if there is one that torch can use.
+        trust_remote_code: Run code that the model's author put beside it.
 
     Returns:
         What was added, by prompt.
@@ -38,5 +40,6 @@ def generate(
     check_prompts(prompts)
     place = checked_device(device)
     with quiet_if_small(pretrained):
-        model: Any = load_model(pretrained, dtype)
-    return continue_prompts(model.to(place), load_tokenizer(pretrained), prompts or PROMPTS, tokens)
+        model: Any = load_model(pretrained, dtype, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(pretrained, trust_remote_code=trust_remote_code)
+    return continue_prompts(model.to(place), tokenizer, prompts or PROMPTS, tokens)

@@ -38,6 +38,7 @@ def measure_speed(
     rounds: int = 10,
     dtype: str | torch.dtype = "auto",
     device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = False,
 ) -> SpeedReport:
     """Measure how fast models read a prompt and decode, and what they take, against the first of them.
@@ -54,6 +55,7 @@ def measure_speed(
         rounds: How often each model has its turn; fewer than 6 are too few to call a difference one.
         dtype: See :func:`wanda_lightning.load_model`.
         device: Where it computes. Default: the GPU, if there is one that torch can use.
+        trust_remote_code: Run code that the models' authors put beside them.
         progress: Show a bar, on the standard error.
 
     Returns:
@@ -73,9 +75,10 @@ def measure_speed(
         whole_number("batch_sizes", batch_size, 1)
     checked_dtype(dtype)
     names = [model_folder(model) for model in models]
-    vocabulary = min(_vocabulary(name, max(prompt, CONTEXT + new_tokens)) for name in names)
+    trusted = {"trust_remote_code": trust_remote_code}
+    vocabulary = min(_vocabulary(name, max(prompt, CONTEXT + new_tokens), **trusted) for name in names)
     place = checked_device(device)
-    loaded = [_load(name, dtype, place) for name in names]
+    loaded = [_load(name, dtype, place, **trusted) for name in names]
     random = torch.Generator().manual_seed(0)
     ids_1P = torch.randint(vocabulary, (1, prompt), generator=random, device="cpu").to(place)
     ids_1C = ids_1P[:, :CONTEXT]  # shorter, if the prompt is
@@ -105,20 +108,20 @@ def measure_speed(
     return SpeedReport(measured, settings, where | {"environment": environment()})
 
 
-def _vocabulary(pretrained: str, length: int) -> int:
+def _vocabulary(pretrained: str, length: int, **trusted: bool) -> int:
     """Return how many tokens a model knows; refuse one that has no room for so many."""
-    config = load_config(pretrained)
+    config = load_config(pretrained, **trusted)
     limit = max_sequence_length(config)
     if limit is not None and length > limit:
         raise ValueError(f"{pretrained} has positions for {limit} tokens, and prompt or new_tokens ask for {length}")
     return config.get_text_config().vocab_size
 
 
-def _load(pretrained: str, dtype: str | torch.dtype, device: torch.device) -> "PreTrainedModel":
+def _load(pretrained: str, dtype: str | torch.dtype, device: torch.device, **trusted: bool) -> "PreTrainedModel":
     from transformers import GenerationConfig
 
     with quiet_if_small(pretrained):
-        model: Any = load_model(pretrained, dtype).eval().to(device)
+        model: Any = load_model(pretrained, dtype, **trusted).eval().to(device)
     for parameter in model.parameters():  # out of the file's pages: the kernel lays out those of some files better
         parameter.data = parameter.data.clone()
     # Its own might draw at random, or stop before the end.
