@@ -29,6 +29,7 @@ class Processor(TorchDispatchMode):
 
     def __init__(self, clock: Clock, rate: float = 1e11, half_rate: float = 1e8, sorting: float = 3e7) -> None:
         super().__init__()
+        self.start = 0.0  # of each operation
         self.clock, self.rate, self.half_rate, self.sorting = clock, rate, half_rate, sorting
         self.half_operations = 0
 
@@ -39,9 +40,9 @@ class Processor(TorchDispatchMode):
             operations = 2 * args[0].numel() * args[1].shape[1]
             half = args[0].dtype in HALF
             self.half_operations += operations if half else 0
-            self.clock.now += operations / (self.half_rate if half else self.rate)
+            self.clock.now += self.start + operations / (self.half_rate if half else self.rate)
         elif name == "sort":
-            self.clock.now += args[0].numel() / self.sorting
+            self.clock.now += self.start + args[0].numel() / self.sorting
         return result
 
 
@@ -60,6 +61,14 @@ def test_a_rate_is_found_in_time(processor, half_rate, dtype):
         assert speed.product_rate(dtype, "cpu") == pytest.approx(half_rate)
     smallest = (1 + speed.TRIES) * 2 * speed.SMALLEST**3 / half_rate
     assert processor.clock.now < max(2 * speed.SECONDS, smallest)
+
+
+def test_a_busy_machine_is_not_taken_for_a_slow_one(processor):
+    """Where others compute, threads start late: here by 40 ms, in which 4 billion operations could be done."""
+    processor.start = 0.04
+    with processor:
+        assert speed.product_rate(torch.float32, "cpu") > processor.rate / 4
+        assert speed.sorting_rate("cpu") > processor.sorting / 4
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
