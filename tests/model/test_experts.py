@@ -187,6 +187,17 @@ def test_experts_are_pruned_with_what_enters_them(batches, padded):
     assert not all(map(torch.equal, model.parameters(), looped_llama().parameters()))
 
 
+def test_experts_whose_rows_are_sorted_cannot_tell_padding():
+    """Sixteen tokens with two experts each, by expert: which row is of which token nothing tells."""
+    layer = decoder_layers(llama4())[-1]
+    ((module, _),) = experts_of(layer).items()
+    linears = [linear for linear in layer.linears if linear.module is module]
+    with pytest.raises(
+        ValueError, match=r"experts is called with 32 rows for 16 tokens, and which of them are padding"
+    ):
+        list(expert_inputs(linears, [torch.randn(32, 32), [8, 8, 8, 8]], torch.arange(16)[None] > 3))
+
+
 def test_experts_that_cannot_be_watched_are_refused(batches, monkeypatch):
     monkeypatch.setattr(
         LoopedExperts, "last", lambda self, x_TI, expert: torch.einsum("ti,oi->to", x_TI, self.down_proj[expert])

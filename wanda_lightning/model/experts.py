@@ -76,7 +76,7 @@ def _seen_in_products(
     """Run a module of experts on the real tokens, and yield what its matrices are multiplied with."""
     experts = linears[0].module
     with _Products(experts) as products:
-        experts.forward(*(inputs if mask_BT is None else [_real(x, mask_BT, linears[0]) for x in inputs]))
+        experts.forward(*(inputs if mask_BT is None else _real(inputs, mask_BT, linears[0])))
     if products.seen and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in products.seen}):
         raise ValueError(
             f"what enters {linears[0].experts}.{unseen.pop()} cannot be told: {type(experts).__name__} multiplies with "
@@ -87,16 +87,21 @@ def _seen_in_products(
             yield linear, x_TI
 
 
-def _real(x: Any, mask_BT: Tensor, linear: PrunableLinear) -> Any:
-    """Return the real tokens of an argument: it has a row a token, or a row a token for each expert in turn."""
-    if not isinstance(x, Tensor):
-        return x
-    if len(x) % mask_BT.numel():
+def _real(inputs: Sequence[Any], mask_BT: Tensor, linear: PrunableLinear) -> list[Any]:
+    """Return what a module is called with, without padding.
+
+    Where there are several tensors, such as hidden states and chosen experts, each has a row a token. One by itself has
+    them for each expert in turn.
+    """
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    times = 1 if len(tensors) > 1 else len(linear.weight)
+    if {len(x) for x in tensors} != {times * mask_BT.numel()}:
         raise ValueError(
-            f"{linear.experts} is called with {len(x)} rows for {mask_BT.numel()} tokens, and which of them are "
-            "padding cannot be told: calibrate without padding, on sequences of equal length"
+            f"{linear.experts} is called with {len(tensors[0])} rows for {mask_BT.numel()} tokens, and which of them "
+            "are padding cannot be told: calibrate without padding, on sequences of equal length"
         )
-    return x[mask_BT.flatten().to(x.device).repeat(len(x) // mask_BT.numel())]
+    real_T = mask_BT.flatten().to(tensors[0].device).repeat(times)
+    return [x[real_T] if isinstance(x, Tensor) else x for x in inputs]
 
 
 class _Products(TorchFunctionMode):
