@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import tiny_llama, tiny_mixtral, token_batches
-from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaForCausalLM
+from transformers import BertForMaskedLM, LlamaForTokenClassification, LlamaModel, MambaConfig, MambaForCausalLM
 
 from wanda_lightning.allocation.allocator import Task, exact
 from wanda_lightning.allocation.atp import ATP
@@ -414,11 +414,12 @@ def test_what_cannot_be_split_is_refused_before_any_weight_changes(llama, batche
 
 
 @pytest.mark.parametrize("allocation", [ATP(), LeastLoss()], ids=str)
-def test_losses_of_models_that_predict_no_next_tokens_are_not_measured(allocation):
+@pytest.mark.parametrize("kind", [BertForMaskedLM, LlamaModel, LlamaForTokenClassification])
+def test_losses_of_models_that_predict_no_next_tokens_are_not_measured(allocation, kind):
     """Those of tokens that see the ones behind them would tell nothing."""
     config = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = BertForMaskedLM(BertConfig(**config, intermediate_size=64))
-    with pytest.raises(ValueError, match="BertForMaskedLM is no language model: use OWL, or ATP with a beta"):
+    model = kind(kind.config_class(**config, intermediate_size=64))
+    with pytest.raises(ValueError, match=f"{kind.__name__} predicts none: use OWL, or ATP with a beta"):
         prune_model(model, token_batches(), "wanda", 0.5, allocation=allocation)
     assert prune_model(model, token_batches(), "wanda", 0.5, allocation=OWL()).sparsity == pytest.approx(0.5, abs=0.01)
 

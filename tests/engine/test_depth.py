@@ -140,6 +140,14 @@ def loss_without(model, gone, batches):
     return torch.cat(losses).mean().item()
 
 
+def test_what_predicts_no_tokens_has_no_loss():
+    model = tiny_llama(layers=4).model
+    with pytest.raises(ValueError, match="LlamaModel predicts none: choose by 'influence'"):
+        prune_depth(model, BATCHES, 1, choice="loss")
+    prune_depth(model, BATCHES, 1)
+    assert len(model.layers) == 3
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_loss_decides_one_layer_after_the_other(padded):
     model = tiny_llama(layers=4, vocab_size=VOCABULARY)

@@ -12,10 +12,9 @@ from torch import Tensor
 from wanda_lightning.allocation.allocator import Task
 from wanda_lightning.calibration.batches import Batch, tensors_of
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW
-from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
+from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, predicts_tokens, token_losses
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
-from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.sparsity import Pattern, zero_where_pruned
@@ -64,12 +63,12 @@ def refuse_what_cannot_be_tried(task: Task, by: str) -> None:
         by: Who wants to try, for the error.
 
     Raises:
-        ValueError: If the model is no language model, or not in memory as a whole.
+        ValueError: If the model predicts no tokens, or is not in memory as a whole.
     """
-    if not is_language_model(task.model):
+    if not predicts_tokens(task.model):
         raise ValueError(
-            f"{by} goes by how well next tokens are predicted, and {type(task.model).__name__} is no language model: "
-            "use OWL, or ATP with a beta"
+            f"{by} goes by how well next tokens are predicted, and {type(task.model).__name__} predicts none: use "
+            "OWL, or ATP with a beta"
         )
     if is_offloaded(task.model):
         raise ValueError(

@@ -7,12 +7,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanda_lightning.calibration.batches import Batch, model_inputs
+from wanda_lightning.model.language_model import is_language_model, uncompiled
 from wanda_lightning.model.next_tokens import NOT_PREDICTED, inputs_and_labels
 from wanda_lightning.model.offload import device_of
 
 NOTHING_PREDICTED = (
     "the calibration sequences that losses are measured on predict nothing: they need at least 2 tokens each"
 )
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Whether a model gives logits of the next tokens: a language model with its head, and no classifier."""
+    return is_language_model(model) and cast(Any, uncompiled(model)).get_output_embeddings() is not None
 
 
 def token_losses(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import Batch, model_inputs
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
 from wanda_lightning.calibration.hidden_states import Place
-from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, token_losses
+from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, predicts_tokens, token_losses
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import Progress
@@ -79,6 +79,11 @@ class LayerChooser:
 
     def by_loss(self, calibration: Iterable[Batch]) -> tuple[set[int], dict[int, float]]:
         """Choose one by one the layer without which the loss is smallest."""
+        if not predicts_tokens(self.model):
+            raise ValueError(
+                f"choice 'loss' goes by how well next tokens are predicted, and {type(self.model).__name__} predicts "
+                "none: choose by 'influence' or 'contiguous'"
+            )
         with self.processes.together():
             batches = [model_inputs(batch, self.model) for batch in calibration]
             if not batches:
