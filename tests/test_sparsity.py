@@ -94,11 +94,11 @@ def test_the_same_scores_go_where_only_deterministic_operators_are_allowed(monke
 
 def test_checks_find_a_wrong_mask():
     mask = torch.ones(2, 8, dtype=torch.bool)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"sparsity 0\.0 is not 0\.5 \+- 0\.1"):
         Unstructured(0.5).check_mask(mask, tolerance=0.1)
     mask[:, :4] = False  # half is pruned, but not two of every four
     Unstructured(0.5).check_mask(mask, tolerance=0.0)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="a group of 4 does not keep exactly 2"):
         SemiStructured(2, 4).check_mask(mask)
 
 

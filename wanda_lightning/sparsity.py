@@ -57,9 +57,18 @@ class Unstructured:
         """Accept every number of input features: this pattern divides nothing."""
 
     def check_mask(self, mask_OI: Tensor, tolerance: float) -> None:
-        """Assert that as many weights were pruned as asked for, up to ``tolerance`` (a fraction)."""
+        """Refuse a mask that prunes more or fewer weights than asked for, up to ``tolerance`` (a fraction).
+
+        Args:
+            mask_OI: True = kept.
+            tolerance: How far its sparsity may be from what was asked for.
+
+        Raises:
+            ValueError: If it is further.
+        """
         achieved = sparsity_of(mask_OI)
-        assert abs(achieved - self.sparsity) <= tolerance, f"sparsity {achieved} is not {self.sparsity} +- {tolerance}"
+        if abs(achieved - self.sparsity) > tolerance:
+            raise ValueError(f"sparsity {achieved} is not {self.sparsity} +- {tolerance}")
 
     def __str__(self) -> str:
         return "unstructured"
@@ -122,9 +131,9 @@ class SemiStructured:
             )
 
     def check_mask(self, mask_OI: Tensor, tolerance: float = 0.0) -> None:
-        """Assert that every group of m keeps exactly n."""
-        kept = mask_OI.reshape(-1, self.m).sum(1)
-        assert bool((kept == self.n).all()), f"a group of {self.m} does not keep exactly {self.n}"
+        """Refuse a mask of which a group of m does not keep exactly n, see :meth:`Unstructured.check_mask`."""
+        if not (mask_OI.reshape(-1, self.m).sum(1) == self.n).all():
+            raise ValueError(f"a group of {self.m} does not keep exactly {self.n}")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -11,7 +11,7 @@ from test_families import build
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.narrowing import kept_of
-from wanda_lightning.engine.neuron_removal import NeuronRemoval
+from wanda_lightning.engine.neuron_removal import Columns, NeuronRemoval
 from wanda_lightning.engine.width import prune_width
 from wanda_lightning.model.coupling import find_neurons
 from wanda_lightning.model.decoder import decoder_layers
@@ -274,3 +274,13 @@ def test_a_family_whose_config_cannot_say_the_width_is_refused():
     with pytest.raises(ValueError, match=r"no number in BloomConfig makes transformer.h.0.mlp.dense_h_to_4h.weight"):
         prune_width(model, BATCHES, 0.5)
     assert model.transformer.h[0].mlp.dense_h_to_4h.weight.shape == (128, 32)
+
+
+def test_columns_that_go_in_part_are_found():
+    mask = torch.tensor([[True, False, True, False]] * 3)
+    with pytest.raises(ValueError, match="2 columns stay, not 3"):
+        Columns(0.25, kept=3).check_mask(mask, 0.0)
+    Columns(0.5, kept=2).check_mask(mask, 0.0)
+    mask[1, 0] = False
+    with pytest.raises(ValueError, match="a column stays in some rows only"):
+        Columns(0.5, kept=2).check_mask(mask, 0.0)

@@ -113,13 +113,14 @@ def _check(
     try:
         wanted = f"torch.bool {tuple(weight_OI.shape)}"
         got = f"{mask_OI.dtype} {tuple(mask_OI.shape)}" if isinstance(mask_OI, Tensor) else type(mask_OI).__name__
-        assert got == wanted, f"its mask has to be {wanted}, got {got}"
+        if got != wanted:
+            raise ValueError(f"its mask has to be {wanted}, got {got}")
         pattern.check_mask(mask_OI, tolerance)
-        assert not (weight_OI.bool() > mask_OI).any(), "it leaves weights where its mask has none"
-        assert torch.stack(torch.aminmax(weight_OI)).isfinite().all(), (
-            f"it gives weights that are NaN or infinite in {weight_OI.dtype}"
-        )
-    except AssertionError as error:
+        if (weight_OI.bool() > mask_OI).any():
+            raise ValueError("it leaves weights where its mask has none")
+        if not torch.stack(torch.aminmax(weight_OI)).isfinite().all():
+            raise ValueError(f"it gives weights that are NaN or infinite in {weight_OI.dtype}")
+    except ValueError as error:
         raise ValueError(f"{name} cannot be pruned with {method}: {error}") from error
 
 

@@ -41,9 +41,11 @@ class Columns(Unstructured):
 
     @override
     def check_mask(self, mask_OI: Tensor, tolerance: float) -> None:
-        """Assert that as many columns stay as asked for, and no part of another."""
-        assert int(mask_OI[0].sum()) == self.kept, f"{int(mask_OI[0].sum())} columns stay, not {self.kept}"
-        assert bool((mask_OI == mask_OI[0]).all()), "a column stays in some rows only"
+        """Refuse a mask that keeps more or fewer columns than asked for, or a part of one."""
+        if (stay := int(mask_OI[0].sum())) != self.kept:
+            raise ValueError(f"{stay} columns stay, not {self.kept}")
+        if not (mask_OI == mask_OI[0]).all():
+            raise ValueError("a column stays in some rows only")
 
 
 @dataclass(frozen=True)
