@@ -6,6 +6,7 @@ from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausa
 
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.calibration.weight_products import WeightProducts
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
 from wanda_lightning.model.decoder import decoder_layers
@@ -351,3 +352,22 @@ def test_a_weight_that_is_used_without_a_call_is_calibrated(batches):
     torch.testing.assert_close(first.collect(InputNorm)["backbone.layers.0.mixer.dt_proj"].compute(), norm)
     report = prune_model(model, batches, Wanda(), Unstructured(0.5))
     assert {row.sparsity for row in report.linears if row.name.endswith("dt_proj")} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        torch.matmul,
+        lambda weight, x: weight @ x,
+        lambda weight, x: torch.matmul(weight, other=x),
+        lambda weight, x: torch.matmul(input=weight, other=x),
+    ],
+)
+def test_products_with_a_weight_are_seen_however_they_are_written(product):
+    linear, x, seen = nn.Linear(4, 3), torch.randn(2, 5, 4), []
+    with torch.no_grad(), WeightProducts([linear], lambda module, inputs: seen.append((module, inputs))):
+        product(x, x.mT)
+        product(linear.weight, x.mT)
+    ((module, inputs),) = seen
+    assert module is linear
+    assert torch.equal(inputs, x)

@@ -29,6 +29,8 @@ class WeightProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in PRODUCTS and (module := self._modules.get(id(args[0]))) is not None:
-            self._called(module, args[1].mT)
+        if func in PRODUCTS:
+            left, right = (*args, *(kwargs or {}).values())[:2]
+            if (module := self._modules.get(id(left))) is not None:
+                self._called(module, right.mT)
         return func(*args, **(kwargs or {}))
