@@ -1,6 +1,7 @@
 """Which matrices write neurons, and which reads them; and which number of a config says how many there are."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,35 @@ def test_attention_has_such_shapes_too_and_is_none():
         mlp = f"model.layers.{number}.mlp"
         assert found.name == mlp
         assert named(found) == (f"{mlp}.down_proj", [(f"{mlp}.gate_proj", "once"), (f"{mlp}.up_proj", "once")])
+
+
+@pytest.mark.parametrize("error", [AssertionError, TypeError, KeyError, ZeroDivisionError])
+def test_attention_may_raise_whatever_it_likes_where_its_heads_are_cut(error):
+    model = tiny_llama(num_key_value_heads=4)
+    expected = [named(found) for (found,) in neurons_of(model).values()]
+
+    class Checking(type(model.model.layers[0].self_attn)):
+        def forward(self, *args, **kwargs):
+            if self.q_proj.weight.shape[0] != 32:
+                raise error
+            return super().forward(*args, **kwargs)
+
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Checking
+    assert [named(found) for (found,) in neurons_of(model).values()] == expected
+
+
+class Angles(NamedTuple):
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def test_a_model_may_pass_named_tuples_to_attention(monkeypatch):
+    model = tiny_llama(num_key_value_heads=4)
+    expected = [named(found) for (found,) in neurons_of(model).values()]
+    rotary = model.model.rotary_emb.forward
+    monkeypatch.setattr(model.model.rotary_emb, "forward", lambda *args, **kwargs: Angles(*rotary(*args, **kwargs)))
+    assert [named(found) for (found,) in neurons_of(model).values()] == expected
 
 
 def test_an_mlp_as_wide_as_the_hidden_states():

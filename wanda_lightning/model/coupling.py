@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from wanda_lightning.model.convolutions import is_conv2d
 from wanda_lightning.model.decoder import DecoderLayer
@@ -178,8 +179,8 @@ def can_go(
         keep_neurons(group, kept)
         with replaced(F, "scaled_dot_product_attention", partial(_attend, F.scaled_dot_product_attention)):
             smaller = _first(as_built(module)(*args, **kwargs))
-    except (RuntimeError, ValueError, IndexError) as reason:
-        log.debug("%s does not read neurons: %s", group[0].reader.name, reason)
+    except Exception as reason:  # whatever a family's own code makes of a shape that it was not written for
+        log.debug("%s does not read neurons: %r", group[0].reader.name, reason)
         return False
     close = 1e-4 * unread.abs().max()
     return smaller.shape == unread.shape and bool(
@@ -194,13 +195,9 @@ def _attend(attend: Callable[..., Tensor], query: Tensor, key: Tensor, *args: An
     return attend(query, key, *args, **kwargs)
 
 
-def _in_float32(value: Any) -> Any:
+def _in_float32(arguments: Any) -> Any:
     """Convert the floating-point tensors among arguments."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(map(_in_float32, value))
-    return {name: _in_float32(each) for name, each in value.items()} if isinstance(value, dict) else value
+    return tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, arguments)
 
 
 def _first(out: Any) -> Tensor:
