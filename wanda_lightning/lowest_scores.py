@@ -21,6 +21,8 @@ def prune_lowest(score_GN: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.ones_like(score_GN, dtype=torch.bool)
+    if score_GN.itemsize < 4:
+        score_GN = score_GN.float()  # exact, and sorted faster
     threshold_G1 = _kth_lowest(score_GN, count)
     pruned_GN = score_GN <= threshold_G1
     if int(pruned_GN.count_nonzero()) != count * threshold_G1.numel():

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from wanda_lightning.methods import Magnitude
@@ -39,3 +40,12 @@ def test_pruned_weights_are_plain_zeros_in_a_transposed_view():
     zeros = stored[~mask.t()]
     assert not zeros.any()
     assert not torch.signbit(zeros).any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [(Unstructured(0.5), [1, 1, 1, 1, 0, 0, 0, 0]), (SemiStructured(2, 4), [0, 1, 0, 1, 1, 1, 0, 0])],
+)
+def test_weights_that_only_float64_tells_apart(pattern, kept):
+    weight = 1 + 1e-12 * torch.tensor([[6, 8, 5, 7, 4, 3, 1, 2]], dtype=torch.float64)
+    assert Magnitude().prune(weight, None, pattern).int().tolist() == [kept]

@@ -30,7 +30,7 @@ def test_equals_the_normal_equations(dead, start):
     assert not weight[~mask].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("size", [1e-4, 1e-6, 1e-12])
 def test_weights_of_inputs_that_are_nearly_dead_do_not_make_up_for_others(dtype, size):
     """They would have to grow as the inputs shrink; of N:M patterns some of them stay, whatever the scores."""

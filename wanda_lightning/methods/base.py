@@ -81,7 +81,7 @@ class ScoreMethod(PruningMethod):
 
     @abstractmethod
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None) -> Tensor:
-        """Return the importance of every weight, float32 or better, shape (out_features, in_features)."""
+        """Return the importance of every weight, in any floating dtype, shape (out_features, in_features)."""
 
     def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
         """Choose the kept weights; by default weights compete within their output row."""

@@ -30,7 +30,7 @@ class Magnitude(ScoreMethod):
 
     def score(self, weight_OI: Tensor, statistic: InputStatistic | None = None) -> Tensor:
         """Return |W|."""
-        return weight_OI.float().abs()
+        return weight_OI.abs()
 
     def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
         """Let all weights of the matrix compete."""

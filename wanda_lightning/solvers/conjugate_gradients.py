@@ -20,8 +20,8 @@ def fit_kept_weights(
 ) -> None:
     """Bring the kept weights closer to the least-squares solution, in place.
 
-    Weights of dead inputs (:func:`dead_inputs`) stay as they are. Rows whose error did not fall, once
-    rounded to the weight's dtype, stay as they were.
+    Weights of dead inputs (:func:`dead_inputs`) stay as they are, and so do rows whose error did not fall, once rounded
+    to the weight's dtype.
 
     Args:
         weight_OI: Pruned weight to start from, shape (out_features, in_features), any floating dtype and any strides.
@@ -58,7 +58,7 @@ def fit_kept_weights(
             direction_OI.mul_(_ratio(size_O1, before_O1)).add_(scaled_OI)
         change_OI = dense_OI - w_OI.to(weight_OI.dtype).to(w_OI)
         better_O1 = _row_sum(change_OI, change_OI @ hessian_II) < error_O1
-    weight_OI.copy_(torch.where(better_O1, w_OI.to(weight_OI.dtype), weight_OI))
+    weight_OI.copy_(torch.where(better_O1 & ~dead_I, w_OI.to(weight_OI.dtype), weight_OI))
 
 
 def dead_inputs(diagonal_I: Tensor) -> Tensor:
