@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
@@ -223,3 +224,7 @@ def test_layers_that_depend_on_their_place_are_refused():
     ):
         prune_depth(model, BATCHES, 3)
     assert len(model.model.layers) == 4
+
+
+def test_numpys_numbers_are_those_of_python(llama):
+    assert repr(prune_depth(llama, BATCHES, np.int64(1)).settings) == repr({"layers": 1, "choice": "influence"})

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import mixtral, tiny_llama, token_batches
@@ -284,3 +285,11 @@ def test_columns_that_go_in_part_are_found():
     mask[1, 0] = False
     with pytest.raises(ValueError, match="a column stays in some rows only"):
         Columns(0.5, kept=2).check_mask(mask, 0.0)
+
+
+def test_numpys_numbers_are_those_of_python(llama):
+    swept = {"multiple": np.int64(8), "shrinkage": np.float16(0.1), "attention_keep": np.int8(1)}
+    report = prune_width(llama, BATCHES, np.float32(0.7), **swept)
+    assert report.title == "intermediate_size 64 -> 48"
+    settings = {"keep": 0.7, "choice": "obs", "refit": True, "multiple": 8, "shrinkage": 0.1, "attention_keep": 1}
+    assert repr(report.settings) == repr(settings)

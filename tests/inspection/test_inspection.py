@@ -1,6 +1,7 @@
 import json
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
@@ -145,3 +146,7 @@ def test_where_the_config_names_no_dtype_the_files_do(tmp_path):
 def test_a_missing_model_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         inspect_model(str(tmp_path))
+
+
+def test_numpys_numbers_are_those_of_python(config_only):
+    assert "4 windows of 32 tokens" in inspect_model(config_only, np.int64(4), np.int16(32)).timed_for

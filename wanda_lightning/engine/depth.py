@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from wanda_lightning.arguments import whole_number
+from wanda_lightning.arguments import plain, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place, check_place
 from wanda_lightning.engine.layer_choice import LayerChooser
@@ -69,6 +69,7 @@ def prune_depth(
         >>> len(model.model.layers)
         2
     """
+    layers = plain(layers)
     check_settings(layers, choice)
     check_place(activations)
     model, processes = uncompiled(model), processes or Processes.alone()

@@ -12,7 +12,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.arguments import instance_or_none, number_not_below_0, positive_up_to, whole_number
+from wanda_lightning.arguments import instance_or_none, number_not_below_0, plain, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place, check_place
@@ -93,6 +93,7 @@ def prune_width(
         32
     """
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
+    keep, multiple, shrinkage, attention_keep = map(plain, (keep, multiple, shrinkage, attention_keep))
     check_settings(keep, choice, multiple, shrinkage, attention_keep)
     instance_or_none("journal", journal, Journal, 'Journal("folder")')
     check_place(activations)

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 import torch
 
-from wanda_lightning.arguments import Dtype, checked_device, checked_dtype, whole_number
+from wanda_lightning.arguments import Dtype, checked_device, checked_dtype, plain, whole_number
 from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
@@ -107,6 +107,7 @@ def inspect_model(
     """
     from wanda_lightning.checkpoints.loading import build_skeleton, load_config
 
+    num_samples, sequence_length = plain(num_samples), plain(sequence_length)
     whole_number("num_samples", num_samples, 1)
     if sequence_length is not None:
         whole_number("sequence_length", sequence_length, 2)
