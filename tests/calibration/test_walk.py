@@ -233,13 +233,17 @@ def test_layers_are_left_with_their_own_forward(llama, batches):
     ("batch", "message"),
     [
         (torch.zeros(1, 200, dtype=torch.long), "200 tokens, the model takes at most 128"),
-        (torch.zeros(16, dtype=torch.long), r"integers of shape \(B, T\), got a torch.int64 tensor of shape \(16,\)"),
-        (torch.zeros(1, 16), r"integers of shape \(B, T\), got a torch.float32 tensor"),
+        (torch.zeros(16, dtype=torch.long), r"int64 of shape \(B, T\), got a torch.int64 tensor of shape \(16,\)"),
+        (torch.zeros(1, 16), r"int64 of shape \(B, T\), got a torch.float32 tensor"),
+        (torch.ones(1, 16, dtype=torch.bool), r"int64 of shape \(B, T\), got a torch.bool tensor"),
+        (torch.ones(1, 16, dtype=torch.int16), r"int64 of shape \(B, T\), got a torch.int16 tensor"),
         ({"tokens": torch.zeros(1, 16, dtype=torch.long)}, r"got None under the keys \['tokens'\]"),
         ("text", "got 'text'"),
         ([], r"got \[\]"),
         (torch.full((1, 16), 300), r"input_ids must lie in \[0, 300\).*got 300 to 300"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, r"got \(1, 5\)"),
+        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": [[1, 1]]}, r"attention_mask .* got \[\[1, 1\]\]"),
+        ({"input_ids": torch.ones(1, 2).long(), "position_ids": [[0, 1]]}, r"position_ids .* got \[\[0, 1\]\]"),
     ],
 )
 @torch.no_grad()
@@ -250,7 +254,7 @@ def test_bad_batches_are_refused(llama, batch, message):
 
 @torch.no_grad()
 def test_empty_calibration_sets_are_refused(llama):
-    with pytest.raises(ValueError, match="the calibration set is empty"):
+    with pytest.raises(ValueError, match="the calibration set is empty: at least one batch is needed"):
         next(iter(walk(llama, decoder_layers(llama), [])))
     ids = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="holds padding only"):

@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from wanda_lightning.model.language_model import max_sequence_length
 
 READ = ("input_ids", "attention_mask", "position_ids")
 """What a language model is given of a batch. Positions that begin anew part texts that are packed in one row."""
+
+IDS = (torch.int64, torch.int32)
+"""The data types of token ids that embeddings take."""
 
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -84,12 +88,15 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
     else:
         inputs = {"input_ids": batch[0] if isinstance(batch, tuple | list) and batch else batch}
     ids_BT = inputs.get("input_ids")
-    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point() or ids_BT.numel() == 0:
+    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.dtype not in IDS or ids_BT.numel() == 0:
         given = (
             f"a {ids_BT.dtype} tensor of shape {tuple(ids_BT.shape)}" if isinstance(ids_BT, Tensor) else repr(ids_BT)
         )
         keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
-        raise ValueError(f"a calibration batch must hold input_ids, integers of shape (B, T), got {given[:200]}{keys}")
+        raise ValueError(f"a calibration batch must hold input_ids, int64 of shape (B, T), got {given[:200]}{keys}")
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} of a calibration batch must be a tensor, as input_ids are, got {tensor!r:.200}")
     if "position_ids" in inputs and inputs["position_ids"].shape != ids_BT.shape:  # of images, in three dimensions
         del inputs["position_ids"]
     return inputs

@@ -72,6 +72,6 @@ def check_tokens(real: Sequence[RealTokens]) -> None:
         ValueError: If there is no batch, or padding only.
     """
     if not real:
-        raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
+        raise ValueError("the calibration set is empty: at least one batch is needed")
     if not any(tokens.mask_BT is None or bool(tokens.mask_BT.any()) for tokens in real):
         raise ValueError("the calibration set holds padding only: attention_mask is 0 everywhere")

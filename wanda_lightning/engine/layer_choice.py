@@ -87,7 +87,7 @@ class LayerChooser:
         with self.processes.together():
             batches = [model_inputs(batch, self.model) for batch in calibration]
             if not batches:
-                raise ValueError("the calibration set is empty: at least one batch of input_ids is needed")
+                raise ValueError("the calibration set is empty: at least one batch is needed")
         gone: set[int] = set()
         figures: dict[int, float] = {}
         layers = len(self.plan.layers)
