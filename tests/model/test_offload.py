@@ -124,6 +124,16 @@ def test_a_model_that_was_never_loaded_is_refused():
         prune_model(model, token_batches(), Wanda(), Unstructured(0.5))
 
 
+@pytest.mark.parametrize("method", [Magnitude(), Wanda()], ids=str)
+def test_buffers_that_were_never_made_are_named(method):
+    """Weights that are assigned to a model on the meta device leave its rotary frequencies there."""
+    with torch.device("meta"):
+        model = tiny_llama()
+    model.load_state_dict(tiny_llama().state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"2 weights or buffers were never loaded \(model\.rotary_emb\.inv_freq,"):
+        prune_model(model, token_batches(), method, Unstructured(0.5))
+
+
 def test_matrices_that_layers_share_are_refused_where_each_has_a_copy(tmp_path):
     tiny_zamba2().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="share one weight, of which a model that is not in memory has copies"):

@@ -52,7 +52,10 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
         said = ", ".join(f"{number} {reason}" for reason, number in left.items())
         raise ValueError(f"nothing is left to prune of the decoder's matrices ({said}): say other targets or ignore")
     if absent := names_without_values(model):
-        raise ValueError(f"{len(absent)} weights were never loaded ({absent[0]}, ...): load the model with its weights")
+        raise ValueError(
+            f"{len(absent)} weights or buffers were never loaded ({absent[0]}, ...): load the model with all of them, "
+            "as from_pretrained does"
+        )
     if journal.file(0) is None and any(is_on_disk(layer.module) for layer in plan.layers):
         raise ValueError(
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "

@@ -26,9 +26,12 @@ def is_on_disk(module: nn.Module) -> bool:
 
 
 def names_without_values(model: nn.Module) -> list[str]:
-    """List the parameters that have no values: the model was made on the meta device and never loaded."""
+    """List parameters and buffers that have no values: the model was made on the meta device and never loaded."""
     return [
-        f"{prefix}.{name}" for prefix, part in model.named_modules() if _hook(part) is None for name in _offloaded(part)
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, part in model.named_modules()
+        for name, values in (part._parameters | part._buffers).items()
+        if values is not None and values.is_meta and _hook(part) is None
     ]
 
 
