@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, I in features.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.collector import real_inputs
 from wanda_lightning.calibration.input_drift import InputDrift, held_out_for_target
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.precision import full_float32
 from wanda_lightning.statistics import InputStatistic
@@ -30,22 +31,20 @@ class BothStreams:
         self._held_out = held_out_for_target(len(inputs.hidden_BTD)) if self._dense else range(0)
         self._streams: dict[tuple[nn.Module, int], Tensor] = {}  # by module that reads the residual stream, and batch
 
-    @contextmanager
-    def watched(self, batch: Callable[[], int]) -> Iterator[None]:
-        """Remember the residual stream as it is before a linear adds to it.
+    def watched(self, batch: Callable[[], int]) -> AbstractContextManager[None]:
+        """Remember, for a while, the residual stream as it is before a linear adds to it.
 
         Args:
             batch: Tells which batch is running.
+
+        Returns:
+            What sets the while.
         """
 
         def reads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._streams[module, batch()] = [*args, *kwargs.values()][0]
 
-        with ExitStack() as hooks:
-            for reader in self._readers.values():
-                if reader is not None:
-                    hooks.callback(reader.register_forward_pre_hook(reads, with_kwargs=True).remove)
-            yield
+        return before_calls([reader for reader in self._readers.values() if reader is not None], reads)
 
     def count(self, statistic: InputStatistic, linear: PrunableLinear, x: Tensor, batch: int) -> None:
         """Add the real tokens of a batch to the statistic of a linear's inputs.

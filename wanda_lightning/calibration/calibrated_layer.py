@@ -137,12 +137,11 @@ class CalibratedLayer:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
         collector = Collector(statistic, self.layer.linears if linears is None else linears, to_the_end=advance)
-        with collector:
-            for batch, real in enumerate(islice(self.real, batches)):
-                with collector.batch(tuple(self.hidden_BTD.shapes[batch].shape), real):
-                    out = self._run(batch)
-                if advance:
-                    self.hidden_BTD[batch] = self._stream.take(batch, out)
+        for batch, real in enumerate(islice(self.real, batches)):
+            with collector.batch(tuple(self.hidden_BTD.shapes[batch].shape), real):
+                out = self._run(batch)
+            if advance:
+                self.hidden_BTD[batch] = self._stream.take(batch, out)
         self.has_advanced = self.has_advanced or advance
         statistics = collector.statistics()
         check_statistics(statistics)

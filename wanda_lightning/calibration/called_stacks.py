@@ -1,7 +1,6 @@
 """Which lists of layers a model calls one layer after another, and in which order: seen while it runs once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from wanda_lightning.calibration.call_order import is_passed_on
 from wanda_lightning.calibration.calls import hidden_states_of, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.stand_ins import LayerForward, standing_in
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.stacks import lists_of_layers, without_nested
 
 
@@ -102,7 +102,7 @@ def _run(feed: Feed, batch: Any, watched: Mapping[str, _Watched]) -> Callable[[n
         for index, layer in enumerate(each.layers):
             lists.setdefault(layer, []).append((each, index))
 
-    def note(module: nn.Module, _: Any) -> None:
+    def note(module: nn.Module, *_: Any) -> None:
         order.setdefault(module, len(order))
 
     def watching(number: int, forward: LayerForward) -> LayerForward:
@@ -120,9 +120,7 @@ def _run(feed: Feed, batch: Any, watched: Mapping[str, _Watched]) -> Callable[[n
 
         return call
 
-    with ExitStack() as hooks, standing_in([*lists], watching):
-        for module in feed.model.modules():
-            hooks.callback(module.register_forward_pre_hook(note).remove)
+    with before_calls(feed.model.modules(), note), standing_in([*lists], watching):
         feed.run(batch)
     for each in watched.values():
         each.end()

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, I in features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
@@ -16,6 +16,7 @@ from wanda_lightning.calibration.weight_products import WeightProducts
 from wanda_lightning.model.attention import projection_inputs
 from wanda_lightning.model.convolutions import convolution_patches
 from wanda_lightning.model.experts import expert_inputs
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputStatistic
 
@@ -29,7 +30,7 @@ def by_module(linears: Sequence[PrunableLinear]) -> dict[nn.Module, list[Prunabl
 
 
 class Collector:
-    """Forward hooks that feed what enters linears to their statistics.
+    """Feeds what enters linears to their statistics.
 
     Args:
         statistic: The kind of statistic.
@@ -50,20 +51,6 @@ class Collector:
         routed = any(x.experts is not None and x.expert is None for x in linears)
         self._stop = EarlyStop(self._modules, works=not (routed or to_the_end))
 
-    def __enter__(self) -> "Collector":
-        def hook(linears: list[PrunableLinear]) -> Callable[..., None]:
-            return lambda module, args, kwargs: self._called(module, linears, args, kwargs)
-
-        self._hooks = [
-            module.register_forward_pre_hook(hook(linears), with_kwargs=True)
-            for module, linears in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
     @contextmanager
     def batch(self, shape: tuple[int, ...], real: RealTokens) -> Iterator[None]:
         """Bracket one forward pass of the layer.
@@ -73,10 +60,8 @@ class Collector:
             real: Which tokens are real.
         """
         self._real = real
-        products = WeightProducts(
-            self._modules, lambda module, x: self._called(module, self._modules[module], (x,), {})
-        )
-        with self._stop.after_the_last_call(shape), products:
+        products = WeightProducts(self._modules, lambda module, x: self._called(module, (x,), {}))
+        with self._stop.after_the_last_call(shape), before_calls(self._modules, self._called), products:
             yield
         self._inputs.clear()
 
@@ -99,10 +84,8 @@ class Collector:
             self._statistics[linear.name] = self._empty(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
 
-    def _called(
-        self, module: nn.Module, linears: list[PrunableLinear], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        inputs = [*args, *kwargs.values()]
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        linears, inputs = self._modules[module], [*args, *kwargs.values()]
         if linears[0].projection is not None:
             projected = projection_inputs(args, kwargs)
             for linear in linears:

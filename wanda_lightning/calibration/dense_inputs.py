@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, I in features, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.hidden_states import HiddenStates, Place
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.hooks import before_calls
 
 
 class DenseInputs:
@@ -141,15 +142,11 @@ def residual_writers(
     return found, inputs, out_BTD
 
 
-@contextmanager
-def _first_inputs(modules: set[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+def _first_inputs(modules: set[nn.Module], look: Callable[[nn.Module, Tensor], None]) -> AbstractContextManager[None]:
     """Show the first argument of every call of some modules, where it is a tensor."""
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(x := next(iter([*args, *kwargs.values()]), None), Tensor):
             look(module, x)
 
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
-        yield
+    return before_calls(modules, called)

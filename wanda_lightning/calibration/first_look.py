@@ -24,6 +24,7 @@ from wanda_lightning.calibration.calls import (
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.stand_ins import EnoughSeenError, LayerForward, ending_at, standing_in
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.hooks import before_calls
 
 
 class Seen(NamedTuple):
@@ -70,9 +71,7 @@ def look(layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Fe
         if layer is layers[-1] and feed.may_hand_on:  # which is known to call each of them once
             raise EnoughSeenError
 
-    with ExitStack() as hooks, ending_at(feed.head), suppress(EnoughSeenError):
-        for module in places:
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    with ExitStack() as hooks, before_calls(places, enter), ending_at(feed.head), suppress(EnoughSeenError):
         for layer in layers:
             handle = layer.module.register_forward_hook(lambda _, __, out, layer=layer: leave(layer, out))
             hooks.callback(handle.remove)

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, I in features.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from wanda_lightning.calibration.collector import by_module
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.resumable import Resumable, pause
 from wanda_lightning.model.experts import expert_inputs
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import EXPERT_OUTPUT, PrunableLinear
 from wanda_lightning.statistics import InputStatistic
 
@@ -103,7 +103,7 @@ class OnePass:
         batches = [Resumable(partial(inputs.passed_on, number)) for number in range(len(inputs.hidden_BTD))]
         outputs = HiddenStates(inputs.hidden_BTD.place)
         try:
-            with self._hooks():
+            with before_calls(self._modules, self._called), self._streams.watched(lambda: self._batch):
                 while len(self._passed) < len(self._modules) or (self._needs_outputs and not len(outputs)):
                     for number, batch in enumerate(batches):
                         yield from self._advance(number, batch)
@@ -158,15 +158,6 @@ class OnePass:
 
     def _empty(self, linear: PrunableLinear) -> InputStatistic:
         return self._new(linear.weight_OI.shape[1], linear.weight.device)
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for module in self._modules:
-                handle = module.register_forward_pre_hook(self._called, with_kwargs=True)
-                hooks.callback(handle.remove)
-            hooks.enter_context(self._streams.watched(lambda: self._batch))
-            yield
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Stop a batch before a module that is still to be pruned."""

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,6 +16,7 @@ from wanda_lightning.calibration.feed import Feed, Forward, LanguageModelFeed
 from wanda_lightning.calibration.walk import in_stacks
 from wanda_lightning.engine.shared_weights import repeats_in
 from wanda_lightning.model.decoder import DecoderLayer, decoder_layers
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.model.stacks import outside_of, stack_names
@@ -94,12 +94,10 @@ def _in_language_model(feed: Feed, calibration: Iterable[Batch] | None, selectio
     if not (linears or layers) or not (batches := [*calibration]):
         return Found(calibration, selection)
     watched = {x.name: x.module for some in (linears, layers) for x in some}
-    called: set[str] = set()
-    with ExitStack() as hooks:
-        for name, module in watched.items():
-            hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)).remove)
+    called: set[nn.Module] = set()
+    with before_calls(watched.values(), lambda module, *_: called.add(module)):
         feed.run(feed.first(batches[0]))
-    uncalled = watched.keys() - called
+    uncalled = {name for name, module in watched.items() if module not in called}
     if patterns := [f"{layer.name}.*" for layer in layers if layer.name in uncalled and layer.linears]:
         raise ValueError(
             f"the model passes by {len(patterns)} of its {len(layers)} decoder layers on these batches, as "

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import kind_of
 
@@ -63,27 +65,21 @@ def linear_kinds(model: Any, layers: list[DecoderLayer]) -> list[LinearKind]:
 def _input_groups(model: Any, layer: DecoderLayer) -> dict[str, int]:
     """Number the groups of a layer's linears that share an input tensor, as a forward on the meta device shows them."""
     inputs: list[Any] = []
-    groups: dict[str, int] = {}
+    groups: dict[nn.Module, int] = {}
 
-    def see(name: str, x: Any) -> None:
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = [*args, *kwargs.values()][0]
         if not any(seen is x for seen in inputs):
             inputs.append(x)
-        groups[name] = next(number for number, seen in enumerate(inputs) if seen is x)
+        groups[module] = next(number for number, seen in enumerate(inputs) if seen is x)
 
     single = [linear for linear in layer.linears if linear.expert is None]
-    hooks = [
-        linear.module.register_forward_pre_hook(lambda _, args, name=linear.name: see(name, args[0]))
-        for linear in single
-    ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), before_calls({linear.module for linear in single}, see):
             ids_BT = torch.zeros(1, 8, dtype=torch.long, device="meta")
             # A mask that is ready-made spares the model a look at values, which meta tensors do not have.
             mask_B1TT = torch.zeros(1, 1, 8, 8, dtype=model.dtype, device="meta")
             model(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False)
     except Exception as error:  # some models look all the same
         log.info("which linears share an input is not known: %s", error)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return groups
+    return {linear.name: groups[linear.module] for linear in single if linear.module in groups}

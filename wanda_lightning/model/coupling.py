@@ -11,7 +11,6 @@ Shapes: O out features, I in features, K kept neurons, B batch, T tokens.
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from wanda_lightning.model.convolutions import is_conv2d
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import PrunableLinear, own_modules, prunable_linears
 from wanda_lightning.model.neurons import Layout, Neurons, keep_neurons
 from wanda_lightning.model.offload import device_of
@@ -120,12 +120,7 @@ def calls_of(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     embeddings = model.get_input_embeddings()
     ids_BT = torch.arange(min(16, embeddings.weight.shape[0]), device=device_of(embeddings))[None]
-    with ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_pre_hook(
-                lambda module, args, kwargs: calls.update({module: (args, kwargs)}), with_kwargs=True
-            )
-            hooks.callback(handle.remove)
+    with before_calls(modules, lambda module, args, kwargs: calls.update({module: (args, kwargs)})):
         model(input_ids=ids_BT, use_cache=False)
     return calls
 
