@@ -65,8 +65,7 @@ def allocated(
 
 
 def _with(plan: Plan, allotment: Allotment) -> Plan:
-    linears = [linear for layer in plan.layers for linear in layer.linears]
-    return replace(plan, patterns=patterns_of(allotment, linears), allotment=allotment)
+    return replace(plan, patterns=patterns_of(allotment, plan.linears), allotment=allotment)
 
 
 def task_of(

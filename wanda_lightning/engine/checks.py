@@ -46,8 +46,7 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
             f"{name} and {first} share one matrix: what the dense layers give is not known any more once it is pruned, "
             f"and {setting} needs that; leave {setting} out"
         )
-    linears = [linear for layer in plan.layers for linear in layer.linears]
-    if not linears:
+    if not plan.linears:
         left = Counter(reason for layer in plan.layers for reason in layer.left_dense.values())
         said = ", ".join(f"{number} {reason}" for reason, number in left.items())
         raise ValueError(f"nothing is left to prune of the decoder's matrices ({said}): say other targets or ignore")
@@ -61,10 +60,10 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
-    for linear in linears:
+    for linear in plan.linears:
         _check_stored(linear)
         plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
-    check_finite(linear for linear in linears if not linear.weight.is_meta)
+    check_finite(linear for linear in plan.linears if not linear.weight.is_meta)
     if plan.selection.allocator is not None:
         plan.selection.allocator.check(task_of(plan, model))
 

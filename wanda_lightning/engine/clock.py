@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 Step = TypeVar("Step")
@@ -29,20 +29,12 @@ class PhaseClock:
         """Yield what is given, and count the time that it takes to come."""
         remaining = iter(steps)
         while True:
-            with self._counted("forward"):
+            with self.counted("forward"):
                 try:
                     step = next(remaining)
                 except StopIteration:
                     return
             yield step
-
-    def allocation(self) -> AbstractContextManager[None]:
-        """Count the time of a block that decides how much of each linear is pruned."""
-        return self._counted("allocation")
-
-    def statistics(self) -> AbstractContextManager[None]:
-        """Count the time of a block."""
-        return self._counted("statistics")
 
     def spent(self, phase: str, seconds: Iterable[float]) -> None:
         """Note how much of the time that was counted for statistics last went into another phase."""
@@ -51,7 +43,8 @@ class PhaseClock:
         self._seconds[phase] += spent
 
     @contextmanager
-    def _counted(self, phase: str) -> Iterator[None]:
+    def counted(self, phase: str) -> Iterator[None]:
+        """Count the time of a block."""
         started = time.perf_counter()
         try:
             yield

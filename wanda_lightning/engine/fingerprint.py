@@ -51,7 +51,7 @@ class HashedBatches:
     """Calibration batches that are hashed as they pass.
 
     Args:
-        batches: The batches; None where none are needed.
+        batches: The batches.
         feed: Knows what is in them.
         keep: Whether they are wanted again.
 
@@ -59,26 +59,21 @@ class HashedBatches:
         kept: Those that have passed, if so.
     """
 
-    def __init__(self, batches: Iterable[Batch] | None, feed: Feed, keep: bool = False) -> None:
+    def __init__(self, batches: Iterable[Batch], feed: Feed, keep: bool) -> None:
         self._batches, self._feed, self._keep = batches, feed, keep
         self.kept: list[Batch] = []
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in () if self._batches is None else self._batches:
+        for batch in self._batches:
             self._digest.update(hashed(self._feed.tensors(batch)).encode())
             self.kept += [batch] if self._keep else []
             yield batch
 
     @property
     def digest(self) -> str:
-        """Of the batches that have passed; empty where none are needed."""
-        return self._digest.hexdigest()[:16] if self.are_there else ""
-
-    @property
-    def are_there(self) -> bool:
-        """Whether batches are needed."""
-        return self._batches is not None
+        """Of the batches that have passed."""
+        return self._digest.hexdigest()[:16]
 
 
 def _numerics(model: nn.Module, device: str) -> dict[str, Any]:

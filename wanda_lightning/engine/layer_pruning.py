@@ -121,32 +121,24 @@ def _in_two_passes(
     layer: DecoderLayer, inputs: CalibratedLayer | None, plan: Plan, processes: Processes
 ) -> tuple[dict[str, PrunedLinear], dict[str, Tensor]]:
     """Prune all linears with statistics of the layer as it was; the batches are still before it."""
+
+    def collected(linears: list[PrunableLinear]) -> dict[str, InputStatistic]:
+        with processes.together():
+            return inputs.collect(plan.statistic, linears) if inputs and plan.statistic else {}
+
     with processes.together():
         parts = inputs.parts(plan.statistic) if inputs and plan.statistic else [layer.linears]
     done: dict[str, PrunedLinear] = {}
     masks: dict[str, Tensor] = {}
     pruned: dict[str, Tensor] = {}
     for linears in parts:
-        found = _prune_part(layer, linears, inputs, plan, processes)
+        found = solve(layer, linears, collected(linears), plan, processes)  # statistics of one part at a time
         done |= found.done
         masks |= found.masks
         pruned |= found.weights if len(parts) == 1 else {name: w_OI.cpu() for name, w_OI in found.weights.items()}
     put_in_place(layer.linears, pruned)
     passes = None if inputs is None else 2
     return {name: each._replace(row=replace(each.row, passes=passes)) for name, each in done.items()}, masks
-
-
-def _prune_part(
-    layer: DecoderLayer,
-    linears: list[PrunableLinear],
-    inputs: CalibratedLayer | None,
-    plan: Plan,
-    processes: Processes,
-) -> Solution:
-    """Gather the statistics of some linears and solve these."""
-    with processes.together():
-        statistics = inputs.collect(plan.statistic, linears) if inputs and plan.statistic else {}
-    return solve(layer, linears, statistics, plan, processes)
 
 
 def solve(

@@ -74,17 +74,14 @@ def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) ->
 
 def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
     """Say what does not fit where; None if all of it fits, or nobody can tell."""
-    linears = [linear for layer in plan.layers for linear in layer.linears]
-    widest = max(linears, key=lambda linear: linear.weight_OI.shape[1])
+    widest = max(plan.linears, key=lambda linear: linear.weight_OI.shape[1])
     waiting, place = inputs.bytes_waiting(widest.weight_OI.shape[1]), inputs.hidden_BTD.place
     if place == "disk":
         return None
     devices = {torch.device("cpu")}
     if place == "device":
-        devices = {
-            inputs.hidden_BTD[0].device,
-            *(linear.weight.device for linear in linears if not linear.weight.is_meta),
-        }
+        weights = [linear.weight for linear in plan.linears if not linear.weight.is_meta]
+        devices = {inputs.hidden_BTD[0].device, *(weight.device for weight in weights)}
     for device in devices:
         free = free_memory(device)
         if free is not None and waiting > free:

@@ -13,6 +13,7 @@ from wanda_lightning.engine.shared_weights import Repeat, without_repeats
 from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.neurons import Neurons
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.pruning_report import PruningReport
@@ -107,6 +108,11 @@ class Plan:
             outside=outside,
             passed_by=[layer for layer in every if layer.name in found.uncalled],
         )
+
+    @property
+    def linears(self) -> list[PrunableLinear]:
+        """The linears that are to be pruned."""
+        return [linear for layer in self.layers for linear in layer.linears]
 
     @property
     def statistic(self) -> type[InputStatistic] | None:

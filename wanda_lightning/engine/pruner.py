@@ -1,7 +1,7 @@
 """Pruning a model: whoever has read this file knows the house."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +14,7 @@ from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place, check_place
-from wanda_lightning.calibration.walk import Visit, visit
+from wanda_lightning.calibration.walk import visit
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_pruning
 from wanda_lightning.engine.clock import PhaseClock
@@ -166,19 +166,24 @@ def carry_out(
         What was done to every linear.
     """
     model, clock, zeros, allocator = feed.model, PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
-    batches = HashedBatches(calibration if plan.needs_batches else None, feed, keep=bool(allocator))
-    with closing(_visit(model, plan, batches, activations, feed)) as walked:  # a layer is in memory, after errors too
+    batches = None
+    if calibration is not None and plan.needs_batches:
+        batches = HashedBatches(calibration, feed, keep=bool(allocator))
+    walked = visit(model, plan.layers, batches, activations, plan.reconstruction is not None, feed, plan.dense_target)
+    with closing(walked):  # a layer is in memory, after errors too
         plan, visits = begin(plan, clock.forwards(walked), processes)  # the first visit reads the batches
         settings = {**plan.settings, **(asked or {}), "processes": processes.size}
-        journal.start(fingerprint(model, settings, processes.gather(batches.digest), feed.device), processes)
+        digests = processes.gather(batches.digest if batches else "")
+        journal.start(fingerprint(model, settings, digests, feed.device), processes)
         if allocator:
-            with clock.allocation():
-                plan = allocated(plan, model, batches.kept, activations, journal, processes, feed)
+            with clock.counted("allocation"):
+                kept = batches.kept if batches else []
+                plan = allocated(plan, model, kept, activations, journal, processes, feed)
         report = plan.new_report()
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
             if done is None:
-                with clock.statistics():
+                with clock.counted("statistics"):
                     done = prune_layer(layer, inputs, plan, processes)
                 clock.spent("solve", (linear.row.seconds for linear in done.linears))
                 clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
@@ -195,14 +200,8 @@ def carry_out(
     return report
 
 
-def _visit(model: nn.Module, plan: Plan, batches: HashedBatches, activations: Place, feed: Feed) -> Generator[Visit]:
-    """Visit the layers with what the plan takes."""
-    needed = batches if batches.are_there else None
-    return visit(model, plan.layers, needed, activations, plan.reconstruction is not None, feed, plan.dense_target)
-
-
 def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:
-    experts = sum(linear.experts is not None for layer in plan.layers for linear in layer.linears)
+    experts = sum(linear.experts is not None for linear in plan.linears)
     if plan.method.statistic is not None and (unseen := sum(row.tokens == 0 for row in report.linears)):
         log.warning(
             "no calibration token reached %d of %d expert matrices: they were pruned by magnitude within each row. "

@@ -109,7 +109,7 @@ def prune_width(
             narrowing = plan_width(model, keep, multiple, attention_keep, layers)
         plan = _plan(narrowing, NeuronRemoval(choice, refit, shrinkage), keep, layers)
         batches = calibration if plan.patterns else None
-        with _as_they_were_if_it_fails([linear for layer in plan.layers for linear in layer.linears]):
+        with _as_they_were_if_it_fails(plan.linears):
             feed = LanguageModelFeed(model)
             done = carry_out(plan, feed, batches, activations, journal, processes, progress, asked=settings)
         narrowing.apply(model, _kept(narrowing))
