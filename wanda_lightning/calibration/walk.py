@@ -83,7 +83,7 @@ def walk(
             if with_dense or with_dense_inputs:
                 dense = streams.enter_context(closing(DenseStream(stream.twin())))
             for layer in stack:
-                memory = _size(layer.module) if is_offloaded(layer.module) else None
+                memory = sum(p.nbytes for p in layer.module.parameters()) if is_offloaded(layer.module) else None
                 is_last = layer is stack[-1]
                 dense_BTD = dense.hidden_BTD if dense else None
                 seen = DenseInputs(layer, activations) if with_dense_inputs else None
@@ -153,7 +153,3 @@ def _look(
         check_one_by_one(modules, probed, seen.hidden_BTD, seen.behind_BTD)
     elif not is_offloaded(feed.model):
         check_calls_between(modules, feed, few, seen.behind_BTD)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

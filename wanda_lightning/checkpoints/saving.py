@@ -131,7 +131,7 @@ def _take_along(model: "PreTrainedModel", folder: Path) -> None:
 def _largest_layer(model: "PreTrainedModel") -> int:
     """Return the bytes of the largest decoder layer: so much of the model is in memory while it is pruned, too."""
     layers = decoder_layers(model, targets=["*"])
-    return max(sum(p.numel() * p.element_size() for p in layer.module.parameters()) for layer in layers)
+    return max(sum(p.nbytes for p in layer.module.parameters()) for layer in layers)
 
 
 def _check_reloads(model: "PreTrainedModel", folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.model.configuration import shapes_of, skeleton
-from wanda_lightning.model.linears import own_modules
+from wanda_lightning.model.linears import own_parameters
 from wanda_lightning.report.shrinking import ShrinkReport
 
 
@@ -81,8 +81,8 @@ def reported(model: nn.Module, report: ShrinkReport) -> Iterator[None]:
 
 def _size(model: nn.Module) -> tuple[int, int]:
     """Count the parameters of a model and their bytes; shared ones count once."""
-    parameters = {parameter for _, module in own_modules(model) for parameter in module.parameters(recurse=False)}
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    parameters = own_parameters(model)
+    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:

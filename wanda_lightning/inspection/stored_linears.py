@@ -54,12 +54,11 @@ class MatrixFinder:
         self._list = layers[0].list_name
         end = re.escape(self._list.rpartition(".")[2])
         self._pattern = re.compile(rf"((?:.*?\.)?{end})\.(\d+)\.(.+)")
-        self._linears: dict[tuple[int, str], list[PrunableLinear]] = {
-            (layer.number, name): [] for layer in layers for name, _ in layer.module.named_parameters()
-        }
-        for layer in layers:
+        self._linears: dict[tuple[int, str], list[PrunableLinear]] = {}
+        for number, layer in enumerate(layers):
+            self._linears |= {(number, name): [] for name, _ in layer.module.named_parameters()}
             for linear in layer.linears:
-                self._linears[layer.number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
+                self._linears[number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
 
     def place(self, name: str) -> tuple[int, str] | None:
         """Return the layer's number and the tensor's name in it; None for what is not in a decoder layer."""

@@ -35,11 +35,6 @@ class DecoderLayer:
         return list_of(self.name)
 
     @property
-    def number(self) -> int:
-        """Its place in that list, from 0."""
-        return int(self.name.removeprefix(f"{self.list_name}."))
-
-    @property
     def is_matrix(self) -> bool:
         """Whether it is no layer but a matrix outside of the layers, which a target named."""
         return any(linear.module is self.module for linear in self.linears)
@@ -81,22 +76,17 @@ def decoder_layers(
         ValueError: If the model is quantised, no decoder layers are found, their matrix weights are mostly not in
             linears, or a pattern matches nothing.
     """
-    refuse_quantized(uncompiled(model))
-    if layers is None or isinstance(layers, str):
-        prefix, of_decoder = _layer_list(uncompiled(model), layers)
-        lists: dict[str, nn.Module] = {prefix: of_decoder}
-    else:
-        lists = lists_of_layers(uncompiled(model), layers)
-    modules = {
-        f"{prefix}.{i}": layer for prefix, found in lists.items() for i, layer in cast(Any, found)._modules.items()
-    }
+    model = uncompiled(model)
+    refuse_quantized(model)
+    lists = _layer_list(model, layers) if layers is None or isinstance(layers, str) else lists_of_layers(model, layers)
+    modules = {f"{name}.{i}": layer for name, m in lists.items() for i, layer in cast(Any, m)._modules.items()}
     linears = {name: prunable_linears(layer, name) for name, layer in modules.items()}
     every = [linear for layer in linears.values() for linear in layer]
     if layers is not None and not isinstance(layers, str):
-        for linear in _named_outside(uncompiled(model), every, targets):
+        for linear in _named_outside(model, every, targets):
             modules[linear.name], linears[linear.name] = linear.module, [linear]
             every.append(linear)
-    uncovered = _uncovered([*modules.values()], linears)
+    uncovered = _uncovered(modules, linears)
     for pattern in [*(targets or []), *(ignore or [])]:
         check_pattern(pattern, every)
     return [_decide(name, modules[name], found, uncovered[name], targets, ignore) for name, found in linears.items()]
@@ -184,22 +174,22 @@ def _decide(
     return DecoderLayer(name, uncompiled(module), wanted, left_dense)
 
 
-def _layer_list(model: nn.Module, path: str | None) -> tuple[str, nn.ModuleList]:
-    """Find the largest list of layers, in the model's own decoder first: an encoder's may be larger."""
+def _layer_list(model: nn.Module, named: str | None) -> dict[str, nn.Module]:
+    """Find the largest list of layers, in the model's own decoder first: an encoder's may be larger; by its name."""
     names = {m: name for name, m in own_modules(model) if isinstance(m, nn.ModuleList) and any(map(_has_linear, m))}
-    if path is not None:
+    if named is not None:
         for module, name in names.items():
-            if name == path:
-                return name, module
-        found = ", ".join(f"{name} ({len(module)})" for module, name in names.items()) or "none"
-        raise ValueError(f"{type(model).__name__} has no list of layers {path!r}; its lists with linears: {found}")
+            if name == named:
+                return {name: module}
+        there = ", ".join(f"{name} ({len(module)})" for module, name in names.items()) or "none"
+        raise ValueError(f"{type(model).__name__} has no list of layers {named!r}; its lists with linears: {there}")
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
     for root in (decoder, model):
         inside = _reading_text(root) if isinstance(root, nn.Module) else set()
         lists = [m for m in names if m in inside and all(map(_has_linear, m))]
         if lists:
             largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-            return names[largest], largest
+            return {names[largest]: largest}
     raise ValueError(
         f"no decoder layers found in {type(model).__name__}: expected a ModuleList whose elements all hold an "
         f"nn.Linear or Conv1D, among {', '.join(name for name, _ in model.named_children()) or 'no children'}"
@@ -218,7 +208,7 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def _uncovered(
-    modules: Sequence[nn.Module], linears: dict[str, list[PrunableLinear]]
+    modules: Mapping[str, nn.Module], linears: Mapping[str, list[PrunableLinear]]
 ) -> dict[str, dict[str, nn.Parameter]]:
     """Find the matrices of each layer that lie outside linears; refuse a decoder that consists of such.
 
@@ -226,8 +216,8 @@ def _uncovered(
     """
     total = 0
     uncovered: dict[str, dict[str, nn.Parameter]] = {}
-    for module, (name, layer) in zip(modules, linears.items(), strict=True):
-        covered = {parameter for linear in layer for parameter in linear.module.parameters()}
+    for name, module in modules.items():
+        covered = {parameter for linear in linears[name] for parameter in linear.module.parameters()}
         matrices = matrix_parameters(module, name)
         uncovered[name] = {matrix: p for p, matrix in matrices.items() if p not in covered}
         total += sum(p.numel() for p in matrices)

@@ -32,12 +32,10 @@ def lists_of_layers(model: nn.Module, named: Sequence[str] | None = None) -> dic
     """
     lists = {name: m for name, m in own_modules(model) if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
     if named is None:
-        return {name: m for name, m in lists.items() if _is_stack([*cast(Any, m)])}
+        return {name: m for name, m in lists.items() if _is_stack(m)}
     for name in named:
         if name not in lists or not prunable_linears(lists[name], name):
-            holding = ", ".join(
-                f"{each} ({len(cast(Any, m))})" for each, m in lists.items() if _is_stack([*cast(Any, m)])
-            )
+            holding = ", ".join(f"{each} ({len(m)})" for each, m in lists.items() if _is_stack(m))
             raise ValueError(
                 f"{type(model).__name__} has no list of layers {name!r}; its lists of layers: {holding or 'none'}"
             )
@@ -105,8 +103,8 @@ def outside_of(model: nn.Module, inside: Collection[nn.Module]) -> tuple[dict[st
     return outside, sum(outside.values()) / max(1, sum(p.numel() for p in matrices.values()))
 
 
-def _is_stack(elements: Sequence[nn.Module]) -> bool:
-    layers = [uncompiled(element) for element in elements]
+def _is_stack(found: nn.ModuleList | nn.Sequential) -> bool:
+    layers = [uncompiled(element) for element in found]
     alike = len({type(layer) for layer in layers}) == 1
     return alike and not any(map(is_linear, layers)) and all(prunable_linears(layer, "") for layer in layers)
 
