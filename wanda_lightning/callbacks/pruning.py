@@ -26,7 +26,7 @@ from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured, parse_pattern
-from wanda_lightning.training.masks import masks_of
+from wanda_lightning.training.masks import WeightMasks, masks_of
 
 
 class PruningCallback(SparseFinetuning):
@@ -192,7 +192,7 @@ class PruningCallback(SparseFinetuning):
     @override
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that were pruned, unless the schedule lets them grow back."""
-        self._masks = None
+        self._masks = WeightMasks({})  # two sets of masks at once would take twice the memory
         self.mask(trainer, pl_module, masks_of(*self.run.zeros_to_keep(find_model(pl_module))))
 
     def _prune_gradually(self, trainer: Trainer, pl_module: LightningModule) -> None:

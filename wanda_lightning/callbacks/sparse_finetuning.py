@@ -40,7 +40,7 @@ class SparseFinetuning(Callback):
 
     def __init__(self, layers: str | list[str] | None = None) -> None:
         self.layers = layers
-        self._masks: WeightMasks | None = None
+        self._masks = WeightMasks({})
         self._hooks: list[Any] = []
 
     @override
@@ -53,7 +53,7 @@ class SparseFinetuning(Callback):
         """Derive the masks; by now every strategy has restored its checkpoint."""
         self.keep_zeros(trainer, pl_module)
         self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._mask_weights()) for optimizer in trainer.optimizers
+            optimizer.register_step_post_hook(lambda *_: self._masks.mask_weights()) for optimizer in trainer.optimizers
         ]
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,24 +81,18 @@ class SparseFinetuning(Callback):
         Raises:
             RuntimeError: If one is not, with the names of the linears.
         """
-        if self._masks is not None:
-            self._masks.check()
+        self._masks.check()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the gradients of pruned weights before a module that steps by itself clips them."""
-        if self._masks is not None and not pl_module.automatic_optimization:
+        if not pl_module.automatic_optimization:
             self._masks.mask_gradients()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Drop the gradients of pruned weights: after accumulation and all-reduce, before clipping."""
-        if self._masks is not None:
-            self._masks.mask_gradients()
-
-    def _mask_weights(self) -> None:
-        if self._masks is not None:
-            self._masks.mask_weights()
+        self._masks.mask_gradients()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class KeepZeros(TrainerCallback):
 
     def __init__(self, layers: str | None = None) -> None:
         self.layers = layers
-        self._masks: WeightMasks | None = None
+        self._masks = WeightMasks({})
         self._hooks: list[Any] = []
 
     @override
@@ -48,8 +48,7 @@ class KeepZeros(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Undo what momentum and weight decay did to pruned weights."""
-        if self._masks is not None:
-            self._masks.mask_weights()
+        self._masks.mask_weights()
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,8 +69,7 @@ class KeepZeros(TrainerCallback):
         Raises:
             RuntimeError: If one is not, with the names of the linears.
         """
-        if self._masks is not None:
-            self._masks.check()
+        self._masks.check()
 
     def _forget_hooks(self) -> None:
         for hook in self._hooks:
