@@ -67,6 +67,16 @@ def test_allocations_are_a_dimension(tiny_model_folder, tmp_path):
     assert (tmp_path / "magnitude-0.5-owl/pruning.json").stat().st_mtime_ns == before  # done before
 
 
+def test_a_run_that_found_its_zeros_is_not_done_again(tiny_model_folder, tmp_path):
+    """A model that comes with more zeros than a run asks for is evaluated as it is, once."""
+    trainer(tmp_path, WandaPruning(0.5)).prune(CausalLM(tiny_model_folder), data(), evaluate=False)
+    written = []
+    for _ in range(2):
+        trainer(tmp_path / "sweep").sweep(CausalLM(tmp_path / "model"), data(), [Magnitude()], [0.3])
+        written.append((tmp_path / "sweep/magnitude-0.3/pruning.json").stat().st_mtime_ns)
+    assert written[0] == written[1]
+
+
 def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     asked = [Magnitude(), Wanda()], [0.3, 0.6], []
