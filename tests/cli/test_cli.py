@@ -209,11 +209,18 @@ def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_quiet(wanda_lightning_command, small):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fit", "-c", "wanda_finetune", "--max_steps=1"),
+        ("search", "--method=magnitude", "--step=0.5", "--max_perplexity_increase=9"),
+    ],
+)
+def test_quiet(wanda_lightning_command, small, command):
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     try:
-        done = wanda_lightning_command("fit", "-c", "wanda_finetune", *small, "--max_steps=1", "-q")
+        done = wanda_lightning_command(*command, *small, "-q")
     finally:
         logger.setLevel(level)  # the command's process would end here
     assert done.returncode == 0, done.stderr

@@ -151,7 +151,7 @@ class PruningCLI(LightningCLI):
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):
                 callback.replace(self.trainer, self.model)
-        if self.trainer.hub_url:
+        if self.trainer.hub_url and self._is_to_tell:
             Console().print(f"The model is at {self.trainer.hub_url}", markup=False, soft_wrap=True)
         if self.trainer.push_failed:  # which was said; everything is on disk by now
             sys.exit(1)
@@ -163,14 +163,13 @@ class PruningCLI(LightningCLI):
     def after_sweep(self) -> None:
         """Show the table of all runs."""
         folder = self.trainer.log_dir  # all processes must ask: they agree on it
-        quiet = self.config_init[self.subcommand].quiet
-        if self.trainer.comparison and self.trainer.is_global_zero and not quiet:
+        if self.trainer.comparison and self._is_to_tell:
             Console().print(self.trainer.comparison.to_table())
             Console().print(f"Results and comparison.png are in {folder}", markup=False, soft_wrap=True)
 
     def after_search(self) -> None:
         """Show the trials and the report."""
-        if self.trainer.search_result and self.trainer.is_global_zero:
+        if self.trainer.search_result and self._is_to_tell:
             Console().print(self.trainer.search_result.to_table())
         self._show_report()
 
@@ -194,12 +193,17 @@ class PruningCLI(LightningCLI):
         """The callbacks that change the model before it is trained."""
         return [*shape_callbacks(self.trainer), *pruning_callbacks(self.trainer)]
 
+    @property
+    def _is_to_tell(self) -> bool:
+        """Whether this process shows results: the first one does, unless the user wants to see warnings only."""
+        return self.trainer.is_global_zero and not self.config_init[self.subcommand].quiet
+
     def _show_report(self) -> None:
         folder = run_folder(self.trainer)  # all processes must ask for it
         shrinking = shrinking_of(self.trainer, self.model)
         reports: list[Any] = [shrinking, *(callback.report for callback in pruning_callbacks(self.trainer))]
         reports = [report for report in reports if report is not None]
-        if reports and self.trainer.is_global_zero and not self.config_init[self.subcommand].quiet:
+        if reports and self._is_to_tell:
             details = self.config_init[self.subcommand].details
             for report in reports:
                 Console().print(report.to_table(details))
