@@ -279,6 +279,12 @@ def test_differences_within_the_noise_are_said_to_be():
     assert not any("noise" in note for note in exact.notes())
 
 
+def test_the_end_of_a_search_by_a_metric_that_the_dense_model_has_at_0():
+    result = SearchResult(Budget("errors", "rise", 0.1), {}, {"val/errors": 0.0})
+    result.final = {"dense": {"val/errors": 0.0}, "pruned": {"val/errors": 0.05}}
+    assert result.notes() == ["on the evaluation set, which chose nothing: errors 0 dense, 0.05 pruned (+0.05)"]
+
+
 def test_a_curve_that_turns_is_said_to():
     assert any("gets better again" in note for note in found(0.6, 0.5, 0.58, 0.4).notes())
     assert not any("gets better again" in note for note in found(0.6, 0.58, 0.5, 0.4).notes())

@@ -64,7 +64,10 @@ class Budget:
 
     def change(self, dense: Mapping[str, float], metrics: Mapping[str, float]) -> str:
         """Write how far the metric has moved."""
-        before, now = self.value(dense), self.value(metrics)
+        return self.moved(self.value(dense), self.value(metrics))
+
+    def moved(self, before: float, now: float) -> str:
+        """Write how far a value has moved: perplexities and bytes by a fraction, others, which may be 0, by so much."""
         return f"{now / before - 1:+.2%}" if self.kind in ("increase", "bytes") else f"{now - before:+.4g}"
 
     def is_noise(self, difference: float, dense: Mapping[str, float], metrics: Mapping[str, float]) -> bool:

@@ -114,7 +114,7 @@ class SearchResult:
             return [f"{name} in the report flatters the pruned model: the same questions chose its sparsity"]
         figures = [
             f"{each.removeprefix('val/')} {before[each]:.4g} dense, {after[each]:.4g} pruned "
-            f"({after[each] / before[each] - 1:+.2%})"
+            f"({self.budget.moved(before[each], after[each])})"
             for each in names
         ]
         is_judged = names == [name] and not self.budget.is_of_size
