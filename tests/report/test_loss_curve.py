@@ -65,13 +65,15 @@ def test_the_curve_of_a_run_is_what_its_steps_gave(tmp_path):
     assert [tuple(point) for point in again.report.training] == [*zip(steps, losses, strict=True)]
 
 
-def test_the_page_draws_it_from_below_its_least_value():
-    report = PruningReport("Wanda()", "2:4", 0.5, training=[(1, 3.31), (2, 3.12), (3, 3.25), (4, float("nan"))])
+@pytest.mark.parametrize(("offset", "least"), [(0, "3.1"), (-10, "-6.9")])
+def test_the_page_draws_it_from_below_its_least_value(offset, least):
+    losses = (3.31, 3.12, 3.25, float("nan"))
+    report = PruningReport("Wanda()", "2:4", 0.5, training=[*enumerate((offset + loss for loss in losses), 1)])
     page = to_html(report)
     drawn = page.partition("Training after the pruning")[2].partition("<h2>")[0]
     heights = [float(point.split()[1]) for point in drawn.partition(' d="M0.5')[2].partition('"')[0].split("L")[1:]]
     assert len(heights) == 2
     assert heights[0] > heights[1] > 0  # lower is further down
     assert heights[0] < 100
-    assert 'top: 100.00%">3.1<' in drawn
+    assert f'top: 100.00%">{least}<' in drawn
     assert "Training after" not in to_html(PruningReport("Wanda()", "2:4", 0.5, training=[(1, 2.0)]))

@@ -71,7 +71,7 @@ def _training(report: "PruningReport") -> dict[str, Any] | None:
     losses = [loss for _, loss in points]
     spread = max(losses) - min(losses) or 1.0
     unit = 10.0 ** math.floor(math.log10(spread))
-    low = max(0.0, math.floor(min(losses) / unit) * unit)
+    low = math.floor(min(losses) / unit) * unit
     curve = lines({"loss": losses}, [str(step) for step, _ in points], "{:.4g}".format, low)
     return {"curve": curve, "steps": report.training[-1][0], "averaged": len(points) < len(report.training)}
 
