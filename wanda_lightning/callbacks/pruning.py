@@ -91,10 +91,10 @@ class PruningCallback(SparseFinetuning):
     ) -> None:
         super().__init__(layers)
         self.method, self.pattern = as_method(method), parse_pattern(pattern, sparsity)
-        num_samples, allocation = plain(num_samples), plain(allocation)
         self.calibration = CalibrationBatches(num_samples)
-        self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, allocation
-        self.num_samples, self.output_dir, self.activations, self.resume = num_samples, output_dir, activations, resume
+        self.schedule, self.targets, self.ignore, self.allocation = schedule, targets, ignore, plain(allocation)
+        self.num_samples, self.output_dir = self.calibration.num_samples, output_dir
+        self.activations, self.resume = activations, resume
         self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
         self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
         self.permute, self.run = check_permute(permute, self.pattern), PruningRun(self)

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
-from wanda_lightning.arguments import plain
 from wanda_lightning.callbacks.plumbing.averages import refuse_averages
 from wanda_lightning.callbacks.plumbing.before_setup import before_setup
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
@@ -54,9 +53,8 @@ class ShapePruning(Callback):
     resume: bool | None = None
 
     def __init__(self, num_samples: int, overwrite: bool, **settings: Any) -> None:
-        num_samples = plain(num_samples)
         self.calibration = CalibrationBatches(num_samples)
-        self.num_samples, self.overwrite, self.settings = num_samples, overwrite, settings
+        self.num_samples, self.overwrite, self.settings = self.calibration.num_samples, overwrite, settings
         self.report: ShrinkReport | None = None
         self.evaluations: dict[str, dict[str, float]] = {}
         self.calibrated: dict[str, Any] = {}
@@ -108,19 +106,17 @@ class ShapePruning(Callback):
         callbacks = shape_callbacks(trainer)
         if trainer.state.fn != "validate" or self is not callbacks[0]:
             return
-        due = due_callbacks(callbacks, find_language_model(pl_module))
-        for callback in due:
+        for callback in due_callbacks(callbacks, find_language_model(pl_module)):
             callback.begin_anew()
-        stage = "dense" if due else "fine-tuned" if self.trained else "smaller"
-        self.evaluations[stage] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.evaluations[stage_of_shapes(trainer, pl_module)] = metrics
         save(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what it takes to give a module these shapes again."""
-        report = self.report.to_dict() if self.report else None
         plain = {name: getattr(self, name) for name in ("evaluations", "calibrated", "trained")}
-        return {"report": report, **plain}
+        return {"report": self.report.to_dict() if self.report else None, **plain}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,15 +138,21 @@ def due_callbacks(callbacks: list[ShapePruning], model: Any) -> list[ShapePrunin
     return [each for each in callbacks if each.report is None or not all(says_so[path] for path in each.report.sizes)]
 
 
+def stage_of_shapes(trainer: Trainer, module: LightningModule) -> str:
+    """Name the stage that a module's model is in, by looking at it."""
+    callbacks = shape_callbacks(trainer)
+    due = due_callbacks(callbacks, find_language_model(module))
+    return "dense" if due else "fine-tuned" if callbacks[0].trained else "smaller"
+
+
 def shrinking_of(trainer: Trainer, module: LightningModule) -> Shrinking | None:
     """Gather what the callbacks of a Trainer made of a module's model; None before they did."""
     callbacks = shape_callbacks(trainer)
-    model = find_language_model(module) if callbacks else None
-    if model is None or due_callbacks(callbacks, model):
+    if not callbacks or due_callbacks(callbacks, find_language_model(module)):
         return None
     return Shrinking(
         [callback.report for callback in callbacks if callback.report is not None],
-        describe_model(module, model),
+        describe_model(module),
         callbacks[0].evaluations,
         callbacks[0].calibrated,
     )

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DistributedSampler
 
-from wanda_lightning.arguments import is_whole, whole_number
+from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.calibration.batches import count
 from wanda_lightning.callbacks.plumbing.loaders import each_batch, loaders_in, starts_anew
 from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
@@ -34,8 +34,8 @@ class CalibrationBatches:
     """
 
     def __init__(self, num_samples: int) -> None:
-        whole_number("num_samples", num_samples, 1)
-        self.num_samples = num_samples
+        self.num_samples = plain(num_samples)
+        whole_number("num_samples", self.num_samples, 1)
         self._source: str | None = None
         self._sequences = self._tokens = 0
 

@@ -230,7 +230,7 @@ class PruningRun:
     def _take(self, report: PruningReport, trainer: Trainer, module: LightningModule) -> None:
         """Take a new report, of the weights as they are now, and bring it to the loggers and to its folder."""
         model = find_model(module)
-        report.model, report.settings = describe_model(module, model), describe_settings(self.asked)
+        report.model, report.settings = describe_model(module), describe_settings(self.asked)
         self.results.take(report, model, lists_in(model, self.asked.layers))
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)

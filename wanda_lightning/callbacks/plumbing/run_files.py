@@ -59,8 +59,7 @@ class RunFiles:
         """
         folder = self.asked.folder(trainer)
         if loaded:
-            now = {"model": describe_model(module, find_model(module))}
-            now["calibration"] = describe_calibration(trainer)
+            now = {"model": describe_model(module), "calibration": describe_calibration(trainer)}
         else:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
         if not self.asked.overwrite and keeps_files(trainer):

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from wanda_lightning.allocation.allocator import Allocator
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import own_parameters
 
 if TYPE_CHECKING:
@@ -18,17 +18,17 @@ def name_of(module: LightningModule) -> str | None:
     return None if name is None else str(name)
 
 
-def describe_model(module: LightningModule, model: nn.Module) -> dict[str, Any]:
-    """Describe a model for a report.
+def describe_model(module: LightningModule) -> dict[str, Any]:
+    """Describe a module's model for a report.
 
     Args:
         module: The LightningModule that holds it.
-        model: The model.
 
     Returns:
         Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; and the number of
         its ``parameters``, where shared ones count once and those of adapters do not.
     """
+    model = find_model(module)
     config: Any = getattr(model, "config", None)
     asked = getattr(module, "model_kwargs", None) or {}
     revision = asked.get("revision") or getattr(config, "_commit_hash", None)
