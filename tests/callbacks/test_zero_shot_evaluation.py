@@ -8,7 +8,7 @@ import torch
 from helpers import TWO_PROCESSES, few_windows, loader
 from lightning.pytorch import Callback
 
-from wanda_lightning.callbacks import WandaPruning, ZeroShotEvaluation
+from wanda_lightning.callbacks import WandaPruning, WidthPruning, ZeroShotEvaluation
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.evaluation import evaluate_zero_shot
 from wanda_lightning.runs.causal_lm import CausalLM
@@ -94,6 +94,12 @@ def test_the_report_compares_dense_with_pruned(tiny_model_folder, tmp_path):
     acc, error = (report.evaluations["dense"][name] for name in (ACC, f"{ACC}_stderr"))
     assert f"| {acc:.4g} ± {error:.2g} |" in row
     assert "_stderr |" not in table
+
+
+def test_answers_of_the_dense_model_stay_beside_those_of_the_smaller_one(tiny_model_folder, tmp_path):
+    run = trainer(tmp_path, WidthPruning(keep=0.5), zero_shot(limit=2), cls=PruningTrainer)
+    run.prune(module(tiny_model_folder), few_windows(), save=False)
+    assert {path.name for path in (tmp_path / "zero_shot").iterdir()} == {"dense.json", "smaller.json"}
 
 
 def test_a_task_that_cannot_be_had_ends_the_run_at_its_start(tiny_model_folder, tmp_path):

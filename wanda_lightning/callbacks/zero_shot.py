@@ -12,6 +12,7 @@ from wanda_lightning.arguments import plain, whole_number
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks.plumbing.samples import tokenizer_of
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
+from wanda_lightning.callbacks.shape_pruning import shape_callbacks, stage_of_shapes
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, checked_settings, evaluate_zero_shot
 from wanda_lightning.model.language_model import find_language_model
@@ -129,9 +130,11 @@ def _stage(trainer: Trainer, pl_module: LightningModule) -> str:
     """Name the state that the weights are in, as the report does."""
     if trainer.state.fn == "fit":
         return f"step-{trainer.global_step}"
-    if not (callbacks := pruning_callbacks(trainer)):
-        return "test" if trainer.testing else "validate"
-    return callbacks[0].run.stage(pl_module)
+    if callbacks := pruning_callbacks(trainer):
+        return callbacks[0].run.stage(pl_module)
+    if shape_callbacks(trainer):
+        return stage_of_shapes(trainer, pl_module)
+    return "test" if trainer.testing else "validate"
 
 
 def _tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
