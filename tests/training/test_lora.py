@@ -112,6 +112,18 @@ def test_masked_merge_is_its_formula():
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_merged_model_is_an_ordinary_one(tmp_path):
+    """It is saved whole by its own method, and may get adapters again."""
+    model = tiny_llama(layers=1)
+    add_adapters(model, LoraSettings())
+    merge_masked(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+    add_adapters(model, LoraSettings(rank=2))
+    assert has_adapters(model)
+
+
 def test_the_adapter_is_saved_alone_beside_the_pruned_model(tmp_path, tiny_model_folder):
     from peft import PeftModel
 

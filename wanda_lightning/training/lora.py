@@ -100,6 +100,8 @@ def merge_masked(model: nn.Module) -> None:
         layer.merge()
         layer.base_layer.weight.mul_(kept)
     _unwrap(model)
+    for kept_by_peft in ("_hf_peft_config_loaded", "peft_config"):  # with them only an adapter would be saved
+        model.__dict__.pop(kept_by_peft, None)
     for parameter in model.parameters():
         parameter.requires_grad_(True)  # an ordinary model again
 
