@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast, get_args
@@ -151,6 +152,12 @@ def instance_or_none(name: str, value: object, kinds: type | tuple[type, ...], e
     """
     if value is not None and not isinstance(value, kinds):
         raise ValueError(f"{name} must be something like {example}, got {value!r}")
+
+
+def several(name: str, value: object) -> None:
+    """Refuse what is no list, such as one name where several are asked for, as :func:`whole_number` does."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list, got {value!r}")
 
 
 def checked_dtype(dtype: "str | torch.dtype") -> "torch.dtype | None":

@@ -5,6 +5,7 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -174,6 +175,12 @@ def test_what_is_no_run_is_named(tmp_path, text, message):
         (tmp_path / "pruning.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         Comparison([tmp_path])
+
+
+@pytest.mark.parametrize("one", ["results/wanda", Path("results/wanda")])
+def test_one_folder_is_no_list(one):
+    with pytest.raises(ValueError, match="folders must be a list, got "):
+        Comparison(one)
 
 
 def test_the_picture_has_every_point(runs, tmp_path):

@@ -6,6 +6,7 @@ from itertools import product
 from math import comb
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama
@@ -155,6 +156,7 @@ def test_a_model_that_draws_or_stops_early_decodes_all_the_same(tmp_path, calls)
         ({"rounds": 0}, "rounds must be"),
         ({"batch_sizes": []}, r"batch_sizes must be one or more whole numbers .* got \[\]"),
         ({"batch_sizes": [4, 0]}, "batch_sizes must be"),
+        ({"batch_sizes": 4}, "batch_sizes must be a list, got 4"),
         ({"prompt": 129}, "dense has positions for 128 tokens, and prompt or new_tokens ask for 129"),
         ({"new_tokens": 113}, "ask for 129"),
         ({"device": "nothing"}, "device 'nothing' cannot be used here"),
@@ -173,6 +175,14 @@ def test_a_model_that_is_missing_is_seen_before_another_is_loaded(folders, monke
         measure_speed([folders[0], "./nothing"], **SMALL)
     with pytest.raises(ValueError, match="name one or more models"):
         measure_speed([], **SMALL)
+    with pytest.raises(ValueError, match="models must be a list, got 'results/model'"):
+        measure_speed("results/model", **SMALL)
+
+
+def test_numbers_may_be_numpys(folders, calls):
+    swept = measure_speed(folders[:1], np.int64(8), np.int64(2), np.array([1, 2]), np.int64(1))
+    plain = measure_speed(folders[:1], 8, 2, [1, 2], 1)
+    assert json.dumps(swept.to_dict()["settings"]) == json.dumps(plain.to_dict()["settings"])
 
 
 @pytest.mark.parametrize("rounds", [1, 5, 6, 9, 20])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.arguments import several
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.report.pruning_report import REPORT, name_of_model
 from wanda_lightning.report.shrinking import SHRINKING, Shrinking
@@ -54,6 +55,7 @@ class Comparison:
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
+        several("folders", folders)
         if not folders:
             raise ValueError("nothing to compare: name the folders of one or more runs")
         self.runs = [_read(run) for folder in folders for run in _runs_in(Path(folder))]

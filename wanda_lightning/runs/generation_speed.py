@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.arguments import checked_device, checked_dtype, whole_number
+from wanda_lightning.arguments import checked_device, checked_dtype, plain, several, whole_number
 from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
@@ -65,6 +65,9 @@ def measure_speed(
         ValueError: If no model is named or one cannot be loaded, a number is too small, the models have no room for as
             many tokens, or there is no such device. All but broken weights is seen before a model is loaded.
     """
+    several("models", models)
+    several("batch_sizes", batch_sizes)
+    prompt, new_tokens, rounds, *batch_sizes = map(plain, (prompt, new_tokens, rounds, *batch_sizes))
     if not models:
         raise ValueError("nothing to measure: name one or more models, the dense one first")
     for name, value in {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}.items():

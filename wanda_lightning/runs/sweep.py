@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from wanda_lightning.allocation.allocator import Allocator
+from wanda_lightning.arguments import several
 from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
@@ -44,8 +45,7 @@ def sweep(
     folder = run_folder(trainer)
     asked = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "allocations": allocations}
     for name, given in asked.items():
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise ValueError(f"{name} must be a list, got {given!r}")
+        several(name, given)
     check_in_memory(model, "a sweep")
     callbacks = _callbacks(trainer, [*map(as_method, methods)], sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
