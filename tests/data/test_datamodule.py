@@ -354,6 +354,9 @@ def test_several_evaluation_sets(tokenizer, files):
     assert TextDataModule(evaluation=["a/wikitext2", "c4"]).evaluation_names == ["wikitext2", "c4"]
     with pytest.raises(ValueError, match="two of the evaluation sets have one name"):
         TextDataModule(evaluation=["a/c4", "c4"])
+    for other in (7, [7], {"mine": 7}):
+        with pytest.raises(ValueError, match="evaluation must be a source, a list of them, or a dict of them by name"):
+            TextDataModule(evaluation=other)
     with pytest.raises(ValueError, match="evaluation names no source"):
         TextDataModule(evaluation=[])
     with pytest.raises(ValueError, match="cannot be named 'calibration'"):

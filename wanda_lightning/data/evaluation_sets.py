@@ -47,8 +47,11 @@ def evaluation_sets(
         The sets, in the order given.
 
     Raises:
-        ValueError: If two have one name, or a file does not exist.
+        ValueError: If two have one name, a file does not exist, or something else than a source is named.
     """
+    locations = [*evaluation.values()] if isinstance(evaluation, dict) else evaluation or ""
+    if not isinstance(locations, str | list | tuple) or not all(isinstance(each, str) for each in locations):
+        raise ValueError(f"evaluation must be a source, a list of them, or a dict of them by name, got {evaluation!r}")
     if evaluation is None or isinstance(evaluation, str):
         named = {"": calibration_source if evaluation is None else evaluation}
     elif isinstance(evaluation, dict):
