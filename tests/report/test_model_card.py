@@ -33,7 +33,7 @@ def test_the_card_says_what_was_done(tiny_model_folder, tmp_path):
         "50.00% of the weights of 9 linears are zero",
         "| evaluation | dense | pruned |",
         f"{report.evaluations['pruned']['val/perplexity']:.4g} |",
-        "| mlp.* | 9 |",
+        r"| mlp.\* | 9 |",
         "| no target | 12 |",
         "| source | my_text.txt |",
         "| sequence_length | 16 |",

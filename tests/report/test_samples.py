@@ -5,11 +5,13 @@ import io
 from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.samples import one_line, samples_table
+from wanda_lightning.report.tables import markdown_table
 
 SAID = {
     "dense": {"Water boils": " at 100 °C.\nIt is | hot *there*.", "<b>": " yes"},
@@ -22,13 +24,33 @@ def report() -> PruningReport:
     return PruningReport("Wanda(variant=False)", "2:4", 0.5, samples=SAID)
 
 
-def test_the_table_has_a_row_a_prompt_and_no_marks_of_markdown():
+def test_the_table_has_a_row_a_prompt():
     header, rows = samples_table(SAID)
     assert header == ["the model continues", "dense", "pruned"]
-    assert rows[0][:2] == ["Water boils", r"at 100 °C. It is \| hot \*there\*."]
-    assert rows[1] == [r"\<b\>", "yes", ""]
+    assert rows[0][:2] == ["Water boils", "at 100 °C. It is | hot *there*."]
+    assert rows[1] == ["<b>", "yes", ""]
     assert samples_table({}) is None
     assert samples_table({"dense": {}}) is None
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "model.layers.*.mlp.*",
+        "at 100 °C. It is | hot *there*.",
+        "<b>",
+        "__init__ of a_name_ _here_",
+        "`x` ~~y~~ ~z~ [a](b) \\| C:\\*",
+        "~0.0123",
+        "val/perplexity",
+    ],
+)
+def test_a_reader_of_markdown_sees_a_cell_as_it_is(cell):
+    lines = markdown_table(["what", cell], [[cell, "1"]])
+    parsed = MarkdownIt().enable(["table", "strikethrough"]).parse("\n".join(lines))
+    found = [[(part.type, part.content) for part in token.children] for token in parsed if token.type == "inline"]
+    assert [{kind for kind, _ in parts} for parts in found] == [{"text"}] * 4
+    assert ["".join(text for _, text in parts) for parts in found] == ["what", cell, cell, "1"]
 
 
 def test_nothing_that_moves_the_cursor_is_shown():

@@ -1,6 +1,5 @@
 """What the model said at each stage, as a table of a report."""
 
-import re
 from collections.abc import Mapping
 
 from wanda_lightning.report.tables import Table
@@ -20,13 +19,9 @@ def one_line(text: str) -> str:
 
 
 def samples_table(samples: Samples) -> Table | None:
-    """Write what was said as Markdown cells: a row for each prompt, a column for each stage; None if nothing was."""
+    """Write what was said: a row for each prompt, a column for each stage; None if nothing was."""
     rows = [
-        [_escaped(text) for text in (prompt, *(said.get(prompt, "") for said in samples.values()))]
+        [one_line(text) for text in (prompt, *(said.get(prompt, "") for said in samples.values()))]
         for prompt in prompts_of(samples)
     ]
     return (["the model continues", *samples], rows) if rows else None
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", one_line(text))

@@ -1,17 +1,21 @@
 """A header and rows of text as a table, for Markdown and for the terminal."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from wanda_lightning.report.fitting_table import FittingTable
 
 Table = tuple[list[str], list[list[str]]]
-"""A header, and rows of text as Markdown has it."""
+"""A header, and rows of text."""
+MARKS = re.compile(r"[\\`*\[<|$]|~(?!\d)|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown takes for something else than text; an underscore within a word, and ~ before a number, are none."""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
     """Return the lines of a Markdown table; the columns that ``left`` numbers are text, the others figures."""
     rule = ["---" if number in left else "---:" for number in range(len(header))]
-    return ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    escaped = [[MARKS.sub(r"\\\g<0>", cell) for cell in row] for row in (header, *rows)]
+    return ["| " + " | ".join(row) + " |" for row in (escaped[0], rule, *escaped[1:])]
 
 
 def terminal_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> FittingTable:

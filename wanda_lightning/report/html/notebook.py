@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from wanda_lightning.report.samples import one_line, prompts_of
+from wanda_lightning.report.samples import samples_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,9 +25,8 @@ def to_notebook(report: "PruningReport") -> str:
     if evaluation := report.evaluation_table():
         parts.append(_table(*evaluation))
     parts.append(Markup("<p>{}</p>").format(report.summary))
-    if prompts := prompts_of(report.samples):
-        rows = [[prompt, *(one_line(said.get(prompt, "")) for said in report.samples.values())] for prompt in prompts]
-        parts.append(_table(["the model continues", *report.samples], rows, "left"))
+    if samples := samples_table(report.samples):
+        parts.append(_table(*samples, "left"))
     return str(Markup("<div>{}</div>").format(Markup().join(parts)))
 
 
