@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SomebodysData, SomebodysModule
 from helpers import few_windows as data
 from helpers import pruning_trainer as trainer
 from lightning.pytorch.cli import ArgsType
@@ -21,6 +22,7 @@ from wanda_lightning import (
 from wanda_lightning.cli.lightning_cli import PruningCLI, run
 from wanda_lightning.runs import trials
 from wanda_lightning.runs.causal_lm import CausalLM as Module
+from wanda_lightning.runs.plotting import metric_of
 
 
 def perplexities(folder) -> dict[str, float]:
@@ -75,6 +77,12 @@ def test_a_run_that_found_its_zeros_is_not_done_again(tiny_model_folder, tmp_pat
         trainer(tmp_path / "sweep").sweep(CausalLM(tmp_path / "model"), data(), [Magnitude()], [0.3])
         written.append((tmp_path / "sweep/magnitude-0.3/pruning.json").stat().st_mtime_ns)
     assert written[0] == written[1]
+
+
+def test_a_module_that_logs_no_perplexity(tmp_path):
+    comparison = trainer(tmp_path).sweep(SomebodysModule(), SomebodysData(), [Magnitude()], [0.5])
+    assert metric_of(comparison, None) == "val_loss"
+    assert (tmp_path / "comparison.png").exists()
 
 
 def test_an_interrupted_sweep_goes_on(tiny_model_folder, tmp_path, monkeypatch):

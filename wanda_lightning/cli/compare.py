@@ -12,7 +12,7 @@ def compare(runs: list[Path], output: Path | None = None, plot: Path | None = No
         runs: Folders of runs, or of several, as of a sweep.
         output: Write comparison.md and comparison.json into this folder.
         plot: Draw perplexity against sparsity into this file, a .png or .svg.
-        metric: What to draw, by its name or the end of it. Default: the first perplexity.
+        metric: What to draw, by its name or the end of it. Default: the first perplexity, else the first.
 
     Raises:
         ValueError: If a folder holds no finished run, or there is nothing to draw.

@@ -43,7 +43,7 @@ def metric_of(comparison: "Comparison", metric: str | None) -> str:
 
     Args:
         comparison: The runs.
-        metric: Its name, or the end of it, as in the table. Default: the first perplexity.
+        metric: Its name, or the end of it, as in the table. Default: the first perplexity, else the first.
 
     Returns:
         Its name.
@@ -53,7 +53,7 @@ def metric_of(comparison: "Comparison", metric: str | None) -> str:
     """
     names = list(dict.fromkeys(name for row in comparison.rows() for name in row["metrics"]))
     if metric is None:
-        metric = next((name for name in names if "perplexity" in name), "perplexity")
+        metric = next((name for name in names if "perplexity" in name), next(iter(names), "perplexity"))
     return whole_name(metric, names, f"no run has the metric {metric!r}", "they have")
 
 
@@ -66,7 +66,7 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     Args:
         comparison: The runs.
         file: Where the picture goes; its suffix, .png or .svg, says what it is.
-        metric: The metric's name. Default: the first perplexity.
+        metric: See :func:`metric_of`.
 
     Raises:
         ValueError: If no run has that metric, the file is neither PNG nor SVG, or matplotlib is not installed.
