@@ -1,14 +1,13 @@
 """A picture of a comparison: a metric against sparsity, one line for each method (matplotlib, the extra ``[plot]``)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wanda_lightning.atomic_files import whole_file
 from wanda_lightning.runs.budget import whole_name
-
-if TYPE_CHECKING:
-    from wanda_lightning.runs.comparison import Comparison
+from wanda_lightning.runs.comparison import Comparison
 
 SUFFIXES = (".png", ".svg")
 LEVELS = (":", "-.", "--")  # of dense models
@@ -38,7 +37,27 @@ def check(file: str | Path) -> Path:
     return path
 
 
-def metric_of(comparison: "Comparison", metric: str | None) -> str:
+@contextmanager
+def picture(file: str | Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Draw a picture.
+
+    Args:
+        file: Where it goes; see :func:`check`, which raises what is wrong with it.
+        size: Width and height in inches.
+
+    Yields:
+        The figure of matplotlib to draw on; at the end it is saved.
+    """
+    path = check(file)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    yield figure
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished)
+
+
+def metric_of(comparison: Comparison, metric: str | None) -> str:
     """Find the metric to draw.
 
     Args:
@@ -57,7 +76,7 @@ def metric_of(comparison: "Comparison", metric: str | None) -> str:
     return whole_name(metric, names, f"no run has the metric {metric!r}", "they have")
 
 
-def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) -> None:
+def plot(comparison: Comparison, file: str | Path, metric: str | None = None) -> None:
     """Draw a metric of several runs against their sparsity, one line for each method.
 
     Every point is at the sparsity that was reached. N:M patterns are squares; fine-tuned models have hollow markers and
@@ -71,26 +90,43 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
     Raises:
         ValueError: If no run has that metric, the file is neither PNG nor SVG, or matplotlib is not installed.
     """
-    path, metric = check(file), metric_of(comparison, metric)
+    metric = metric_of(comparison, metric)
     rows = [row for row in comparison.rows() if metric in row["metrics"]]
+    with picture(file, (7, 4.5)) as figure:
+        axes = figure.add_subplot()
+        log_scale_if_wide(axes, [row["metrics"][metric] for row in rows])
+        _draw_dense(axes, rows, metric)
+        _draw_pruned(axes, [row for row in rows if row["method"]], metric)
+        axes.set_xlabel("sparsity of the pruned linears (%)")
+        axes.set_ylabel(metric.removeprefix("val/"))
+        axes.grid(alpha=0.3)
+        _, names = axes.get_legend_handles_labels()
+        if max(map(len, names)) <= LONG:
+            axes.legend(fontsize="small")
+        else:  # it would cover the curves
+            figure.set_figheight(4.5 + 0.2 * len(names))
+            figure.legend(fontsize="x-small", loc="outside lower left")
+        if models := comparison.models():
+            axes.set_title("; ".join(models), fontsize="x-small", loc="left")
 
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MultipleLocator
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes: Any = figure.add_subplot()
-    levels = [row["metrics"][metric] for row in rows]
-    log_scale_if_wide(axes, levels)
-    labels = list(dict.fromkeys(row["method"] for row in rows if row["method"]))
+def _draw_dense(axes: Any, rows: Sequence[dict[str, Any]], metric: str) -> None:
+    """Draw a level for each dense model."""
     dense = [row for row in rows if row["stage"] in ("dense", "as loaded")]
     named = [(", ".join(filter(None, (row["stage"], row["of"]))), row["metrics"][metric]) for row in dense]
     for number, (name, level) in enumerate(dict.fromkeys(named)):  # runs may share it and have other metrics besides
         axes.axhline(level, color="0.5", linestyle=LEVELS[number % len(LEVELS)], label=name)
-    pruned = [row for row in rows if row["method"]]
+
+
+def _draw_pruned(axes: Any, rows: Sequence[dict[str, Any]], metric: str) -> None:
+    """Draw a line for each method, stage and pattern."""
+    from matplotlib.ticker import MultipleLocator
+
     series: dict[tuple[str, str, str], list[Point]] = {}
-    for row in pruned:
+    for row in rows:
         points = series.setdefault((row["method"], row["stage"], row["pattern"]), [])
         points.append((round(100 * row["sparsity"], 2), row["metrics"][metric]))
+    labels = list(dict.fromkeys(label for label, _, _ in series))
     for (label, stage, pattern), points in series.items():
         color = f"C{labels.index(label)}"
         unstructured = pattern == "unstructured"
@@ -103,23 +139,10 @@ def plot(comparison: "Comparison", file: str | Path, metric: str | None = None) 
             markerfacecolor=color if stage in ("pruned", "smaller") else "white",
             linestyle="none" if not unstructured else "-" if stage == "pruned" else "--",
         )
-    if pruned:
+    if series:
         places = [x for points in series.values() for x, _ in points]
         axes.set_xlim(min(places) - 5, max(places) + 5)
     axes.xaxis.set_major_locator(MultipleLocator(10))
-    axes.set_xlabel("sparsity of the pruned linears (%)")
-    axes.set_ylabel(metric.removeprefix("val/"))
-    axes.grid(alpha=0.3)
-    _, names = axes.get_legend_handles_labels()
-    if max(map(len, names)) <= LONG:
-        axes.legend(fontsize="small")
-    else:  # it would cover the curves
-        figure.set_figheight(4.5 + 0.2 * len(names))
-        figure.legend(fontsize="x-small", loc="outside lower left")
-    if models := comparison.models():
-        axes.set_title("; ".join(models), fontsize="x-small", loc="left")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished)
 
 
 def log_scale_if_wide(axes: Any, levels: Sequence[float]) -> None:

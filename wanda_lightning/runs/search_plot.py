@@ -2,10 +2,8 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
-from wanda_lightning.atomic_files import whole_file
-from wanda_lightning.runs.plotting import check, log_scale_if_wide
+from wanda_lightning.runs.plotting import log_scale_if_wide, picture
 from wanda_lightning.runs.search_result import SearchResult
 
 
@@ -19,28 +17,24 @@ def plot(result: SearchResult, file: str | Path) -> None:
     Raises:
         ValueError: If the file is neither PNG nor SVG, or matplotlib is not installed.
     """
-    path = check(file)
-    from matplotlib.figure import Figure
-
     budget = result.budget
     curve = [(100 * trial.sparsity, budget.value(trial.metrics)) for trial in result.curve()]
     points = [(x, y) for x, y in curve if math.isfinite(y)]
     level = budget.level(result.dense)
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    axes: Any = figure.add_subplot()
-    log_scale_if_wide(axes, [level, *(y for _, y in points)])
-    axes.axhline(budget.value(result.dense), color="0.5", linestyle=":", label="dense")
-    axes.axhline(level, color="C3", linestyle="--", label="budget")
-    axes.plot(*zip(*points, strict=True), marker="o", color="C0", label="calculated" if budget.is_of_size else "tried")
-    if result.found is not None and (trial := result.trial(result.found)):
-        x, y = 100 * result.found, budget.value(trial.metrics)
-        axes.plot([x], [y], marker="o", markersize=11, markerfacecolor="none", color="C3", linestyle="none",
-                  label=f"found: {x:.4g} %")  # fmt: skip
-    axes.set_xlabel("sparsity of the pruned linears (%)")
-    axes.set_ylabel(f"{budget.name(result.dense).removeprefix('val/')} {budget.measured_on}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    if model := result.settings["model"].get("pretrained"):
-        figure.text(0.01, 0.01, str(model), fontsize="x-small")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished)
+    with picture(file, (7, 4.5)) as figure:
+        axes = figure.add_subplot()
+        log_scale_if_wide(axes, [level, *(y for _, y in points)])
+        axes.axhline(budget.value(result.dense), color="0.5", linestyle=":", label="dense")
+        axes.axhline(level, color="C3", linestyle="--", label="budget")
+        label = "calculated" if budget.is_of_size else "tried"
+        axes.plot(*zip(*points, strict=True), marker="o", color="C0", label=label)
+        if result.found is not None and (trial := result.trial(result.found)):
+            x, y = 100 * result.found, budget.value(trial.metrics)
+            axes.plot([x], [y], marker="o", markersize=11, markerfacecolor="none", color="C3", linestyle="none",
+                      label=f"found: {x:.4g} %")  # fmt: skip
+        axes.set_xlabel("sparsity of the pruned linears (%)")
+        axes.set_ylabel(f"{budget.name(result.dense).removeprefix('val/')} {budget.measured_on}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        if model := result.settings["model"].get("pretrained"):
+            figure.text(0.01, 0.01, str(model), fontsize="x-small")

@@ -1,16 +1,12 @@
 """A picture of the speed of models: for each quantity a bar a model (matplotlib, the extra ``[plot]``)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.atomic_files import whole_file
-from wanda_lightning.runs.plotting import check
-
-if TYPE_CHECKING:
-    from wanda_lightning.runs.speed_report import SpeedReport
+from wanda_lightning.runs.plotting import picture
+from wanda_lightning.runs.speed_report import SpeedReport, Spread
 
 
-def plot_speed(report: "SpeedReport", file: str | Path) -> None:
+def plot_speed(report: SpeedReport, file: str | Path) -> None:
     """Draw tokens a second with their quartiles, memory and file size; above each bar its ratio to the first model.
 
     Args:
@@ -20,11 +16,6 @@ def plot_speed(report: "SpeedReport", file: str | Path) -> None:
     Raises:
         ValueError: If the file is neither PNG nor SVG, or matplotlib is not installed.
     """
-    path = check(file)
-    from matplotlib.figure import Figure
-
-    from wanda_lightning.runs.speed_report import Spread
-
     speeds = {
         f"{what}\n(tokens/s)": [Spread.of(model.tokens_per_second[what]) for model in report.models]
         for what in report.models[0].tokens_per_second
@@ -40,20 +31,18 @@ def plot_speed(report: "SpeedReport", file: str | Path) -> None:
     }.items():
         speeds[title] = [Spread(size, size, size) for size in sizes]
 
-    figure = Figure(figsize=(2 * len(speeds), 3.6), dpi=150, layout="constrained")
-    panels: Any = figure.subplots(1, len(speeds), squeeze=False)[0]
-    for column, (axes, (title, spreads)) in enumerate(zip(panels, speeds.items(), strict=True)):
-        for number, (model, spread) in enumerate(zip(report.models, spreads, strict=True)):
-            error = [[spread.median - spread.low], [spread.high - spread.median]]
-            bar = axes.bar(number, spread.median, yerr=error, capsize=4, color=f"C{number}", label=model.name)
-            if number:
-                axes.bar_label(bar, [f"{gains[number][column]:.2f} x"], padding=2, fontsize="small")
-        axes.set_title(title, fontsize="small")
-        axes.set_xticks([])
-        axes.margins(y=0.15)
-        axes.tick_params(labelsize="x-small")
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), fontsize="small")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished)
+    with picture(file, (2 * len(speeds), 3.6)) as figure:
+        panels = figure.subplots(1, len(speeds), squeeze=False)[0]
+        for column, (axes, (title, spreads)) in enumerate(zip(panels, speeds.items(), strict=True)):
+            for number, (model, spread) in enumerate(zip(report.models, spreads, strict=True)):
+                error = [[spread.median - spread.low], [spread.high - spread.median]]
+                bar = axes.bar(number, spread.median, yerr=error, capsize=4, color=f"C{number}", label=model.name)
+                if number:
+                    axes.bar_label(bar, [f"{gains[number][column]:.2f} x"], padding=2, fontsize="small")
+            axes.set_title(title, fontsize="small")
+            axes.set_xticks([])
+            axes.margins(y=0.15)
+            axes.tick_params(labelsize="x-small")
+            axes.spines[["top", "right"]].set_visible(False)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), fontsize="small")
