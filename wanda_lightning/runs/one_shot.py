@@ -28,40 +28,17 @@ def prune(
     val_dataloaders: Any = None,
 ) -> PruningReport | Shrinking:
     """Prune once with the pruning callbacks of a Trainer; see :meth:`PruningTrainer.prune`."""
-    if not hasattr(module, "automatic_optimization"):  # which a compiled one hands on
-        raise ValueError(f"model must be a LightningModule, such as CausalLM(name), got a {type(module).__name__}")
+    _check(trainer, module, datamodule, save)
     callbacks = pruning_callbacks(trainer)
-    if not callbacks and not shape_callbacks(trainer):
-        raise ValueError(
-            "nothing to prune with: give the Trainer a pruning callback such as WandaPruning; on the command line "
-            "a recipe has one, such as -c wanda"
-        )
-    gradual = any(callback.schedule is not None for callback in callbacks)
-    if gradual and save:
-        raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError(
-            f"{type(trainer.strategy).__name__} loads and prunes the model in processes that end before it is saved: "
-            'use strategy="ddp"'
-        )
-    if datamodule is not None and not hasattr(datamodule, "prepare_data"):
-        raise ValueError(
-            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: give dataloaders by name, as "
-            "train_dataloaders and val_dataloaders"
-        )
     if train_dataloaders is not None and val_dataloaders is None:  # as fit, which then does not validate
         evaluate = evaluate and is_overridden("val_dataloader", module)
-    if trainer.max_steps >= 0 and steps_are_known(trainer, module):
-        for callback in callbacks:
-            if callback.schedule is not None:
-                callback.schedule.check_steps(trainer.max_steps)
     with whole_run(trainer, module, save):
         for callback in callbacks:
             callback.run.files.open_layers(trainer, until_saved=True)  # before anything is written to the folder
         if evaluate:
             with with_callbacks(trainer, _ChecksFirst()):
                 _evaluate(trainer, module, datamodule, val_dataloaders)
-        if gradual:
+        if any(callback.schedule is not None for callback in callbacks):
             first = callbacks[0]
             return PruningReport(str(first.method), str(first.pattern), first.pattern.sparsity)
         with no_training(trainer):
@@ -73,6 +50,34 @@ def prune(
     report = callbacks[0].report if callbacks else shrinking_of(trainer, module)
     assert report is not None
     return report
+
+
+def _check(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, save: bool) -> None:
+    """Refuse what cannot be pruned here, as far as it shows before model and data are loaded."""
+    if not hasattr(module, "automatic_optimization"):  # which a compiled one hands on
+        raise ValueError(f"model must be a LightningModule, such as CausalLM(name), got a {type(module).__name__}")
+    callbacks = pruning_callbacks(trainer)
+    if not callbacks and not shape_callbacks(trainer):
+        raise ValueError(
+            "nothing to prune with: give the Trainer a pruning callback such as WandaPruning; on the command line "
+            "a recipe has one, such as -c wanda"
+        )
+    schedules = [callback.schedule for callback in callbacks if callback.schedule is not None]
+    if schedules and save:
+        raise ValueError("a gradual schedule prunes while a model trains: use fit, or leave the schedule out")
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{type(trainer.strategy).__name__} loads and prunes the model in processes that end before it is saved: "
+            'use strategy="ddp"'
+        )
+    if datamodule is not None and not hasattr(datamodule, "prepare_data"):
+        raise ValueError(
+            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: give dataloaders by name, as "
+            "train_dataloaders and val_dataloaders"
+        )
+    if trainer.max_steps >= 0 and steps_are_known(trainer, module):
+        for schedule in schedules:
+            schedule.check_steps(trainer.max_steps)
 
 
 @contextmanager

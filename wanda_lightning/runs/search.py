@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -48,8 +48,8 @@ def search(
     grid, callback, folder = _grid(step), _callback(trainer), run_folder(trainer)
     check_in_memory(model, "a search")
     plotting.check(folder / "search.png")
-    settings = settings_of(trainer, model, datamodule)
-    settings["pruning"] = _plain({k: v for k, v in describe_settings(callback).items() if k != "sparsity"})
+    pruning = {name: value for name, value in describe_settings(callback).items() if name != "sparsity"}
+    settings = settings_of(trainer, model, datamodule, pruning=pruning)
     weights = DenseWeights(callback.layers)
     if budget.is_of_size:
         result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
@@ -104,15 +104,10 @@ def _find(
 
     without: list[Any] = [callback]
     if budget.kind == "increase":  # zero-shot tasks tell nothing of perplexity, and take long
-        without += [each for each in _callbacks(trainer) if isinstance(each, ZeroShotEvaluation)]
+        without += [each for each in cast(Any, trainer).callbacks if isinstance(each, ZeroShotEvaluation)]
     with with_callbacks(trainer, without=without):
         if not result.dense:
-            if budget.kind != "increase":  # the user named it
-                budget.name(logged_metrics(trainer, model, held_out))
-            dense = evaluate(trainer, model, held_out)
-            if not math.isfinite(budget.value(dense)):
-                raise ValueError(f"{budget.name(dense)} of the dense model is {budget.value(dense)}: nothing compares")
-            result.dense = dense
+            result.dense = _dense_metrics(trainer, model, held_out, budget)
             _save(trainer, result, folder)
         number = last_within(cost, budget.limit, len(grid))
     if number == 0:
@@ -121,6 +116,16 @@ def _find(
         raise ValueError(f"the budget cannot be met, even the smallest sparsity is too much: {result.describe(least)}")
     result.found = grid[number]
     _save(trainer, result, folder)
+
+
+def _dense_metrics(trainer: Trainer, model: LightningModule, held_out: HeldOut, budget: Budget) -> dict[str, float]:
+    """Evaluate the dense model; refuse a metric that is not logged, or with which nothing can be compared."""
+    if budget.kind != "increase":  # the user named it
+        budget.name(logged_metrics(trainer, model, held_out))
+    dense = evaluate(trainer, model, held_out)
+    if not math.isfinite(budget.value(dense)):
+        raise ValueError(f"{budget.name(dense)} of the dense model is {budget.value(dense)}: nothing compares")
+    return dense
 
 
 def _begun(folder: Path, result: SearchResult, overwrite: bool) -> SearchResult:
@@ -176,11 +181,3 @@ def _callback(trainer: Trainer) -> PruningCallback:
             f"got pattern={str(callbacks[0].pattern)!r}, schedule={callbacks[0].schedule}"
         )
     return callbacks[0]
-
-
-def _callbacks(trainer: Any) -> list[Any]:
-    return list(trainer.callbacks)
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))

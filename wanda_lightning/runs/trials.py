@@ -94,9 +94,10 @@ def prune_and_evaluate(
         return evaluate(trainer, model, datamodule)
 
 
-def settings_of(trainer: Any, model: Any, datamodule: Any) -> dict[str, dict[str, Any]]:
+def settings_of(trainer: Any, model: Any, datamodule: Any, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Collect what the figures of trials depend on, besides what each is pruned to and by what, as JSON types."""
     settings = {
+        **more,
         "model": {**_hyperparameters(model), **getattr(model, "model_kwargs", {})},
         "data": _hyperparameters(datamodule),
         "trainer": {"precision": trainer.precision},
