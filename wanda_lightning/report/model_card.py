@@ -16,6 +16,9 @@ Training = Literal["none", "whole", "gradual", "adapter", "merged"]
 """What happened besides the pruning: nothing; the kept weights were trained, after it or while it went on step by step;
 or low-rank adapters were, and lie beside the model or are merged into it."""
 
+Kind = Literal["language model", "of transformers", "module"]
+"""What was pruned: a language model of transformers, another model of theirs, or any other module."""
+
 TRAINED: dict[Training, str] = {
     "none": "",
     "whole": "The weights that were kept were then fine-tuned for {steps} steps; the zeros stayed zero.",
@@ -34,6 +37,7 @@ def model_card(
     steps: int = 0,
     others: Sequence["PruningReport"] = (),
     shrinking: "Shrinking | None" = None,
+    kind: Kind = "language model",
 ) -> str:
     """Write a model card in the hub's format.
 
@@ -45,21 +49,20 @@ def model_card(
         steps: Number of training steps.
         others: Reports of other matrices of the same model that were pruned in another way.
         shrinking: What was taken out of the model before, if anything was.
+        kind: What loads it, and what it is for.
 
     Returns:
         Markdown with a YAML header.
     """
     made_from = report.model | ({"parameters": shrinking.parameters[0]} if shrinking else {})
-    lines = _head(report.title, base, made_from, ["pruned", "sparse"])
+    lines = _head(report.title, base, made_from, ["pruned", "sparse"], kind)
     if shrinking is not None:
         lines += [f"It was made smaller first: {shrinking.summary}", ""]
     for other in others:
         lines += [f"Other matrices were pruned in another way: {other.title}. {other.summary}", ""]
-    lines += [
-        f"{report.summary} The zeros are stored like other numbers, so the files are as large as those of the dense "
-        "model; `from_pretrained` loads them.",
-        "",
-    ]
+    loads = "safetensors.torch.load_model" if kind == "module" else "from_pretrained"
+    stored = "The zeros are stored like other numbers, so the files are as large as without them"
+    lines += [f"{report.summary} {stored}; `{loads}` loads them.", ""]
     if report.reconstruction:
         lines += [
             "What was kept of each layer was then trained on the calibration set to give what the layer gave in the "
@@ -84,22 +87,22 @@ def card_of_smaller(shrinking: "Shrinking", base: str | None = None, steps: int 
         Markdown with a YAML header.
     """
     made_from = shrinking.model | {"parameters": shrinking.parameters[0]}
-    lines = _head(shrinking.title, base, made_from, ["pruned"])
+    lines = _head(shrinking.title, base, made_from, ["pruned"], "language model")
     lines += [f"{shrinking.summary} It is an ordinary model; `from_pretrained` loads it.", ""]
     if steps:
         lines += [f"It was then trained for {steps} steps.", ""]
     return _with_tables(lines, shrinking.overview(), {**shrinking.calibration, **shrinking.environment})
 
 
-def _head(title: str, base: str | None, model: Mapping[str, Any], tags: list[str]) -> list[str]:
+def _head(title: str, base: str | None, model: Mapping[str, Any], tags: list[str], kind: Kind) -> list[str]:
     """Return the YAML header, the title, and what the model was made from."""
     from huggingface_hub import ModelCardData
 
     on_the_hub = base is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not os.path.exists(base)
     data = ModelCardData(
         base_model=base if on_the_hub else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
+        library_name=None if kind == "module" else "transformers",
+        pipeline_tag="text-generation" if kind == "language model" else None,
         tags=tags,
     )
     lines = ["---", data.to_yaml(), "---", "", f"# {title}", ""]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from wanda_lightning.atomic_files import whole_folder, write_text
 from wanda_lightning.callbacks import SparseFinetuning
@@ -17,10 +18,10 @@ from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.checkpoints.quiet import without_progress_bars
 from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.model.language_model import find_model, is_of_transformers
+from wanda_lightning.model.language_model import find_model, is_language_model, is_of_transformers
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.model.stacks import lists_in
-from wanda_lightning.report.model_card import Training, card_of_smaller, model_card
+from wanda_lightning.report.model_card import Kind, Training, card_of_smaller, model_card
 from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.report.shrinking import SHRINKING
 from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
@@ -127,11 +128,18 @@ def _write_card(trainer: Trainer, module: LightningModule, folder: Path) -> None
     reports = [callback.report for callback in callbacks if callback.report is not None]
     shrinking, base, steps = shrinking_of(trainer, module), name_of(module), trainer.global_step
     if reports:
-        card = model_card(reports[0], base, _training(trainer, module), steps, reports[1:], shrinking)
+        training, kind = _training(trainer, module), _kind(find_model(module))
+        card = model_card(reports[0], base, training, steps, reports[1:], shrinking, kind)
         write_text(folder / "README.md", card)
     elif shrinking is not None:
         trained = any(callback.trained for callback in shape_callbacks(trainer))
         write_text(folder / "README.md", card_of_smaller(shrinking, base, steps if trained else 0))
+
+
+def _kind(model: nn.Module) -> Kind:
+    if is_language_model(model):
+        return "language model"
+    return "of transformers" if is_of_transformers(model) else "module"
 
 
 def _training(trainer: Trainer, module: LightningModule) -> Training:
