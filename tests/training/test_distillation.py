@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.callbacks import WandaPruning
 from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.runs import teacher as teachers
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings
@@ -92,6 +93,14 @@ def test_another_teacher_may_be_named(tmp_path, tiny_model_folder):
     module = distilled(tiny_model_folder, teacher=str(tmp_path / "teacher"))
     trainer(tmp_path).fit(module, loader())
     assert len(module.teacher.model.model.layers) == 1
+
+
+@pytest.mark.parametrize(("name", "asked"), [(None, {"revision": "step3000"}), ("other", {})])
+def test_the_revision_is_the_models_not_that_of_another_teacher(monkeypatch, name, asked):
+    given = {}
+    monkeypatch.setattr(teachers, "load_model", lambda _, **kwargs: given.update(kwargs) or tiny_llama(layers=1))
+    teachers.load_teacher(Distillation(teacher=name), "model", dtype="float32", revision="step3000")
+    assert given == {"dtype": "float32", **asked}
 
 
 def test_a_small_teacher_is_loaded_without_a_bar(tmp_path, tiny_model_folder, capsys):

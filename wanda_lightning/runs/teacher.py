@@ -8,6 +8,9 @@ from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.model.language_model import vocabulary_size
 from wanda_lightning.training.distillation import Distillation, Teacher, check_vocabulary
 
+OF_ONE_MODEL = ("revision", "code_revision", "subfolder", "variant")
+"""Arguments of ``from_pretrained`` that say where in its repository a model is, and nothing of another one."""
+
 
 def check_teacher(distillation: Distillation | None, pretrained: str, **kwargs: Any) -> None:
     """Refuse a teacher that does not exist, or has another vocabulary; only configs are read.
@@ -36,12 +39,14 @@ def load_teacher(
         distillation: Names it; if it names none, it is the model itself, dense.
         pretrained: Name of the model that is trained.
         kept: See :class:`wanda_lightning.training.distillation.Teacher`.
-        kwargs: See :func:`wanda_lightning.load_model`.
+        kwargs: See :func:`wanda_lightning.load_model`; those of the model that is trained.
 
     Returns:
         The teacher.
     """
     teacher = distillation.teacher or pretrained
+    if teacher != pretrained:
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_MODEL}
     with quiet_if_small(teacher):
         dense = load_model(teacher, **kwargs)
     return Teacher(dense, distillation, kept)
