@@ -149,9 +149,20 @@ def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tm
     trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), *asked)
     with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now$"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder, dtype="bfloat16"), data(), *asked)
+    with pytest.raises(ValueError, match=r"another sweep.*trainer\.limit_val_batches: None there, 1 now$"):
+        trainer(tmp_path, limit_val_batches=1).sweep(CausalLM(tiny_model_folder), data(), *asked)
     callback = ZeroShotEvaluation(["builtin_continuation"], limit=2)
     with pytest.raises(ValueError, match=r"another sweep.*zero_shot\.tasks: None there, \['builtin_con.* now"):
         trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
+
+
+@pytest.mark.parametrize("what", ["sweep", "search"])
+def test_figures_of_a_fast_dev_run_are_not_kept_for_a_whole_one(tmp_path, what):
+    asked = {"sweep": {"methods": ["wanda"]}, "search": {"max_perplexity_increase": 0.1}}
+    run = trainer(tmp_path / "run", *[WandaPruning()] * (what == "search"), fast_dev_run=True)
+    with pytest.raises(ValueError, match=f"a {what} compares whole evaluations: leave fast_dev_run out"):
+        getattr(run, what)(SomebodysModule(), SomebodysData(), **asked[what])
+    assert not (tmp_path / "run").exists()
 
 
 def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder, tmp_path):

@@ -23,7 +23,7 @@ from wanda_lightning.runs import plotting
 from wanda_lightning.runs.comparison import Comparison
 from wanda_lightning.runs.trials import (
     DenseWeights,
-    check_in_memory,
+    check_whole,
     evaluate,
     other_settings,
     prune_and_evaluate,
@@ -46,7 +46,7 @@ def sweep(
     asked = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "allocations": allocations}
     for name, given in asked.items():
         several(name, given)
-    check_in_memory(model, "a sweep")
+    check_whole(trainer, model, "a sweep")
     callbacks = _callbacks(trainer, [*map(as_method, methods)], sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
     settings = settings_of(trainer, model, datamodule)

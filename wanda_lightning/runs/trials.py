@@ -51,16 +51,19 @@ class DenseWeights(Callback):
         return {linear.parameter_name: linear.weight for linear in linears}
 
 
-def check_in_memory(model: LightningModule, what: str) -> None:
-    """Refuse a model whose layers are on disk.
+def check_whole(trainer: Any, model: LightningModule, what: str) -> None:
+    """Refuse a model whose layers are on disk, and evaluations that are broken off, whose figures would be kept.
 
     Args:
+        trainer: The Trainer.
         model: The LightningModule.
         what: What cannot be done with it.
 
     Raises:
-        ValueError: If the model is streamed from disk.
+        ValueError: If the model is streamed from disk, or this is a ``fast_dev_run``.
     """
+    if trainer.fast_dev_run:
+        raise ValueError(f"{what} compares whole evaluations: leave fast_dev_run out, and evaluate on fewer windows")
     if getattr(model, "stream", False):
         raise ValueError(f"{what} keeps the dense weights in memory, and stream leaves them on disk: prune one by one")
 
@@ -96,11 +99,13 @@ def prune_and_evaluate(
 
 def settings_of(trainer: Any, model: Any, datamodule: Any, **more: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Collect what the figures of trials depend on, besides what each is pruned to and by what, as JSON types."""
+    limit = trainer.limit_val_batches
+    limited = {} if str(limit) == "1.0" else {"limit_val_batches": limit}  # 1.0 are all batches, 1 is one
     settings = {
         **more,
         "model": {**_hyperparameters(model), **getattr(model, "model_kwargs", {})},
         "data": _hyperparameters(datamodule),
-        "trainer": {"precision": trainer.precision},
+        "trainer": {"precision": trainer.precision, **limited},
     }
     for callback in trainer.callbacks:
         if isinstance(callback, ZeroShotEvaluation):
