@@ -1,6 +1,7 @@
 """A search for a budget, against looking at every sparsity, and against pruning to what it found."""
 
 import json
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from helpers import SomebodysModule, digests, tiny_llama, token_batches
 from helpers import few_windows as data
 from helpers import pruning_trainer as trainer
 from lightning.pytorch import LightningDataModule
+from rich.console import Console
 from torch.utils.data import DataLoader
 
 from wanda_lightning import (
@@ -277,6 +279,14 @@ def test_differences_within_the_noise_are_said_to_be():
     assert [near.may_be_noise(trial) for trial in found(0.6, 0.5, 0.4, 0.56, 0.61).trials] == [True, False, True, False]
     exact = found(0.6, 0.56, error=0.0)
     assert not any("noise" in note for note in exact.notes())
+
+
+def test_notes_on_the_terminal_are_no_markup():
+    result = SearchResult(Budget("acc[top]", "drop", 0.1), {}, {"acc[top]": 0.6}, [Trial(0.5, 0.5, {"acc[top]": 0.55})])
+    result.found = 0.5
+    console = Console(width=400, file=StringIO())
+    console.print(result.to_table())
+    assert f"Note: {result.notes()[0]}." in console.file.getvalue()
 
 
 def test_the_end_of_a_search_by_a_metric_that_the_dense_model_has_at_0():

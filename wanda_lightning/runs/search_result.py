@@ -143,8 +143,9 @@ class SearchResult:
     def to_table(self) -> Any:
         """Return the table for a rich console."""
         from rich.console import Group
+        from rich.text import Text
 
-        return Group(terminal_table(*self.table(), left=(4,)), *(f"Note: {note}." for note in self.notes()))
+        return Group(terminal_table(*self.table(), left=(4,)), *(Text(f"Note: {note}.") for note in self.notes()))
 
     def save(self, folder: str | Path) -> None:
         """Write ``search.json`` and ``search.md`` into a folder."""
