@@ -24,7 +24,7 @@ def generate(
     """
     from wanda_lightning.runs import generation
 
-    said_by = generation.generate(pretrained, prompts or (), tokens, dtype, device, trust_remote_code)
+    said_by = generation.generate(pretrained, prompts, tokens, dtype, device, trust_remote_code)
     for prompt, said in said_by.items():
         print(f"{prompt}{said}\n")
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
+from wanda_lightning.cli.commands import run_function
+
 FOLDER = Path(str(files("wanda_lightning"))) / "recipes"
 Action = Literal["list", "show", "copy"]
 
@@ -92,8 +94,6 @@ def list_show_or_copy(action: Action = "list", name: str | None = None, target: 
 
 def main(arguments: list[str]) -> None:
     """Run ``wanda-lightning recipes``."""
-    from wanda_lightning.cli.commands import run_function
-
     run_function(
         "recipes",
         list_show_or_copy,
