@@ -136,6 +136,15 @@ def test_a_part_that_sees_images_is_no_decoder():
     assert decoder_layers(model)[0].name == "git.encoder.layer.0"
 
 
+def test_layers_whose_parts_are_in_several_lists_are_refused():
+    from transformers import XLMConfig, XLMWithLMHeadModel
+
+    model = XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4))
+    with pytest.raises(ValueError, match=r"several lists \(transformer\.attentions, transformer\.ffns\)"):
+        decoder_layers(model)
+    assert len(names(decoder_layers(model, layers="transformer.attentions"))) == 2 * 4
+
+
 def test_pruning_takes_the_list_of_layers_by_name(llama, batches):
     assert len(prune_model(llama, batches, Wanda(), Unstructured(0.5), layers="model.layers").linears) == 21
     with pytest.raises(ValueError, match=r"no list of layers 'layers'; its lists with linears: model\.layers \(3\)"):

@@ -189,7 +189,14 @@ def _layer_list(model: nn.Module, named: str | None) -> dict[str, nn.Module]:
         lists = [m for m in names if m in inside and all(map(_has_linear, m))]
         if lists:
             largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-            return {names[largest]: largest}
+            name, size = names[largest], len(largest)
+            parts = [names[m] for m in lists if list_of(names[m]) == list_of(name) and len(m) == size > 1]
+            if len(parts) > 1:  # as XLM's
+                raise ValueError(
+                    f"the parts of the {size} decoder layers are in several lists ({', '.join(parts)}), and those of "
+                    f"one can be pruned: name it, such as layers={name!r}; the others stay dense"
+                )
+            return {name: largest}
     raise ValueError(
         f"no decoder layers found in {type(model).__name__}: expected a ModuleList whose elements all hold an "
         f"nn.Linear or Conv1D, among {', '.join(name for name, _ in model.named_children()) or 'no children'}"
