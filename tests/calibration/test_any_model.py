@@ -188,6 +188,9 @@ def test_what_cannot_be_pruned_layer_by_layer_is_refused():
     assert "blocks: layer 1 is called where layer 0 would be next" in error_of(lambda b, x: b[0](b[1](x)))
     assert "layer 1 is not called with what the layer before it gave" in error_of(lambda b, x: b[1](2 * b[0](x)))
     assert "blocks: 1 of its 2 layers are called" in error_of(lambda b, x: b[0](x))
+    albert = Chain(lambda b, x: b[1](b[0](x)))
+    albert.blocks[1] = albert.blocks[0]
+    assert "blocks: a layer is in it several times" in _error(albert)
     assert "no ModuleList or Sequential" in _error(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
 
 

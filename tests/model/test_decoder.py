@@ -298,6 +298,13 @@ def test_a_class_of_linears_that_parts_its_inputs_is_left_dense(llama, device):
     assert layer.left_dense == {"model.layers.0.mlp.up_proj.weight": "not in a linear"}
 
 
+def test_a_linear_of_no_weights_is_left_out(llama, batches):
+    with pytest.warns(UserWarning, match="zero-element"):
+        llama.model.layers[0].extra = nn.Linear(32, 0, bias=False)
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5), targets=["*"])
+    assert report.not_pruned == {"model.layers.0.extra.weight": "not in a linear"}
+
+
 @pytest.mark.parametrize("kind", [Rounded, Chooses])
 def test_a_class_of_linears_with_one_matrix_is_pruned(llama, kind):
     llama.model.layers[0].mlp.up_proj = kind(32, 64, bias=False)

@@ -26,7 +26,7 @@ class _Watched:
 
     def __init__(self, layers: Sequence[nn.Module], is_named: bool) -> None:
         self.layers, self._is_named = layers, is_named
-        self.fault: str | None = None
+        self.fault: str | None = None if len({*layers}) == len(layers) else "a layer is in it several times"
         self._called = 0
         self._passed: Any = None
 

@@ -157,8 +157,13 @@ def matrix_parameters(layer: nn.Module, prefix: str) -> dict[nn.Parameter, str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear``, a ``transformers.Conv1D`` or a ``Conv2d`` that can be seen as one."""
-    return (isinstance(module, nn.Linear) and is_one_matrix(module)) or _is_conv1d(module) or is_conv2d(module)
+    """Whether a module is an ``nn.Linear``, a ``transformers.Conv1D`` or a ``Conv2d`` that can be seen as one matrix.
+
+    One of no weights is none.
+    """
+    if isinstance(module, nn.Linear):
+        return min(module.in_features, module.out_features) > 0 and is_one_matrix(module)
+    return _is_conv1d(module) or is_conv2d(module)
 
 
 def _experts_are_transposed(module: nn.Module) -> bool | None:
