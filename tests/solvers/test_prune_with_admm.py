@@ -84,6 +84,16 @@ def test_kept_weights_of_dead_inputs_stay():
     assert mask[:, :4].sum(1).tolist() == [1] * 5
 
 
+def test_beside_one_input_that_is_far_larger_the_others_go_by_their_scores():
+    x, dense = random(100, 16), random(5, 16)
+    x[:, 3] *= 1e6
+    weight = dense.clone()
+    mask = prune_with_admm(weight, (x.t() @ x).float(), Unstructured(0.5))
+    score = dense.abs() * x.norm(dim=0)
+    assert torch.equal(mask, Unstructured(0.5).mask(score.view(1, -1)).view_as(score))
+    torch.testing.assert_close(weight, dense * mask, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), SemiStructured(2, 4)], ids=str)
 def test_loses_less_than_sparsegpt(pattern, seed):

@@ -51,8 +51,8 @@ def prune_with_admm(
         Boolean mask of the weight's shape, True = kept.
     """
     dead_I = dead_inputs(hessian_II.diagonal())
-    norm_I = hessian_II.diagonal().sqrt().masked_fill(dead_I, 0)
-    scale_I = norm_I.masked_fill(dead_I, 1)
+    norm_I = hessian_II.diagonal().sqrt()
+    scale_I = norm_I.masked_fill(dead_I, torch.inf)  # they are coupled to none
     correlation_II = (hessian_II / scale_I).div_(scale_I.unsqueeze(1) * (1 + damping)).fill_diagonal_(1)
     v_OI = weight_OI.to(hessian_II) * norm_I
     u_OI, last_rho, stages = torch.zeros_like(v_OI), None, min(STAGES, steps)
