@@ -119,6 +119,17 @@ def test_experts_that_are_called_in_a_way_of_their_own_are_watched(padding):
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_that_all_experts_see_wait_for_each(monkeypatch):
+    """Two sequences of 16 tokens in float32; 32 numbers for each of four experts, and two hidden states."""
+    waiting = 2 * 16 * 4 * (4 * 32 + 2 * 32)
+    orders = []
+    for free in (waiting - 1, waiting):
+        monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device, free=free: free)
+        report = prune_model(llama4(), token_batches(1, vocab=64), Wanda(), Unstructured(0.5), activations="disk")
+        orders.append(report.order)
+    assert orders == ["two passes", "one pass"]
+
+
 class LoopedExperts(nn.Module):
     """As LongCat-Flash has them: called as those of transformers, but without saying how they are laid out."""
 

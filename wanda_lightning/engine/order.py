@@ -13,6 +13,7 @@ from wanda_lightning.calibration.walk import Visit
 from wanda_lightning.engine.checks import check_inputs
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.experts import called_in_its_own_way, numbers_a_token
 from wanda_lightning.report.tables import in_bytes
 
 log = logging.getLogger(__name__)
@@ -74,12 +75,13 @@ def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) ->
 
 def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
     """Say what does not fit where; None if all of it fits, or nobody can tell."""
-    widest = max(plan.linears, key=lambda linear: linear.weight_OI.shape[1])
-    waiting, place = inputs.bytes_waiting(widest.weight_OI.shape[1]), inputs.hidden_BTD.place
-    if place == "disk":
+    widest = max(plan.linears, key=numbers_a_token)
+    waiting, place = inputs.bytes_waiting(numbers_a_token(widest)), inputs.hidden_BTD.place
+    stays = place == "device" or called_in_its_own_way(widest)  # what waits before experts is not moved
+    if place == "disk" and not stays:
         return None
     devices = {torch.device("cpu")}
-    if place == "device":
+    if stays:
         weights = [linear.weight for linear in plan.linears if not linear.weight.is_meta]
         devices = {inputs.hidden_BTD[0].device, *(weight.device for weight in weights)}
     for device in devices:

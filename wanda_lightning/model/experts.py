@@ -21,6 +21,16 @@ from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, Prunable
 PRODUCTS = {F.linear, torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
+def called_in_its_own_way(linear: PrunableLinear) -> bool:
+    """Whether a matrix is one of fused experts outside of transformers' experts interface."""
+    return linear.expert is not None and not in_experts_interface(linear.module)
+
+
+def numbers_a_token(linear: PrunableLinear) -> int:
+    """Count what enters a linear for a token; of experts that may all see all tokens, what enters each."""
+    return linear.weight_OI.shape[1] * (len(linear.weight) if called_in_its_own_way(linear) else 1)
+
+
 def expert_inputs(
     linears: Sequence[PrunableLinear], inputs: Sequence[Any], mask_BT: Tensor | None
 ) -> Iterator[tuple[PrunableLinear, Tensor]]:
@@ -39,7 +49,7 @@ def expert_inputs(
     Raises:
         ValueError: If the inputs of a module outside of that interface cannot be told.
     """
-    if not in_experts_interface(linears[0].module):
+    if called_in_its_own_way(linears[0]):
         yield from _seen_in_products(linears, inputs, mask_BT)
         return
     hidden, top_k_index, *_ = inputs
