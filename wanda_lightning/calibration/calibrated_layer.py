@@ -106,7 +106,7 @@ class CalibratedLayer:
         groups: dict[object, list[PrunableLinear]] = {}
         for linear in linears:
             # Which experts of a list are called differs from batch to batch: they stay together.
-            alike = linear.experts if linear.experts and linear.expert is None else id(shared[linear.name])
+            alike = linear.experts if linear.may_be_passed_by else id(shared[linear.name])
             groups.setdefault(alike, []).append(linear)
         sizes = [
             4 * sum({id(shared[linear.name]): linear.weight_OI.shape[1] ** 2 for linear in group}.values())

@@ -48,7 +48,7 @@ class Collector:
         self._inputs: list[tuple[Tensor, str]] = []  # seen in this batch, kept alive so that `is` holds
         self._real = RealTokens()
         self._modules = by_module(linears)
-        routed = any(x.experts is not None and x.expert is None for x in linears)
+        routed = any(linear.may_be_passed_by for linear in linears)
         self._stop = EarlyStop(self._modules, works=not (routed or to_the_end))
 
     @contextmanager

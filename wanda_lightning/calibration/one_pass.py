@@ -96,7 +96,7 @@ class OnePass:
             ValueError: If an input is NaN or infinite.
         """
         inputs = self._inputs
-        if some := [x.name for x in inputs.layer.linears if x.experts is not None and x.expert is None]:
+        if some := [x.name for x in inputs.layer.linears if x.may_be_passed_by]:
             raise NotOnePassError(f"a router decides which batches reach {some[0]}")
         if some := [x.name for x in inputs.layer.linears if x.projection is not None]:
             raise NotOnePassError(f"{some[0]} is packed with others that may have other inputs")

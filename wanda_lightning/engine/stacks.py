@@ -89,7 +89,7 @@ def _in_language_model(feed: Feed, calibration: Iterable[Batch] | None, selectio
         return Found(calibration, selection)
     decoder = decoder_layers(feed.model, selection.targets, selection.ignore, selection.layers)
     shared = {name for repeat in repeats_in(decoder) for name in (repeat.name, repeat.first)}
-    linears = [x for layer in decoder for x in layer.linears if x.experts and x.expert is None and x.name in shared]
+    linears = [x for layer in decoder for x in layer.linears if x.may_be_passed_by and x.name in shared]
     layers = decoder if len({type(layer.module) for layer in decoder}) > 1 else []
     if not (linears or layers) or not (batches := [*calibration]):
         return Found(calibration, selection)

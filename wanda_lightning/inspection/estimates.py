@@ -65,6 +65,8 @@ def estimate_seconds(
 ) -> dict[str, float]:
     """Divide the operations of pruning by the rates of the device; loading, evaluating and saving are not counted.
 
+    Each layer is passed once, as where the calibration set can wait in memory, if no experts are in a list.
+
     Args:
         model: The model, on the meta device.
         layers: Its decoder layers.
@@ -88,7 +90,8 @@ def estimate_seconds(
     hessians = sums / (exact_rate if device.type == "cpu" else rate)
     factors = sum(kind.count * kind.shape[1] ** 3 for kind in _one_a_group(kinds))
     solving = sum(2 * kind.count * kind.shape[0] * kind.shape[1] ** 2 for kind in kinds)
-    wanda = 2 * forward + masks  # each layer runs twice: dense for the statistics, pruned for the next layer's inputs
+    twice = any(linear.may_be_passed_by for layer in layers for linear in layer.linears)
+    wanda = (2 if twice else 1) * forward + masks
     return {"Wanda": wanda, "SparseGPT, Ablate": wanda + hessians + (factors + solving) / exact_rate}
 
 

@@ -75,6 +75,11 @@ class PrunableLinear:
         return matrix.t() if self.is_transposed else matrix
 
     @property
+    def may_be_passed_by(self) -> bool:
+        """Whether it is in a list of modules, such as experts, and a router may decide which of them are called."""
+        return self.experts is not None and self.expert is None
+
+    @property
     def is_router(self) -> bool:
         """Whether the linear chooses experts rather than transforming hidden states."""
         return is_router(self.name)
