@@ -8,6 +8,7 @@ from io import TextIOWrapper
 from pkgutil import resolve_name
 
 from wanda_lightning.cli.commands import COMMANDS
+from wanda_lightning.cli.quiet_terminal import FirstRetry
 from wanda_lightning.cli.unread_output import outlive_readers
 
 _PURPOSES = "\n".join(f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items())
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it shows every retry in two lines
+    logging.getLogger("huggingface_hub.utils._http").addFilter(FirstRetry())
     name = arguments[0]
     if not name.startswith("-") and name not in COMMANDS:
         raise ValueError(f"there is no command {name!r}, it is one of {', '.join(COMMANDS)}")

@@ -37,14 +37,20 @@ def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_retries_of_the_hub_are_not_shown(monkeypatch, caplog):
+def test_retries_of_the_hub_are_one_line(monkeypatch, caplog):
     """What came of them is in the error."""
-    caplog.set_level(logging.WARNING, "huggingface_hub.utils._http")  # and as it was when the test ends
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(hub, "filters", [])
     monkeypatch.setattr(sys, "argv", ["wanda-lightning", "generate", "no/such"])
     with pytest.raises(SystemExit):
         main()
-    logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
-    assert not [record for record in caplog.records if "Retrying" in record.getMessage()]
+    caplog.clear()
+    for number in range(2):
+        hub.warning("'no answer' thrown while requesting HEAD no/such")
+        hub.warning("Retrying in %ss [Retry %s/5].", 1, number + 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the hub does not answer; it is tried for half a minute"
+    ]
 
 
 def test_a_pipe_that_knows_few_characters(tiny_model_folder, monkeypatch):
