@@ -192,3 +192,39 @@ def test_a_language_model_beside_a_head_keeps_the_head(llama, batches):
     prune_model(alone, batches, "wanda", 0.5)
     for one, other in zip(llama.model.layers.parameters(), alone.model.layers.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_sequential_may_be_the_whole_model(true_sequential):
+    torch.manual_seed(0)
+    whole, batches = nn.Sequential(Block(), Block(), Block()), list(torch.randn(3, 2, 5, 8))
+    within = nn.ModuleDict({"blocks": deepcopy(whole)})
+    report = prune_model(whole, batches, SparseGPT(), 0.5, true_sequential=true_sequential)
+    prune_model(
+        within, batches, SparseGPT(), 0.5, true_sequential=true_sequential, forward=lambda model, x: model["blocks"](x)
+    )
+    assert [row.name for row in report.linears] == [f"{layer}.{name}" for layer in range(3) for name in ("up", "down")]
+    assert all(map(torch.equal, whole.parameters(), within.parameters()))
+
+
+def test_of_a_sequential_of_stages_the_lists_within_are_pruned():
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        def forward(self, x):
+            return self.blocks(x).tanh()
+
+    report = prune_model(nn.Sequential(Stage(), Stage()), list(torch.randn(3, 2, 5, 8)), Wanda(), 0.5)
+    assert [*dict.fromkeys(row.layer for row in report.linears)] == [f"{n}.blocks.{k}" for n in (0, 1) for k in (0, 1)]
+    assert report.sparsity == 0.5

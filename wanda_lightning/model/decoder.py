@@ -79,7 +79,11 @@ def decoder_layers(
     model = uncompiled(model)
     refuse_quantized(model)
     lists = _layer_list(model, layers) if layers is None or isinstance(layers, str) else lists_of_layers(model, layers)
-    modules = {f"{name}.{i}": layer for name, m in lists.items() for i, layer in cast(Any, m)._modules.items()}
+    modules = {
+        f"{name}.{number}".removeprefix("."): layer  # a Sequential may be the whole model
+        for name, found in lists.items()
+        for number, layer in cast(Any, found)._modules.items()
+    }
     linears = {name: prunable_linears(layer, name) for name, layer in modules.items()}
     every = [linear for layer in linears.values() for linear in layer]
     if layers is not None and not isinstance(layers, str):

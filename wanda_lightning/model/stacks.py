@@ -53,9 +53,9 @@ def without_nested(lists: Mapping[str, nn.Module]) -> list[str]:
     Returns:
         The names of those that were chosen, in the order of ``lists``.
     """
-    chosen = {name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)}
+    chosen = {name for name in lists if not any(_is_within(name, outer) for outer in lists)}
     for outer in [*chosen]:
-        within = {name: m for name, m in lists.items() if name.startswith(f"{outer}.")}
+        within = {name: m for name, m in lists.items() if _is_within(name, outer)}
         inner = without_nested(within) if within else []
         if sum(_size(lists[name]) for name in inner) >= MOST * _size(lists[outer]) and inner:
             chosen = chosen - {outer} | {*inner}
@@ -101,6 +101,10 @@ def outside_of(model: nn.Module, inside: Collection[nn.Module]) -> tuple[dict[st
     matrices = {name: p for p, name in matrix_parameters(model, "").items() if p not in left_out}
     outside = {name.removeprefix("."): p.numel() for name, p in matrices.items() if p not in covered}
     return outside, sum(outside.values()) / max(1, sum(p.numel() for p in matrices.values()))
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name != outer and name.startswith(f"{outer}." if outer else "")
 
 
 def _is_stack(found: nn.ModuleList | nn.Sequential) -> bool:
