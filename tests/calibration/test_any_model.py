@@ -252,6 +252,8 @@ def test_lists_can_be_named():
 def test_a_batch_without_tensors_is_refused():
     with pytest.raises(ValueError, match="must hold tensors"):
         Feed(nn.Linear(2, 2)).tensors({"text": "words"})
+    with pytest.raises(ValueError, match=r"must hold tensors that are not empty.*got tensor\(\[\], size=\(0, 2\)\)"):
+        Feed(nn.Linear(2, 2)).tensors(torch.empty(0, 2))
 
 
 @torch.no_grad()

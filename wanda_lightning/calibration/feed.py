@@ -60,12 +60,13 @@ class Feed:
             The tensors.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or all are empty.
         """
         found = dict(tensors_in(batch))
-        if not found:
+        if not any(tensor.numel() for tensor in found.values()):
             raise ValueError(
-                f"a calibration batch must hold tensors, in mappings, tuples or lists; got {repr(batch)[:200]}"
+                "a calibration batch must hold tensors that are not empty, in mappings, tuples or lists; "
+                f"got {batch!r:.200}"
             )
         return found
 
