@@ -15,7 +15,7 @@ from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.allocation.trial import Trials, fitted, held_out
+from wanda_lightning.allocation.trial import Trials, parted
 from wanda_lightning.engine.measured_sparsity import report_as_found
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
@@ -458,7 +458,7 @@ def test_bad_settings_are_refused(make, message):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_what_judges_was_not_measured_on(count):
     batches = [torch.full((1, 2), n) for n in range(count)]
-    held, used = ({int(b[0, 0]) for b in part} for part in (held_out(batches), fitted(batches)))
+    used, held = ({int(b["input_ids"][0, 0]) for b in part} for part in parted(batches, 9))
     assert held
     assert used
     assert count == 1 or not held & used

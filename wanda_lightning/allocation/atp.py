@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wanda_lightning.allocation.allocator import Allocator, Task, layer_shares, weighted_mean
-from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
+from wanda_lightning.allocation.trial import Trials, parted, refuse_what_cannot_be_tried
 from wanda_lightning.arguments import is_finite, plain_fields
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern
@@ -76,8 +76,8 @@ class ATP(Allocator):
         if self.beta is not None:
             return self.allotment(self._patterns(task, self.beta))
         betas = [_largest_beta(task) * share for share in TRIED]
-        judged_on = first_sequences(held_out(task.batches), SEQUENCES)
-        with Trials(task, task.input_norms(first_sequences(fitted(task.batches), SEQUENCES))) as trials:
+        measured_on, judged_on = parted(task.batches, SEQUENCES)
+        with Trials(task, task.input_norms(measured_on)) as trials:
             losses = [trials.loss(self._patterns(task, beta), judged_on) for beta in betas]
         best = betas[losses.index(min(losses))]
         tried = ", ".join(f"{loss:.3f} with {beta:.4f}" for loss, beta in zip(losses, betas, strict=True))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from wanda_lightning.allocation.allocator import Allocator, CannotSplitError, Task, exact
 from wanda_lightning.allocation.split import cheapest_split
-from wanda_lightning.allocation.trial import Trials, first_sequences, fitted, held_out, refuse_what_cannot_be_tried
+from wanda_lightning.allocation.trial import Trials, parted, refuse_what_cannot_be_tried
 from wanda_lightning.arguments import plain_fields, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.model.linears import PrunableLinear
@@ -114,8 +114,7 @@ class LeastLoss(Allocator):
         asked, units = task.pattern.sparsity, units_of(task)
         options = self._options(asked)
         gains, total = self._gains(units, options, asked)
-        measured_on = first_sequences(fitted(task.batches), self.sequences)
-        judged_on = first_sequences(held_out(task.batches), self.sequences)
+        measured_on, judged_on = parted(task.batches, self.sequences)
         with Trials(task, task.input_norms(measured_on)) as trials:
             errors = [[trials.lost(unit, option) for option in options] for unit in units]
             now: list[Pattern] = [Unstructured(asked)] * len(units)

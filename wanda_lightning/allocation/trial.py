@@ -10,30 +10,35 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.allocation.allocator import Task
-from wanda_lightning.calibration.batches import Batch, tensors_of
+from wanda_lightning.calibration.batches import Batch, held_out_batches, tensors_of
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW
 from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, predicts_tokens, token_losses
+from wanda_lightning.methods.magnitude import MagnitudeInRows
 from wanda_lightning.methods.wanda import Wanda
 from wanda_lightning.model.gradients import only_requiring_grad
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_offloaded
-from wanda_lightning.sparsity import Pattern, zero_where_pruned
+from wanda_lightning.sparsity import Pattern
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 ROWS = 256
 """Rows of a matrix whose energies are measured."""
 
 
-def held_out(batches: Sequence[Batch]) -> list[Batch]:
-    """Return every fourth batch, at least one: those on which allocations are judged."""
-    batches = _several(batches)
-    return [*batches[3::4]] or [batches[-1]]
+def parted(batches: Sequence[Batch], count: int) -> tuple[list[Batch], list[Batch]]:
+    """Part a calibration set into what is measured on and what judges allocations: every fourth batch, at least one.
 
+    Args:
+        batches: The calibration set; of a batch that is alone, its sequences are parted.
+        count: So many sequences of each part are enough.
 
-def fitted(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the batches that are not :func:`held_out`; where there is one sequence alone, that one."""
+    Returns:
+        The two parts; where there is one sequence alone, it is in both.
+    """
     batches = _several(batches)
-    return [batch for number, batch in enumerate(batches) if number % 4 != 3][: max(1, len(batches) - 1)]
+    judging = range(1) if len(batches) == 1 else held_out_batches(len(batches), 1 / 4, "an allocation")
+    measured = [batch for number, batch in enumerate(batches) if number not in judging or len(batches) == 1]
+    return _first_sequences(measured, count), _first_sequences([batches[number] for number in judging], count)
 
 
 def _several(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -45,7 +50,7 @@ def _several(batches: Sequence[Batch]) -> Sequence[Batch]:
     return [{name: tensor[row : row + 1] for name, tensor in tensors.items()} for row in range(rows)]
 
 
-def first_sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
+def _first_sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
     """Return the first so many sequences, or all if there are fewer."""
     taken: list[Batch] = []
     for batch in batches:
@@ -110,10 +115,7 @@ class Trials:
 
     def _prune(self, dense_OI: Tensor, norms: InputStatistic, pattern: Pattern) -> Tensor:
         weight_OI = dense_OI.clone()
-        if norms.tokens:
-            self._method.prune(weight_OI, norms, pattern)
-        else:  # an expert that no token reached, see prune_linear
-            zero_where_pruned(weight_OI, pattern.mask(weight_OI.float().abs()))
+        (self._method if norms.tokens else MagnitudeInRows()).prune(weight_OI, norms, pattern)
         return weight_OI
 
     def lost(self, linears: Sequence[PrunableLinear], pattern: Pattern) -> float:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from wanda_lightning.calibration.input_drift import InputDrift
 from wanda_lightning.methods.base import PruningMethod
+from wanda_lightning.methods.magnitude import MagnitudeInRows
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.report.layer_reconstruction import LayerReconstruction
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.weight_magnitudes import Magnitudes
-from wanda_lightning.sparsity import Pattern, sparsity_of, zero_where_pruned
+from wanda_lightning.sparsity import Pattern, sparsity_of
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
 
@@ -73,21 +74,16 @@ def prune_linear(
     if isinstance(statistic, InputDrift):
         dense_target = _aim_at_dense(linear.name, weight_OI, statistic)
     aim_OI = weight_OI.clone() if dense_target else linear.weight_OI
-    unseen = method.statistic is not None and statistic is not None and statistic.tokens == 0
-    tolerance = method.tolerance((weight_OI.shape[0], weight_OI.shape[1]))
-    if unseen:
-        mask_OI = pattern.mask(weight_OI.float().abs())
-        zero_where_pruned(weight_OI, mask_OI)
-        tolerance = 1 / weight_OI.shape[1]
-    else:
-        given = statistic
-        if method.statistic is InputNorm and isinstance(statistic, InputHessian):  # gathered for exact errors
-            given = statistic.norm()
-        try:
-            mask_OI = method.prune(weight_OI, given, pattern)
-        except torch.linalg.LinAlgError as error:
-            raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
-    _check(linear.name, method, weight_OI, mask_OI, pattern, tolerance)  # which waits for the GPU
+    given = statistic
+    if method.statistic is not None and statistic is not None and statistic.tokens == 0:
+        method = MagnitudeInRows()
+    elif method.statistic is InputNorm and isinstance(statistic, InputHessian):  # gathered for exact errors
+        given = statistic.norm()
+    try:
+        mask_OI = method.prune(weight_OI, given, pattern)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{linear.name} cannot be pruned: {error}") from error
+    _check(linear.name, method, weight_OI, mask_OI, pattern)  # which waits for the GPU
     seconds = time.perf_counter() - started
     magnitudes = Magnitudes()
     magnitudes.count(linear.weight_OI, mask_OI)
@@ -106,16 +102,14 @@ def prune_linear(
     return PrunedLinear(row, magnitudes), mask_OI
 
 
-def _check(
-    name: str, method: PruningMethod, weight_OI: Tensor, mask_OI: Tensor, pattern: Pattern, tolerance: float
-) -> None:
+def _check(name: str, method: PruningMethod, weight_OI: Tensor, mask_OI: Tensor, pattern: Pattern) -> None:
     """Hold a method, which may be the user's own, to what it says."""
     try:
         wanted = f"torch.bool {tuple(weight_OI.shape)}"
         got = f"{mask_OI.dtype} {tuple(mask_OI.shape)}" if isinstance(mask_OI, Tensor) else type(mask_OI).__name__
         if got != wanted:
             raise ValueError(f"its mask has to be {wanted}, got {got}")
-        pattern.check_mask(mask_OI, tolerance)
+        pattern.check_mask(mask_OI, method.tolerance((weight_OI.shape[0], weight_OI.shape[1])))
         if (weight_OI.bool() > mask_OI).any():
             raise ValueError("it leaves weights where its mask has none")
         if not torch.stack(torch.aminmax(weight_OI)).isfinite().all():

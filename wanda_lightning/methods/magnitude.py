@@ -35,3 +35,11 @@ class Magnitude(ScoreMethod):
     def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
         """Let all weights of the matrix compete."""
         return pattern.mask(score_OI.reshape(1, -1)).view(score_OI.shape)
+
+
+class MagnitudeInRows(Magnitude):
+    """Compared within each output row: what experts are pruned by, whatever the method, that no token reaches."""
+
+    def mask(self, score_OI: Tensor, pattern: Pattern) -> Tensor:
+        """Let the weights of an output row compete."""
+        return pattern.mask(score_OI)
