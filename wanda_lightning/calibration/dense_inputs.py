@@ -91,11 +91,9 @@ class DenseInputs:
         for batch, x in enumerate(kept):
             kept[batch] = x[..., order_I.to(x.device)]
 
-    def drop(self, module: nn.Module | None = None) -> None:
-        """Let go of what entered a module; of all, where none is named."""
-        if module is None:
-            self._kept.clear()
-        self._kept.pop(module, None)
+    def drop(self) -> None:
+        """Let go of all that is kept."""
+        self._kept.clear()
 
 
 def residual_writers(

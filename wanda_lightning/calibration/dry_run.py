@@ -102,7 +102,7 @@ def dry_run(feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activ
         What enters the layers.
 
     Raises:
-        ValueError: If a batch cannot be fed to the model, there is none, or the layers are not called one by one.
+        ValueError: If a batch cannot be fed to the model, all are padding, or the layers are not called one by one.
     """
     recorder = _Recorder(len(layers), activations, given)
     real: list[RealTokens] = []

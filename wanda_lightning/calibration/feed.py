@@ -21,7 +21,7 @@ Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch; what it returns is not used."""
 
 FEW = 32
-"""Tokens that show whether a model overflows whose numbers have the range of float32: then its weights do."""
+"""So few tokens show whether a model overflows whose numbers have the range of float32: it is its weights then."""
 
 SENSES = ("pixel_values", "input_features")
 """How the names of what transformers' models see and hear begin."""

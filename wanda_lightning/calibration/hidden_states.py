@@ -78,14 +78,16 @@ class HiddenStates:
         return torch.load(kept, weights_only=True).to(device, copy=True)  # the storage of what is loaded cannot shrink
 
     def __setitem__(self, batch: int, hidden_BTD: Tensor) -> None:
-        kept: Tensor | Path = hidden_BTD
-        if self._folder is not None:
-            kept = self._folder.path / f"{batch}.pt"
-            torch.save(hidden_BTD.cpu(), kept)
-        elif self.place == "cpu":
-            kept = hidden_BTD.cpu()
-        self._kept[batch] = kept, hidden_BTD.device
+        self._kept[batch] = self._put(hidden_BTD, str(batch)), hidden_BTD.device
         self.shapes[batch] = torch.empty_like(hidden_BTD, device="meta")
+
+    def _put(self, values: Tensor, name: str) -> Tensor | Path:
+        """Move values to where they wait, if that is on disk to a file of a name."""
+        if self._folder is None:
+            return values.cpu() if self.place == "cpu" else values
+        file = self._folder.path / f"{name}.pt"
+        torch.save(values.cpu(), file)
+        return file
 
     def set_aside(self, tensor: Tensor, name: str) -> Callable[[], None]:
         """Move the values of a tensor to where these are, though others hold the tensor; it is empty meanwhile.
@@ -100,13 +102,10 @@ class HiddenStates:
         # It may be there already, and torch cannot free storages of Apple's GPUs.
         stays = self.place == "device" or tensor.device.type in (self.place, "mps")
         if stays or not (storage := tensor.untyped_storage()).resizable():
-            return _nothing
+            return lambda: None
         size = storage.nbytes()
         values = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-        kept: Tensor | Path = values.cpu()
-        if self._folder is not None:
-            kept = self._folder.path / f"{name}.pt"
-            torch.save(values.cpu(), kept)
+        kept = self._put(values, name)
         storage.resize_(0)
 
         def fill(_: _Folder | None = self._folder) -> None:  # which is there as long as this is
@@ -114,7 +113,3 @@ class HiddenStates:
             values.copy_(torch.load(kept, weights_only=True) if isinstance(kept, Path) else kept)
 
         return fill
-
-
-def _nothing() -> None:
-    pass

@@ -12,7 +12,7 @@ def parts_that_fit(groups: Sequence[Sequence[T]], sizes: Sequence[int], memory: 
     Args:
         groups: What is not to be parted, such as linears that share one Hessian.
         sizes: Bytes that each group takes.
-        memory: Bytes that a part may take. The largest group has to fit in any case, and then others do too.
+        memory: Bytes that a part may take; as many as the largest group takes, if that is more.
 
     Returns:
         The members of the groups, part by part.

@@ -63,15 +63,13 @@ class Stream(ABC):
 
 
 def check_tokens(real: Sequence[RealTokens]) -> None:
-    """Refuse a calibration set without tokens.
+    """Refuse a calibration set of padding.
 
     Args:
         real: Which of its tokens are real, a batch.
 
     Raises:
-        ValueError: If there is no batch, or padding only.
+        ValueError: If there is nothing else in it.
     """
-    if not real:
-        raise ValueError("the calibration set is empty: at least one batch is needed")
     if not any(tokens.mask_BT is None or bool(tokens.mask_BT.any()) for tokens in real):
         raise ValueError("the calibration set holds padding only: attention_mask is 0 everywhere")

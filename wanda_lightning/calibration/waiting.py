@@ -74,7 +74,7 @@ class Waiting(Stream):
         activations: Where the hidden states wait.
 
     Raises:
-        ValueError: If a batch cannot be fed to the model, there is none, or the first layer is not called first.
+        ValueError: If a batch cannot be fed to the model, all are padding, or the first layer is not called first.
     """
 
     def __init__(self, feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place) -> None:

@@ -62,14 +62,14 @@ def walk(
     Raises:
         ValueError: If there are no batches, one cannot be fed to the model, or its activations overflow.
     """
-    feed = LanguageModelFeed(uncompiled(model)) if feed is None else feed
-    stacks = in_stacks(layers)
-    batches = iter(batches) if len(stacks) == 1 else [*batches]
-    if (first := next(iter(batches), None)) is not None and len(stacks) == 1:
-        batches = chain([first], batches)
+    feed = feed or LanguageModelFeed(uncompiled(model))
+    stacks, others = in_stacks(layers), iter(batches)
+    if (first := next(others, None)) is None:
+        raise ValueError("the calibration set is empty: at least one batch is needed")
+    batches = chain([first], others) if len(stacks) == 1 else [first, *others]
     for number, stack in enumerate(stacks):
         modules = [layer.module for layer in stack]
-        probed = None if feed.may_hand_on or first is None else probe(feed, modules, first)
+        probed = None if feed.may_hand_on else probe(feed, modules, first)
         with ExitStack() as streams:
             stream: Stream
             if probed is None:
@@ -77,7 +77,7 @@ def walk(
             else:
                 stream = streams.enter_context(closing(dry_run(feed, modules, batches, activations, probed.given)))
             # Where the layers are on disk all of them are read for this: only to see in which order they are called.
-            if first is not None and not (probed and (number or is_offloaded(model))):
+            if not (probed and (number or is_offloaded(model))):
                 _look(layers if number == 0 else stack, stack, feed, first, probed)
             dense = None
             if with_dense or with_dense_inputs:
