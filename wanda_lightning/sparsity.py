@@ -14,8 +14,8 @@ from torch import Tensor
 from wanda_lightning.arguments import is_finite, is_fraction, is_whole, meant_sparsity, plain, plain_fields
 from wanda_lightning.lowest_scores import prune_lowest
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes, the integers that are as long as a float."""
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes, the integers that are as long as another number."""
 
 
 @dataclass(frozen=True)

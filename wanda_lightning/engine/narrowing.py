@@ -26,7 +26,7 @@ MULTIPLES = (256, 64, 16, 8, 1)
 """What the number of neurons is rounded to: the first of which the width is at least sixteen times as much."""
 
 
-def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, int]:
+def kept_of(width: int, keep: float, multiple: int | None = None) -> int:
     """Say how many neurons stay.
 
     Args:
@@ -36,7 +36,7 @@ def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, 
             16, 8 or 1.
 
     Returns:
-        The number, and the multiple that it is of.
+        The number.
 
     Raises:
         ValueError: If none stays.
@@ -48,7 +48,7 @@ def kept_of(width: int, keep: float, multiple: int | None = None) -> tuple[int, 
             f"keep={keep} of {width} neurons, rounded to a multiple of {multiple}, leaves none: keep more, or give a "
             "smaller multiple"
         )
-    return kept, multiple
+    return kept
 
 
 def groups_of(groups: int, keep: float) -> int:

@@ -136,7 +136,7 @@ def plan_width(
         What is to be done; nothing has changed.
     """
     groups = None if attention_keep == 1 else partial(groups_of, keep=attention_keep)
-    return Narrowing.of(model, lambda width: kept_of(width, keep, multiple)[0], layers, groups)
+    return Narrowing.of(model, lambda width: kept_of(width, keep, multiple), layers, groups)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanda_lightning.checkpoints.tensor_files import Entry, header_of, opened, write_tensors
+from wanda_lightning.sparsity import INTEGERS
 
 SHAPES = "wanda_lightning.compressed"
 """Key of a file's metadata: the shapes of the tensors that are stored without zeros, by name, as JSON."""
@@ -29,7 +30,6 @@ HEADER = "wanda_lightning.sha256_of_header"
 """Key of a file's metadata: the SHA-256 of the rest of its header."""
 
 VALUES, BITMASK, SIGNS = PARTS = ".values", ".bitmask", ".zero_signs"
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compress_file(source: Path, target: Path) -> None:
@@ -81,9 +81,8 @@ def decompress_file(source: Path, target: Path) -> None:
         ValueError: If the file is damaged.
     """
     with opened(source) as tensors:
-        _check(source, tensors)
-        shapes = _shapes(tensors)
-        names = _ordered(tensors, _names(tensors))
+        shapes = _checked_shapes(source, tensors)
+        names = _ordered(tensors, _names(tensors, shapes))
         entries = []
         for name in names:
             stored = name + VALUES if name in shapes else name
@@ -108,9 +107,8 @@ def read_compressed(source: Path) -> dict[str, Tensor]:
         ValueError: If the file is damaged.
     """
     with opened(source) as tensors:
-        _check(source, tensors)
-        shapes = _shapes(tensors)
-        return {name: _read(tensors, name, shapes.get(name)) for name in _names(tensors)}
+        shapes = _checked_shapes(source, tensors)
+        return {name: _read(tensors, name, shapes.get(name)) for name in _names(tensors, shapes)}
 
 
 def _compressed(source: Path, tensors: Any) -> tuple[list[str], list[Entry], dict[str, str]]:
@@ -150,8 +148,11 @@ def _take_apart(name: str, tensor: Tensor) -> dict[str, NDArray[Any]]:
     return parts | {name + SIGNS: _packed(negative_zero[~kept])} if signed else parts
 
 
-def _check(source: Path, tensors: Any) -> None:
-    """Refuse a file whose contents are not those that were written; one that comes without a checksum may be read."""
+def _checked_shapes(source: Path, tensors: Any) -> dict[str, list[int]]:
+    """Return the shapes of the tensors that were taken apart; refuse a file whose contents are not what was written.
+
+    One that comes without a checksum may be read.
+    """
     metadata = tensors.metadata() or {}
     with source.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -162,6 +163,7 @@ def _check(source: Path, tensors: Any) -> None:
             raise ValueError(f"{source} is damaged, its checksum is another one: copy or download it again")
     if SHAPES not in metadata:
         raise ValueError(f"{source} was not written by wanda-lightning compress: it says nothing of how it was")
+    return json.loads(metadata[SHAPES])
 
 
 def _header_checksum(header: bytes) -> str:
@@ -190,7 +192,7 @@ def _read(tensors: Any, name: str, shape: Sequence[int] | None) -> Tensor:
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
     """View a contiguous tensor as a row of whole numbers with the same bits."""
-    return tensor.reshape(-1).view(BITS[tensor.element_size()]).numpy()
+    return tensor.reshape(-1).view(INTEGERS[tensor.element_size()]).numpy()
 
 
 def _packed_size(count: int) -> int:
@@ -217,11 +219,6 @@ def _ordered(tensors: Any, names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (-width(name), name))
 
 
-def _names(tensors: Any) -> set[str]:
+def _names(tensors: Any, shapes: dict[str, list[int]]) -> set[str]:
     """Names of the tensors of a compressed file, as they were."""
-    shapes = _shapes(tensors)
     return set(tensors.keys()) - {name + part for name in shapes for part in PARTS} | set(shapes)
-
-
-def _shapes(tensors: Any) -> dict[str, list[int]]:
-    return json.loads(tensors.metadata()[SHAPES])
