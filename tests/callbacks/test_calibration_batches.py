@@ -308,6 +308,15 @@ def test_how_much_was_used_is_said(tmp_path, caplog, data, callback, said):
     assert str(pruning.report.calibration["tokens"]) in used
 
 
+def test_a_datamodule_of_an_earlier_run_is_not_that_of_this_one(tmp_path):
+    """A Trainer keeps it for good."""
+    module, pruning = SomebodysModule(), WandaPruning(sparsity=0.5, num_samples=4)
+    run = trainer(tmp_path, pruning, max_epochs=0)
+    run.validate(module, datamodule=SomebodysData(), verbose=False)
+    run.fit(module, batches())
+    assert pruning.report.calibration["source"] == "train dataloader"
+
+
 def test_without_calibration_nothing_is_said(tmp_path, caplog):
     caplog.set_level(logging.INFO, "wanda_lightning")
     _, report = fit(tmp_path, loader(IDS), callback=MagnitudePruning)

@@ -100,8 +100,11 @@ def test_several_dataloaders_without_names(tiny_model_folder, tmp_path, texts):
     language_model = module(tiny_model_folder)
     language_model.configure_model()
     loaders = [data(str(path), tokenizer=language_model.tokenizer).val_dataloader() for path in texts.values()]
-    first, second = run(tmp_path).validate(language_model, loaders, verbose=False)
-    assert [*first, *second] == ["val/perplexity/0", "val/perplexity/1"]
+    trainer = run(tmp_path)
+    for _ in range(2):
+        first, second = trainer.validate(language_model, loaders, verbose=False)
+        assert [*first, *second] == ["val/perplexity/0", "val/perplexity/1"]
+        trainer.validate(language_model, data([str(texts["one"])]), verbose=False)  # of which nothing must stay
 
 
 def test_the_last_window_counts_by_its_tokens(tiny_model_folder, tmp_path, texts):

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from wanda_lightning.arguments import Dtype, instance_or_none
+from wanda_lightning.callbacks.plumbing.loaders import datamodule_of
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
@@ -244,7 +245,6 @@ def _when_to_step(scheduler: Any) -> dict[str, Any]:
 
 def _name_of_set(trainer: Any, index: int) -> str:
     """Name an evaluation set; one that is alone needs no name."""
-    names = getattr(getattr(trainer, "datamodule", None), "evaluation_names", None)
-    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-    are_several = isinstance(batches, list) and len(batches) > 1
+    names = getattr(datamodule_of(trainer), "evaluation_names", None)
+    are_several = len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches) > 1
     return names[index] if names else str(index) if are_several else ""

@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.calibration.batches import count
-from wanda_lightning.callbacks.plumbing.loaders import each_batch, loaders_in, starts_anew
+from wanda_lightning.callbacks.plumbing.loaders import datamodule_of, each_batch, loaders_in, starts_anew
 from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
 from wanda_lightning.engine.processes import Processes
 
@@ -53,7 +53,7 @@ class CalibrationBatches:
                 ``training_step`` reads it by itself.
         """
         self._sequences = self._tokens = 0
-        for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        for owner in (datamodule_of(trainer), trainer.lightning_module):
             if hasattr(owner, "calibration_dataloader"):
                 self._source = f"{type(owner).__name__}.calibration_dataloader()"
                 return self._counted(_share(cast(Any, owner).calibration_dataloader(), trainer))

@@ -1,4 +1,4 @@
-"""Dataloaders as Lightning takes them: one, or a list, tuple or dict of several, or a CombinedLoader."""
+"""Where a run has its data from, and dataloaders as Lightning takes them: one, or several, or a CombinedLoader."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,6 +6,13 @@ from typing import Any
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+
+def datamodule_of(trainer: Any) -> Any:
+    """Return the datamodule of this run, if it has one; a Trainer remembers that of an earlier run, too."""
+    datamodule = getattr(trainer, "datamodule", None)
+    is_of_this_run = datamodule is not None and trainer._evaluation_loop._data_source.instance is datamodule
+    return datamodule if is_of_this_run else None
 
 
 def loaders_in(collection: Any) -> list[Any] | None:

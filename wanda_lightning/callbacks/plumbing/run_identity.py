@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.allocation.allocator import Allocator
+from wanda_lightning.callbacks.plumbing.loaders import datamodule_of
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import own_parameters
 
@@ -41,7 +42,7 @@ def describe_model(module: LightningModule) -> dict[str, Any]:
 
 def describe_calibration(trainer: Trainer) -> dict[str, Any]:
     """Return what the datamodule says of its calibration set, if it says anything."""
-    describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
+    describe = getattr(datamodule_of(trainer), "describe", None)
     return describe() if describe else {}
 
 
