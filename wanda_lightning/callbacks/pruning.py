@@ -14,7 +14,7 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
-from wanda_lightning.callbacks.plumbing.settings_check import check_settings
+from wanda_lightning.callbacks.plumbing.settings_check import check_settings, will_train
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.permuting import check_permute
@@ -124,11 +124,10 @@ class PruningCallback(SparseFinetuning):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, unless the strategy restores checkpoints only after this hook: then when training starts."""
-        trains = trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps)
-        if self.schedule is not None and not trains:
+        if self.schedule is not None and not will_train(trainer):
             raise ValueError("a gradual schedule prunes while a model trains, and this run has no training steps")
         self.run.files.begin(trainer, pl_module)
-        if not (trainer.strategy.restore_checkpoint_after_setup and trains):
+        if not (trainer.strategy.restore_checkpoint_after_setup and will_train(trainer)):
             self.run.prune(trainer, pl_module)
 
     @override

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import Dtype, instance_or_none
 from wanda_lightning.callbacks.plumbing.loaders import datamodule_of
+from wanda_lightning.callbacks.plumbing.settings_check import will_train
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_bars
@@ -98,8 +99,7 @@ class CausalLM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be trained, before it is pruned; ``fit`` without training steps prunes it."""
-        trainer = self.trainer
-        if stage == "fit" and trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps):
+        if stage == "fit" and will_train(self.trainer):
             self.check_trainable()
 
     def check_trainable(self) -> None:

@@ -1,4 +1,4 @@
-"""What a pruning callback refuses of its settings, before there is a model."""
+"""What a pruning callback refuses of its settings, before there is a model, and what is known of training by then."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +31,11 @@ def check_settings(asked: "PruningCallback") -> None:
     instance_or_none("schedule", asked.schedule, Gradual, "Gradual(start=0, end=100)")
     if asked.schedule is not None:
         asked.schedule.check(asked.method, asked.pattern, asked.allocation, asked.dense_target)
+
+
+def will_train(trainer: Trainer) -> bool:
+    """Whether ``fit`` comes to a training step."""
+    return trainer.limit_train_batches != 0 and 0 not in (trainer.max_epochs, trainer.max_steps)
 
 
 def steps_are_known(trainer: Trainer, module: LightningModule) -> bool:
