@@ -20,7 +20,6 @@ Kind = Literal["language model", "of transformers", "module"]
 """What was pruned: a language model of transformers, another model of theirs, or any other module."""
 
 TRAINED: dict[Training, str] = {
-    "none": "",
     "whole": "The weights that were kept were then fine-tuned for {steps} steps; the zeros stayed zero.",
     "gradual": "It was pruned little by little while it was fine-tuned, for {steps} steps.",
     "adapter": "Low-rank adapters were then trained for {steps} steps. They are not part of this model but lie in "
@@ -69,7 +68,7 @@ def model_card(
             "dense model; the zeros stayed zero.",
             "",
         ]
-    if training != "none":
+    if training in TRAINED:
         lines += [TRAINED[training].format(steps=steps), ""]
     order = {"order": report.order} if report.order else {}
     return _with_tables(lines, report.overview(), {**order, **report.calibration, **report.environment})

@@ -5,7 +5,7 @@ models alike: what compares is the ratio within a round.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,20 +88,11 @@ def measure_speed(
     inputs = {f"decoding (batch {size})": (ids_1C.repeat(size, 1), new_tokens) for size in dict.fromkeys(batch_sizes)}
     inputs[f"prompt ({prompt} tokens)"] = (ids_1P, 0)
 
-    from rich.console import Console
-    from rich.progress import track
-
     memory = [
         weight_bytes(model) + max(peak_on_top(partial(_rate, model, *given), place) for given in inputs.values())
         for model in loaded
     ]
-    rates: list[dict[str, list[float]]] = [{what: [] for what in inputs} for _ in loaded]
-    numbers = [*range(len(loaded))]
-    turns = [(what, number) for n in range(rounds) for what in inputs for number in numbers[:: -1 if n % 2 else 1]]
-    for what, number in track(
-        turns, "measuring in turns", console=Console(stderr=True), transient=True, disable=not progress
-    ):
-        rates[number][what].append(_rate(loaded[number], *inputs[what]))
+    rates = _rates_in_turns(loaded, inputs, rounds, progress)
     measured = [
         replace(_described(name, model), memory=peak, tokens_per_second=speeds)
         for name, model, peak, speeds in zip(names, loaded, memory, rates, strict=True)
@@ -109,6 +100,23 @@ def measure_speed(
     settings = {"prompt": prompt, "new_tokens": new_tokens, "context": ids_1C.shape[1], "rounds": rounds}
     where = {"device": str(place), "threads": torch.get_num_threads()}
     return SpeedReport(measured, settings, where | {"environment": environment()})
+
+
+def _rates_in_turns(
+    models: Sequence["PreTrainedModel"], inputs: Mapping[str, tuple[Tensor, int]], rounds: int, progress: bool
+) -> list[dict[str, list[float]]]:
+    """Return, of each model, the rate of every round by what it was given."""
+    from rich.console import Console
+    from rich.progress import track
+
+    rates: list[dict[str, list[float]]] = [{what: [] for what in inputs} for _ in models]
+    numbers = [*range(len(models))]
+    turns = [(what, number) for n in range(rounds) for what in inputs for number in numbers[:: -1 if n % 2 else 1]]
+    for what, number in track(
+        turns, "measuring in turns", console=Console(stderr=True), transient=True, disable=not progress
+    ):
+        rates[number][what].append(_rate(models[number], *inputs[what]))
+    return rates
 
 
 def _vocabulary(pretrained: str, length: int, **trusted: bool) -> int:
