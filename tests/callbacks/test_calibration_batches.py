@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import OrderedDict, UserDict
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 from transformers import BatchEncoding
 
 from wanda_lightning.allocation.schedule import Gradual
-from wanda_lightning.callbacks import MagnitudePruning, WandaPruning
+from wanda_lightning.callbacks import MagnitudePruning, WandaPruning, WidthPruning
 from wanda_lightning.callbacks.plumbing.calibration_batches import _share
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.width import prune_width
 from wanda_lightning.methods import Wanda
 from wanda_lightning.sparsity import Unstructured
 
@@ -197,6 +199,74 @@ def test_persistent_workers_are_read_from_their_first_batch(tmp_path):
     module, report = fit(tmp_path, workers, num_samples=4)
     assert same(module.seen, IDS)
     assert report.calibration["sequences"] == 4
+
+
+TEXTS = ["".join(map(chr, row)) for ids in IDS for row in ids]
+
+
+class Texts(LightningDataModule):
+    """Batches of texts, of which token ids and labels are made on their way to the module."""
+
+    def __init__(self, loader):
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self):
+        return self.loader([{"text": TEXTS[first : first + 2]} for first in range(0, len(TEXTS), 2)])
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        batch["input_ids"] = torch.tensor([[ord(letter) for letter in text] for text in batch.pop("text")])
+        return batch
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        batch["attention_mask"] = (batch["input_ids"] > 20).long()
+        return batch
+
+
+@pytest.mark.parametrize("pruning", [WandaPruning(0.5, num_samples=4), WidthPruning(0.5, num_samples=4)])
+@pytest.mark.parametrize(
+    "loader",
+    [lambda rows: DataLoader(rows, batch_size=None, collate_fn=lambda row: row), iter],
+    ids=["loader", "stream"],
+)
+def test_batches_pass_through_the_hooks_of_the_datamodule(tmp_path, loader, pruning):
+    module, reference = Recording(), tiny_llama(layers=2)
+    pruning = deepcopy(pruning)
+    trainer(tmp_path, pruning, max_steps=-1, max_epochs=0).fit(module, Texts(loader))
+    expected = [{"input_ids": ids, "attention_mask": (ids > 20).long()} for ids in IDS[:2]]
+    if isinstance(pruning, WidthPruning):
+        prune_width(reference, expected, 0.5)
+    else:
+        prune_model(reference, expected, Wanda(), Unstructured(0.5))
+    assert all(map(torch.equal, module.net.parameters(), reference.parameters()))
+
+
+def test_no_batch_passes_through_the_hooks_twice(tmp_path):
+    module = Recording()
+    trainer(tmp_path, WandaPruning(sparsity=0.5, num_samples=4), max_steps=-1, max_epochs=1).fit(module, Texts(iter))
+    assert same(module.seen[::2], IDS)  # each with its mask
+
+
+def test_of_texts_that_never_end_no_more_is_read_than_is_asked_for(tmp_path):
+    read = []
+
+    def endless(rows):
+        while len(read) < 100:
+            read.append(None)
+            yield {"text": rows[0]["text"]}
+
+    trainer(tmp_path, WandaPruning(sparsity=0.5, num_samples=8), max_epochs=0).fit(Recording(), Texts(endless))
+    assert len(read) < 10
+
+
+def test_a_hook_may_put_the_batches_of_several_loaders_together(tmp_path):
+    class Joined(SomebodysModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return torch.cat(batch)
+
+    pruning = WandaPruning(sparsity=0.5, num_samples=1)
+    trainer(tmp_path, pruning).fit(Joined(), [loader(IDS), loader(IDS)])
+    assert pruning.report.calibration["sequences"] == 4
 
 
 @pytest.mark.parametrize("start", [0, 2])

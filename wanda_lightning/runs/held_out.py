@@ -6,8 +6,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-"""What a datamodule may do to batches on their way."""
+from wanda_lightning.callbacks.plumbing.module_step import TRANSFERS
 
 
 class HeldOut(LightningDataModule):

@@ -11,7 +11,8 @@ from torch.utils.data import DistributedSampler
 
 from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.calibration.batches import count
-from wanda_lightning.callbacks.plumbing.loaders import datamodule_of, each_batch, loaders_in, starts_anew
+from wanda_lightning.callbacks.plumbing.loaders import Hook, as_it_is, datamodule_of, each_batch, loaders_in, starts_anew
+from wanda_lightning.callbacks.plumbing.module_step import hooks_of
 from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
 from wanda_lightning.engine.processes import Processes
 
@@ -23,7 +24,7 @@ class CalibrationBatches:
 
     They come from the ``calibration_dataloader()`` of the datamodule or of the module, else from the train dataloader.
     Either may be several loaders. If a train dataloader can be read only once, the batches that were read are given
-    back to training.
+    back to training. They pass through the hooks of datamodule and module, as for training.
 
     Args:
         num_samples: How many sequences to take from a train dataloader, >= 1; also beyond ``limit_train_batches``, but
@@ -39,11 +40,12 @@ class CalibrationBatches:
         self._source: str | None = None
         self._sequences = self._tokens = 0
 
-    def of(self, trainer: Trainer) -> Iterator[Any]:
+    def of(self, trainer: Trainer, own_step: bool = False) -> Iterator[Any]:
         """Return this process's share of the calibration batches.
 
         Args:
             trainer: The Trainer, in ``fit``.
+            own_step: Whether a step of the module is called with them, for which they pass through its hooks then.
 
         Returns:
             An iterator over them, which counts what it gives.
@@ -53,12 +55,13 @@ class CalibrationBatches:
                 ``training_step`` reads it by itself.
         """
         self._sequences = self._tokens = 0
+        hooks = as_it_is if own_step else hooks_of(trainer)
         for owner in (datamodule_of(trainer), trainer.lightning_module):
             if hasattr(owner, "calibration_dataloader"):
                 self._source = f"{type(owner).__name__}.calibration_dataloader()"
-                return self._counted(_share(cast(Any, owner).calibration_dataloader(), trainer))
+                return self._counted(_share(cast(Any, owner).calibration_dataloader(), trainer, hooks))
         self._source = "train dataloader"
-        return self._first(trainer, -(-self.num_samples // trainer.world_size))
+        return self._first(trainer, -(-self.num_samples // trainer.world_size), hooks)
 
     def describe(self, trainer: Trainer) -> dict[str, Any]:
         """Say where the batches of all processes came from, how much was asked for, and how much they held.
@@ -98,7 +101,7 @@ class CalibrationBatches:
             self._tokens += tokens
             yield batch
 
-    def _first(self, trainer: Trainer, sequences: int) -> Iterator[Any]:
+    def _first(self, trainer: Trainer, sequences: int, hooks: Hook) -> Iterator[Any]:
         """Return whole batches of the train dataloader, until they hold so many sequences."""
         limit, trainer.limit_train_batches = trainer.limit_train_batches, trainer.limit_train_batches or 1.0
         try:  # the train dataloader is otherwise made later, or never; distributed ones are sharded here
@@ -111,7 +114,7 @@ class CalibrationBatches:
             items = CombinedLoader(combined.iterables, combined._mode)
         else:
             items = _read_ahead(trainer.fit_loop._data_fetcher, combined, sequences)
-        return self._until(sequences, each_batch(items, combined))
+        return self._until(sequences, each_batch(items, combined, hooks))
 
     def _until(self, sequences: int, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in self._counted(batches):
@@ -136,7 +139,7 @@ def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[
         held = 0
         while held < sequences and not fetcher.done:
             items.append(next(fetcher))
-            held += sum(count(batch)[0] for batch in each_batch(items[-1:], combined))
+            held += sum(max(count(batch)[0], 1) for batch in each_batch(items[-1:], combined))  # texts are not counted
         fetcher.batches[:0] = items
         fetcher.fetched -= len(items)
         fetcher.done = not fetcher.batches
@@ -144,14 +147,14 @@ def _read_ahead(fetcher: Any, combined: CombinedLoader, sequences: int) -> list[
     return kept[sequences]
 
 
-def _share(loader: Any, trainer: Trainer) -> Iterator[Any]:
+def _share(loader: Any, trainer: Trainer, hooks: Hook = as_it_is) -> Iterator[Any]:
     """Return this process's share of a loader, of several one after the other, or of a CombinedLoader in its mode."""
     first, every = trainer.global_rank, trainer.world_size
     loaders = loader.flattened if isinstance(loader, CombinedLoader) else loaders_in(loader)
     if all(isinstance(getattr(one, "sampler", None), DistributedSampler) for one in loaders or [loader]):
         first, every = 0, 1  # they are shared already
     if isinstance(loader, CombinedLoader):
-        loader = each_batch(loader, loader)
+        loader, hooks = each_batch(loader, loader, hooks), as_it_is
     elif loaders is not None:
         loader = chain.from_iterable(loaders)
     if hasattr(loader, "__len__") and 0 < len(loader) < every:
@@ -159,7 +162,7 @@ def _share(loader: Any, trainer: Trainer) -> Iterator[Any]:
             f"{len(loader)} calibration batches cannot be shared by {trainer.world_size} processes: use more "
             "samples, a smaller calibration_batch_size, or fewer devices"
         )
-    return _every(loader, first, every)
+    return map(hooks, _every(loader, first, every))
 
 
 def _every(loader: Any, first: int, step: int) -> Iterator[Any]:

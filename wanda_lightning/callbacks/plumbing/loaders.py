@@ -1,11 +1,19 @@
 """Where a run has its data from, and dataloaders as Lightning takes them: one, or several, or a CombinedLoader."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+
+Hook = Callable[[Any], Any]
+"""What is done to a batch."""
+
+
+def as_it_is(batch: Any) -> Any:
+    """Do nothing to a batch."""
+    return batch
 
 
 def datamodule_of(trainer: Any) -> Any:
@@ -34,18 +42,20 @@ def loaders_in(collection: Any) -> list[Any] | None:
     return found
 
 
-def each_batch(items: Iterable[Any], combined: CombinedLoader) -> Iterator[Any]:
+def each_batch(items: Iterable[Any], combined: CombinedLoader, hooks: Hook = as_it_is) -> Iterator[Any]:
     """Take apart what a CombinedLoader yields into the batches of its single loaders.
 
     Args:
         items: A batch of every loader, an index and the number of a loader: what iterating over ``combined`` yields.
         combined: The loader. Sequentially it yields batches of single loaders; in the other modes a list or dict of
             them, and None in place of those of a loader that has ended.
+        hooks: Done to what it yields, before that is taken apart.
 
     Yields:
         The batches, one by one.
     """
-    for batch, _, _ in items:
+    for item, _, _ in items:
+        batch = hooks(item)
         parts = [batch] if combined._mode == "sequential" else _parts(batch, combined.iterables)
         yield from (part for part in parts if part is not None)
 
@@ -61,10 +71,11 @@ def starts_anew(loader: Any) -> bool:
 
 
 def _parts(batch: Any, loaders: Any) -> Iterator[Any]:
-    if isinstance(loaders, Mapping):
+    """Take a batch apart as the loaders are; one in which a hook has put them together is one batch."""
+    if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and batch.keys() == loaders.keys():
         for name, loader in loaders.items():
             yield from _parts(batch[name], loader)
-    elif isinstance(loaders, list | tuple):
+    elif isinstance(loaders, list | tuple) and isinstance(batch, list | tuple) and len(batch) == len(loaders):
         for part, loader in zip(batch, loaders, strict=True):
             yield from _parts(part, loader)
     else:

@@ -6,18 +6,23 @@ from copy import deepcopy
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torchmetrics import Metric
 
 from wanda_lightning.calibration.feed import Forward, call_with
+from wanda_lightning.callbacks.plumbing.loaders import Hook, as_it_is
 from wanda_lightning.model.language_model import find_model, is_language_model
 from wanda_lightning.model.modes import as_written, in_eval_mode
 from wanda_lightning.model.replaced import replaced
 
 CALIBRATION_STEP = "calibration_step"
 """The method that a LightningModule may have for this, with the arguments of a ``validation_step``."""
+
+TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+"""What a datamodule or a module may do to batches on their way."""
 
 
 def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
@@ -43,9 +48,7 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
                 f"nothing says how {type(module).__name__} runs its model on a calibration batch: give it a "
                 f"{CALIBRATION_STEP}(batch, batch_idx), a validation_step, or a forward"
             )
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        batch = _transferred(batch, trainer)
         if step is None:
             return call_with(module, batch)
         numbers = [0] if is_param_in_hook_signature(step, "batch_idx", min_args=2) else []
@@ -54,6 +57,29 @@ def forward_of(trainer: Trainer, module: LightningModule) -> Forward | None:
         return step(batch, *numbers)  # by position, as Lightning does: names are the user's
 
     return forward
+
+
+def hooks_of(trainer: Trainer) -> Hook:
+    """Choose what is done to a batch for a step, where the module's own step is not called.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Passes a batch through the hooks of datamodule and module, such as one that pads texts; it leaves the batch as
+        it is, which training may read later. Where they have none it does nothing.
+    """
+    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    if any(is_overridden(hook, owner, DataHooks) for owner in owners if owner is not None for hook in TRANSFERS):
+        return lambda batch: _transferred(deepcopy(batch), trainer)
+    return as_it_is
+
+
+def _transferred(batch: Any, trainer: Trainer) -> Any:
+    """Bring a batch to where the module is, through the hooks that Lightning calls on the way to a step."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 @contextmanager

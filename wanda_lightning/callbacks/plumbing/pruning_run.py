@@ -13,7 +13,7 @@ from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks.plumbing.averages import begin_averages
-from wanda_lightning.callbacks.plumbing.module_step import own_step
+from wanda_lightning.callbacks.plumbing.module_step import forward_of, own_step
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
@@ -208,7 +208,8 @@ class PruningRun:
             asked.method, _selection(model, asked), asked.exact_error, asked.reconstruction, asked.dense_target
         )
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
-        batches = asked.calibration.of(trainer) if needs_batches else None
+        steps = forward_of(trainer, module) is not None
+        batches = asked.calibration.of(trainer, steps) if needs_batches else None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
         with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
