@@ -11,7 +11,14 @@ from torch.utils.data import DistributedSampler
 
 from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.calibration.batches import count
-from wanda_lightning.callbacks.plumbing.loaders import Hook, as_it_is, datamodule_of, each_batch, loaders_in, starts_anew
+from wanda_lightning.callbacks.plumbing.loaders import (
+    Hook,
+    as_it_is,
+    datamodule_of,
+    each_batch,
+    loaders_in,
+    starts_anew,
+)
 from wanda_lightning.callbacks.plumbing.module_step import hooks_of
 from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
 from wanda_lightning.engine.processes import Processes

@@ -13,7 +13,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from wanda_lightning.calibration.feed import Forward, call_with
-from wanda_lightning.callbacks.plumbing.loaders import Hook, as_it_is
+from wanda_lightning.callbacks.plumbing.loaders import Hook, as_it_is, datamodule_of
 from wanda_lightning.model.language_model import find_model, is_language_model
 from wanda_lightning.model.modes import as_written, in_eval_mode
 from wanda_lightning.model.replaced import replaced
@@ -69,7 +69,7 @@ def hooks_of(trainer: Trainer) -> Hook:
         Passes a batch through the hooks of datamodule and module, such as one that pads texts; it leaves the batch as
         it is, which training may read later. Where they have none it does nothing.
     """
-    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    owners = (trainer.lightning_module, datamodule_of(trainer))
     if any(is_overridden(hook, owner, DataHooks) for owner in owners if owner is not None for hook in TRANSFERS):
         return lambda batch: _transferred(deepcopy(batch), trainer)
     return as_it_is
