@@ -52,6 +52,28 @@ def test_a_run_that_goes_on_keeps_what_was_decided(tmp_path, monkeypatch, alloca
     assert [row.sparsity for row in again.linears] == [row.sparsity for row in report.linears]
 
 
+@pytest.mark.parametrize("left", ["", "[1]", "{}", '{"allocator": "OWL'])
+def test_it_is_decided_anew_where_the_file_is_damaged(tmp_path, caplog, left):
+    def run(**settings):
+        model, journal = tiny_llama(), Journal(tmp_path / "run")
+        try:
+            prune_model(model, token_batches(), "wanda", 0.5, allocation=OWL(), journal=journal, **settings)
+        finally:
+            journal.release()
+        return model
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=cut_off)
+    file = tmp_path / "run/allocation.json"
+    decided = file.read_text()
+    file.write_text(left)
+    model, whole = run(), tiny_llama()
+    prune_model(whole, token_batches(), "wanda", 0.5, allocation=OWL())
+    assert all(map(torch.equal, model.parameters(), whole.parameters()))
+    assert file.read_text() == decided
+    assert "allocation.json is damaged" in caplog.text
+
+
 def test_what_was_decided_for_another_run_is_not_taken_up(tmp_path):
     (tmp_path / "allocation.json").write_text("{}")
     journal = Journal(tmp_path)

@@ -1,8 +1,10 @@
 """Having an allocator decide what each linear is pruned to: once for a run, also if it is cut off and goes on."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +18,8 @@ from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.allotment import Allotment
+
+log = logging.getLogger(__name__)
 
 
 def allocated(
@@ -44,13 +48,10 @@ def allocated(
     allocator, file = plan.selection.allocator, journal.allocation
     if allocator is None:
         return plan
-    found = None
     with processes.together():
-        if processes.rank == 0 and file is not None and file.exists():
-            found = file.read_text(encoding="utf-8")
-    found = processes.gather(found)[0]
-    if found is not None:
-        return _with(plan, Allotment(**json.loads(found)))
+        found = _decided(file) if processes.rank == 0 and file is not None and file.exists() else None
+    if (found := processes.gather(found)[0]) is not None:
+        return _with(plan, found)
     task = task_of(plan, model, batches, activations, processes, feed)
     allotment = processes.gather(allocator.allocate(task))[0]
     repeats = {
@@ -62,6 +63,15 @@ def allocated(
         if processes.rank == 0 and file is not None:
             write_text(file, json.dumps(asdict(allotment), indent=2) + "\n")
     return _with(plan, allotment)
+
+
+def _decided(file: Path) -> Allotment | None:
+    """Read what was decided before; None if the file is damaged."""
+    try:
+        return Allotment(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s): it is decided anew how much of each linear is pruned", file, error)
+        return None
 
 
 def _with(plan: Plan, allotment: Allotment) -> Plan:
