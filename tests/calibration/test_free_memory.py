@@ -69,6 +69,13 @@ def test_control_groups_limit_what_is_left(system, files, left):
     assert free_memory(CPU, system(**files)) == left * MIB
 
 
+def test_a_system_that_does_not_say_what_is_available(system):
+    """The first Windows Subsystem for Linux is one."""
+    quiet = {"proc/meminfo": "MemTotal: 9 kB\nMemFree: 5 kB\n"}
+    assert free_memory(CPU, system(**quiet)) is None
+    assert free_memory(CPU, system(**quiet, **IN, **group("/slurm/job/step", 500, 300))) == 200 * MIB
+
+
 def test_on_this_machine():
     free = free_memory(CPU)
     assert free is None or 2**20 < free < 2**50

@@ -28,8 +28,9 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     if device.type != "cpu" or not meminfo.is_file():
         return None
     lines = meminfo.read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return min(available, _left_of_limit(sys.maxsize), *_left_of_groups(root))
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]  # not in WSL 1
+    left = min([*available, _left_of_limit(sys.maxsize), *_left_of_groups(root)])
+    return None if left == sys.maxsize else left
 
 
 def _left_of_limit(unlimited: int) -> int:
