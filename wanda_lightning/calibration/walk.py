@@ -5,7 +5,7 @@ runs of the model that wait for what the layers give. A language model has one s
 several, and what lies between two is the model's own to run. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 
@@ -25,9 +25,6 @@ from wanda_lightning.calibration.waiting import Waiting
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, is_offloaded
-
-Visit = tuple[DecoderLayer, CalibratedLayer | None]
-"""A layer, and what enters it if there are batches."""
 
 
 def walk(
@@ -98,38 +95,6 @@ def walk(
                         step.advance()
                 if not is_last:
                     stream.go_on()
-
-
-def visit(
-    model: nn.Module,
-    layers: Sequence[DecoderLayer],
-    batches: Iterable[Batch] | None,
-    activations: Place,
-    with_dense: bool,
-    feed: Feed,
-    with_dense_inputs: bool,
-) -> Generator[Visit]:
-    """Visit the layers in order, also without batches.
-
-    Args:
-        model: See :func:`walk`, as all.
-        layers: The layers.
-        batches: Calibration batches; None where nothing has to be known of inputs.
-        activations: A place.
-        with_dense: Whether hidden states of the dense model go along.
-        feed: Runs the model on a batch.
-        with_dense_inputs: Whether what enters the linears in the dense model goes along.
-
-    Yields:
-        The layer, its weights in memory, and what enters it; None without batches.
-    """
-    if batches is None:
-        for layer in layers:
-            with in_memory(layer.module):
-                yield layer, None
-    else:
-        for step in walk(model, layers, batches, activations, with_dense, feed, with_dense_inputs):
-            yield step.layer, step
 
 
 def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:

@@ -9,14 +9,17 @@ import torch
 
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
 from wanda_lightning.calibration.free_memory import free_memory
-from wanda_lightning.calibration.walk import Visit
 from wanda_lightning.engine.checks import check_inputs
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.experts import called_in_its_own_way, numbers_a_token
 from wanda_lightning.report.tables import in_bytes
 
 log = logging.getLogger(__name__)
+
+Visit = tuple[DecoderLayer, CalibratedLayer | None]
+"""A layer, and what enters it if there are batches."""
 
 
 def begin(plan: Plan, visits: Iterator[Visit], processes: Processes) -> tuple[Plan, Iterator[Visit]]:

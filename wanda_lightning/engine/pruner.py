@@ -1,7 +1,7 @@
 """Pruning a model: whoever has read this file knows the house."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,7 +14,7 @@ from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed, Forward
 from wanda_lightning.calibration.hidden_states import Place, check_place
-from wanda_lightning.calibration.walk import visit
+from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_pruning
 from wanda_lightning.engine.clock import PhaseClock
@@ -23,7 +23,7 @@ from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.engine.measured_sparsity import ZeroCount
-from wanda_lightning.engine.order import begin
+from wanda_lightning.engine.order import Visit, begin
 from wanda_lightning.engine.permuting import with_neurons
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
@@ -32,7 +32,7 @@ from wanda_lightning.engine.stacks import feed_of, find_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import write_back
+from wanda_lightning.model.offload import in_memory, write_back
 from wanda_lightning.report.environment import peak_memory
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, as_pattern
@@ -169,8 +169,7 @@ def carry_out(
     batches = None
     if calibration is not None and plan.needs_batches:
         batches = HashedBatches(calibration, feed, keep=bool(allocator))
-    walked = visit(model, plan.layers, batches, activations, plan.reconstruction is not None, feed, plan.dense_target)
-    with closing(walked):  # a layer is in memory, after errors too
+    with closing(_visit(plan, feed, batches, activations)) as walked:  # a layer is in memory, after errors too
         plan, visits = begin(plan, clock.forwards(walked), processes)  # the first visit reads the batches
         settings = {**plan.settings, **(asked or {}), "processes": processes.size}
         digests = processes.gather(batches.digest if batches else "")
@@ -198,6 +197,18 @@ def carry_out(
         report.whole_model_sparsity = zeros.sparsity
         report.seconds, report.seconds_by_phase, report.memory = clock.total, clock.seconds, peak_memory()
     return report
+
+
+def _visit(plan: Plan, feed: Feed, batches: HashedBatches | None, activations: Place) -> Generator[Visit]:
+    """Visit the layers in order, each in memory, with what the plan takes of batches, if there are some."""
+    if batches is None:
+        for layer in plan.layers:
+            with in_memory(layer.module):
+                yield layer, None
+    else:
+        dense, dense_inputs = plan.reconstruction is not None, plan.dense_target
+        for step in walk(feed.model, plan.layers, batches, activations, dense, feed, dense_inputs):
+            yield step.layer, step
 
 
 def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:
