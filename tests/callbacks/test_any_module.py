@@ -193,6 +193,30 @@ def test_a_module_of_plain_torch_is_pruned_saved_and_fine_tuned(own_step, tmp_pa
     assert not torch.equal(loaded.net.head.weight, plain.head.weight)
 
 
+class TagsAndValidates(Tags):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+
+def test_a_module_of_plain_torch_is_evaluated(tmp_path):
+    report = trainer(tmp_path, WandaPruning(0.5), cls=PruningTrainer).prune(TagsAndValidates())
+    assert {stage: [*metrics] for stage, metrics in report.evaluations.items()} == {
+        "dense": ["val_loss", "sparsity"],
+        "pruned": ["val_loss", "sparsity"],
+    }
+
+
+def test_a_model_that_does_not_go_on_with_a_text_is_not_asked_to(tmp_path, tokenizer, caplog):
+    module = Theirs(t5)
+    module.tokenizer = tokenizer
+    report = trainer(tmp_path, WandaPruning(0.5), cls=PruningTrainer).prune(module, save=False)
+    assert report.samples == {}
+    assert "cannot continue" not in caplog.text
+
+
 def test_a_schedule_prunes_while_it_trains(tmp_path):
     from wanda_lightning import Gradual
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from wanda_lightning.evaluation.generation import continue_prompts
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model, is_language_model
 from wanda_lightning.model.offload import is_offloaded
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,13 @@ def samples_of(trainer: Trainer, module: LightningModule, prompts: Sequence[str]
         prompts: Texts.
 
     Returns:
-        What was added, by prompt. Nothing where there is no tokenizer, or where weights are on disk or in RAM
-        and would have to be loaded for every token.
+        What was added, by prompt. Nothing where the model does not go on with a text, where there is no tokenizer, or
+        where weights are on disk or in RAM and would have to be loaded for every token.
     """
-    model: Any = find_language_model(module)
-    if not prompts or is_offloaded(model) or (tokenizer := tokenizer_of(trainer, module)) is None:
+    model: Any = find_model(module)
+    if not prompts or not is_language_model(model) or is_offloaded(model):
+        return {}
+    if (tokenizer := tokenizer_of(trainer, module)) is None:
         return {}
     try:
         with trainer.precision_plugin.forward_context():
