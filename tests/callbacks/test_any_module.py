@@ -209,6 +209,13 @@ def test_a_module_of_plain_torch_is_evaluated(tmp_path):
     }
 
 
+def test_a_module_of_plain_torch_is_pruned_to_a_size(tmp_path):
+    run = trainer(tmp_path, WandaPruning(), cls=PruningTrainer)
+    result = run.search(TagsAndValidates(), None, max_bytes=60_000, step=0.25)
+    assert (result.dense["bytes"] > 60_000, result.found) == (True, 0.5)
+    assert result.trial(0.5).metrics["bytes"] <= 60_000 < result.trial(0.25).metrics["bytes"]
+
+
 def test_a_model_that_does_not_go_on_with_a_text_is_not_asked_to(tmp_path, tokenizer, caplog):
     module = Theirs(t5)
     module.tokenizer = tokenizer

@@ -9,7 +9,7 @@ from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.export.size import CompressedSize, compressed_size
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_model
 from wanda_lightning.runs.one_shot import no_training, prune, with_callbacks
 from wanda_lightning.runs.search_result import SearchResult, Trial, percent
 from wanda_lightning.runs.trials import DenseWeights
@@ -83,12 +83,12 @@ def prune_to_size(
 
 def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequence[float]) -> list[int]:
     """Calculate the size of the compressed weights at every sparsity."""
-    language_model = find_language_model(model)
-    size = CompressedSize(language_model)
+    held = find_model(model)
+    size = CompressedSize(held)
     selection = Selection(callback.targets, callback.ignore, callback.layers, callback.allocation)
     sizes = []
     for sparsity in grid:
-        decoder, patterns = selection.choose(language_model, Unstructured(sparsity))
+        decoder, patterns = selection.choose(held, Unstructured(sparsity))
         linears = [linear for layer in decoder for linear in layer.linears]
         sizes.append(size.expected((linear, patterns[linear.name]) for linear in linears))
     return sizes
