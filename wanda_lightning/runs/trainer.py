@@ -116,8 +116,8 @@ class PruningTrainer(Trainer):
             The comparison of all runs in the folder.
 
         Raises:
-            ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; or if matplotlib
-                is not installed.
+            ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; if matplotlib is
+                not installed; or in a ``fast_dev_run``.
         """
         from wanda_lightning.runs.sweep import sweep
 
@@ -159,7 +159,8 @@ class PruningTrainer(Trainer):
 
         Raises:
             ValueError: If the budget cannot be met or is not one, there is not one pruning callback with an
-                unstructured pattern, the metric is not logged, or the folder holds another search.
+                unstructured pattern, the metric is not logged, the folder holds another search, or in a
+                ``fast_dev_run``.
         """
         from wanda_lightning.runs.search import search
 
