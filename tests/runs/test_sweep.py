@@ -69,6 +69,13 @@ def test_allocations_are_a_dimension(tiny_model_folder, tmp_path):
     assert (tmp_path / "magnitude-0.5-owl/pruning.json").stat().st_mtime_ns == before  # done before
 
 
+def test_where_nothing_is_logged_nothing_is_pruned(tmp_path):
+    module = SomebodysModule()
+    with pytest.raises(ValueError, match="validation logs no metric, or is limited to no batches"):
+        trainer(tmp_path / "sweep", limit_val_batches=0).sweep(module, SomebodysData(), [Magnitude()], [0.5])
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_run_that_found_its_zeros_is_not_done_again(tiny_model_folder, tmp_path):
     """A model that comes with more zeros than a run asks for is evaluated as it is, once."""
     trainer(tmp_path, WandaPruning(0.5)).prune(CausalLM(tiny_model_folder), data(), evaluate=False)

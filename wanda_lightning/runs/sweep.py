@@ -55,6 +55,8 @@ def sweep(
         callback.run.results.check_folder(Path(str(callback.output_dir)), settings=describe_settings(callback))
     if dense is None:
         dense = evaluate(trainer, model, datamodule)
+        if not dense:
+            raise ValueError("a sweep has nothing to compare: validation logs no metric, or is limited to no batches")
         write_text(folder / "sweep.json", json.dumps({"settings": settings, "dense": dense}, indent=2) + "\n")
     weights = DenseWeights()
     for number, callback in enumerate(callbacks, start=1):

@@ -116,8 +116,8 @@ class PruningTrainer(Trainer):
             The comparison of all runs in the folder.
 
         Raises:
-            ValueError: If nothing is asked for, or a thing twice; if the folder holds another sweep; if matplotlib is
-                not installed; or in a ``fast_dev_run``.
+            ValueError: If nothing is asked for or logged, or a thing is asked for twice; if the folder holds another
+                sweep; if matplotlib is not installed; or in a ``fast_dev_run``.
         """
         from wanda_lightning.runs.sweep import sweep
 
