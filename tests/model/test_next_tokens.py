@@ -98,6 +98,16 @@ def test_hidden_states_are_compared_at_every_token_that_is_no_padding(llama, sid
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_token_ids_alone_are_a_batch():
+    ids_BT = torch.stack(sequences(9, 9))
+    for batch in (ids_BT, [ids_BT], (ids_BT,)):
+        inputs, labels_BT = inputs_and_labels(batch)
+        assert [*inputs] == ["input_ids"]
+        assert inputs["input_ids"] is labels_BT is ids_BT
+    with pytest.raises(ValueError, match="a mapping that holds input_ids"):  # which of two are labels is not known
+        inputs_and_labels([ids_BT, ids_BT])
+
+
 def chat():
     """A batch as transformers' collators make it: labels of its own, -100 in the prompts."""
     batch = padded(sequences(12, 9))

@@ -1,6 +1,6 @@
 """Which tokens of a batch a language model is asked to predict. Shapes: B batch, T tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +9,7 @@ NOT_PREDICTED = -100
 """The label of a token that does not count, in torch's cross-entropy and in transformers."""
 
 
-def inputs_and_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_and_labels(batch: Mapping[str, Tensor] | Tensor | Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Tell what a model is called with from what it is to predict.
 
     Padding is not predicted, and nothing is predicted from padding or from another sequence: the first token of a
@@ -17,12 +17,21 @@ def inputs_and_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], T
 
     Args:
         batch: ``input_ids`` and, where given, ``attention_mask``, ``position_ids`` and ``labels``, each (B, T), and
-            other inputs.
+            other inputs; or ``input_ids`` alone, also in a list of one, as a ``TensorDataset`` has it.
 
     Returns:
         The batch without labels; and labels, its own or its ``input_ids``, shape (B, T), each to be predicted at the
         token before it, as transformers has them; -100 = not to be counted.
+
+    Raises:
+        ValueError: If the batch is something else.
     """
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch must be a mapping that holds input_ids, or these alone, got {repr(batch)[:200]}")
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels_BT = batch["labels"] if batch.get("labels") is not None else batch["input_ids"]
     positions = batch.get("position_ids")
