@@ -26,7 +26,7 @@ ROOMS = {
     "solvers": {"precision", "sparsity"},
     "statistics": {"precision", "solvers"},
     "methods": {"arguments", "precision", "sparsity", "statistics", "solvers"},
-    "model": {"sparsity"},
+    "model": {"precision", "sparsity"},
     "calibration": {"model", "precision", "solvers", "statistics"},
     "report": {"model", "atomic_files"},
     "allocation": {"arguments", "calibration", "model", "methods", "precision", "report", "sparsity", "statistics"},

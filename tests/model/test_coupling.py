@@ -65,6 +65,14 @@ def test_an_mlp_as_wide_as_the_hidden_states():
     assert [neurons.reader.name.rpartition(".")[2] for (neurons,) in found.values()] == ["down_proj"] * 3
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_they_are_found_under_autocast(cached):
+    """Lightning's ``bf16-mixed``; without a cache of rounded weights only wide models were told wrong."""
+    model = tiny_llama(layers=2, hidden_size=576, intermediate_size=1536)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        assert len(neurons_of(model)["model.layers.0"]) == 1
+
+
 def test_each_expert_has_its_own():
     for number, found in enumerate(neurons_of(mixtral()).values()):
         experts = f"model.layers.{number}.mlp.experts"

@@ -26,6 +26,7 @@ from wanda_lightning.model.linears import PrunableLinear, own_modules, prunable_
 from wanda_lightning.model.neurons import Layout, Neurons, keep_neurons
 from wanda_lightning.model.offload import device_of
 from wanda_lightning.model.replaced import replaced
+from wanda_lightning.precision import full_float32
 
 log = logging.getLogger(__name__)
 
@@ -166,14 +167,15 @@ def can_go(
     """
     module, args, kwargs = group[0].module, _in_float32(args), _in_float32(kwargs)
     try:
-        whole = _first(module(*args, **kwargs))
-        for each, kept_K in zip(group, kept, strict=True):
-            gone = torch.ones(each.width, dtype=torch.bool, device="cpu").index_fill_(0, kept_K, 0)
-            each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
-        unread = _first(module(*args, **kwargs))
-        keep_neurons(group, kept)
-        with replaced(F, "scaled_dot_product_attention", partial(_attend, F.scaled_dot_product_attention)):
-            smaller = _first(as_built(module)(*args, **kwargs))
+        with full_float32(group[0].reader.weight_OI.device):  # autocast would round off what is compared
+            whole = _first(module(*args, **kwargs))
+            for each, kept_K in zip(group, kept, strict=True):
+                gone = torch.ones(each.width, dtype=torch.bool, device="cpu").index_fill_(0, kept_K, 0)
+                each.reader.weight_OI[:, gone.to(each.reader.weight.device)] = 0
+            unread = _first(module(*args, **kwargs))
+            keep_neurons(group, kept)
+            with replaced(F, "scaled_dot_product_attention", partial(_attend, F.scaled_dot_product_attention)):
+                smaller = _first(as_built(module)(*args, **kwargs))
     except Exception as reason:  # whatever a family's own code makes of a shape that it was not written for
         log.debug("%s does not read neurons: %r", group[0].reader.name, reason)
         return False
