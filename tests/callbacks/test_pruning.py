@@ -9,7 +9,7 @@ from helpers import SomebodysData, SomebodysModule, batches, sparsities, tiny_ll
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
@@ -330,13 +330,27 @@ def test_random_state_is_that_of_a_run_without_pruning(tmp_path):
     assert torch.rand(1) == expected
 
 
-def test_calibration_with_the_train_dataloader_does_not_change_the_order_of_training(tmp_path):
+def seeded():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda: {"batch_size": 2, "shuffle": True},
+        lambda: {"batch_size": 2, "shuffle": True, "generator": seeded()},
+        lambda: {"batch_size": 2, "sampler": RandomSampler(range(8), generator=seeded())},
+        lambda: {"batch_sampler": BatchSampler(RandomSampler(range(8), generator=seeded()), 2, False)},
+    ],
+    ids=["shuffle", "generator", "sampler", "batch_sampler"],
+)
+def test_calibration_with_the_train_dataloader_does_not_change_the_order_of_training(tmp_path, order):
     """A callback that prunes nothing: the weights are those of a run without it."""
     trained = []
-    for callbacks in ([], [WandaPruning(sparsity=0.0)]):
+    for callbacks in ([], [WandaPruning(sparsity=0.0, num_samples=4)]):
         module = SomebodysModule()
         torch.manual_seed(0)
-        rows = DataLoader(torch.cat(token_batches()), batch_size=2, shuffle=True)
+        rows = DataLoader([*torch.cat(token_batches())], **order())
         trainer(tmp_path, *callbacks).fit(module, rows)
         trained.append(module.parameters())
     assert all(map(torch.equal, *trained))

@@ -15,6 +15,7 @@ from wanda_lightning.callbacks.plumbing.loaders import (
     Hook,
     as_it_is,
     datamodule_of,
+    drawing_nothing,
     each_batch,
     loaders_in,
     starts_anew,
@@ -118,7 +119,7 @@ class CalibrationBatches:
         combined = cast(CombinedLoader, trainer.fit_loop._combined_loader)
         items: Iterable[Any]
         if all(map(starts_anew, combined.flattened)):
-            items = CombinedLoader(combined.iterables, combined._mode)
+            items = drawing_nothing(CombinedLoader(combined.iterables, combined._mode), combined.flattened)
         else:
             items = _read_ahead(trainer.fit_loop._data_fetcher, combined, sequences)
         return self._until(sequences, each_batch(items, combined, hooks))

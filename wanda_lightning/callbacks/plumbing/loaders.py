@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -68,6 +69,27 @@ def starts_anew(loader: Any) -> bool:
     """
     indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     return indexed and not loader.persistent_workers
+
+
+def drawing_nothing(items: Iterable[Any], loaders: Iterable[DataLoader]) -> Iterator[Any]:
+    """Pass on what loaders yield, and leave the generators of their orders as they are found.
+
+    Args:
+        items: What is read; to its end, or until nobody holds it any more.
+        loaders: The loaders that draw for it.
+
+    Yields:
+        The items.
+    """
+    drawers: list[Any] = [each for loader in loaders for each in (loader, loader.sampler, loader.batch_sampler)]
+    drawers += [getattr(each, "sampler", None) for each in drawers]
+    found = {each.generator for each in drawers if isinstance(getattr(each, "generator", None), torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in found]
+    try:
+        yield from items
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _parts(batch: Any, loaders: Any) -> Iterator[Any]:
