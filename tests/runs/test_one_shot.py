@@ -63,7 +63,7 @@ def test_what_is_evaluated_without_training(tmp_path):
 
 def test_a_loader_in_the_place_of_the_datamodule_is_refused(tmp_path):
     module = SomebodysModule()
-    with pytest.raises(ValueError, match="got DataLoader: give dataloaders by name, as train_dataloaders"):
+    with pytest.raises(ValueError, match="got DataLoader: prune takes dataloaders by name, as train_dataloaders"):
         trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, batches())
     assert sparsities(module) == {0.0}
 

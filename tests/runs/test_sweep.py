@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SomebodysData, SomebodysModule
+from helpers import SomebodysData, SomebodysModule, tiny_llama, token_batches
 from helpers import few_windows as data
 from helpers import pruning_trainer as trainer
 from lightning.pytorch.cli import ArgsType
@@ -163,13 +163,25 @@ def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tm
         trainer(tmp_path, callback).sweep(CausalLM(tiny_model_folder), data(), *asked)
 
 
+def start(what: str, folder: Path, module, data, **settings) -> None:
+    asked = {"sweep": {"methods": ["wanda"]}, "search": {"max_perplexity_increase": 0.1}}
+    run = trainer(folder, *[WandaPruning()] * (what == "search"), **settings)
+    getattr(run, what)(module, data, **asked[what])
+
+
 @pytest.mark.parametrize("what", ["sweep", "search"])
 def test_figures_of_a_fast_dev_run_are_not_kept_for_a_whole_one(tmp_path, what):
-    asked = {"sweep": {"methods": ["wanda"]}, "search": {"max_perplexity_increase": 0.1}}
-    run = trainer(tmp_path / "run", *[WandaPruning()] * (what == "search"), fast_dev_run=True)
     with pytest.raises(ValueError, match=f"a {what} compares whole evaluations: leave fast_dev_run out"):
-        getattr(run, what)(SomebodysModule(), SomebodysData(), **asked[what])
+        start(what, tmp_path / "run", SomebodysModule(), SomebodysData(), fast_dev_run=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["sweep", "search"])
+def test_what_is_no_module_or_no_datamodule_is_refused(tmp_path, what):
+    with pytest.raises(ValueError, match=r"model must be a LightningModule, .* got a LlamaForCausalLM"):
+        start(what, tmp_path, tiny_llama(), SomebodysData())
+    with pytest.raises(ValueError, match="datamodule must be a LightningDataModule, got list"):
+        start(what, tmp_path, SomebodysModule(), token_batches())
 
 
 def test_zero_shot_results_of_each_run_stand_beside_its_report(tiny_model_folder, tmp_path):

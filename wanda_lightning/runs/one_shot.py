@@ -54,8 +54,7 @@ def prune(
 
 def _check(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, save: bool) -> None:
     """Refuse what cannot be pruned here, as far as it shows before model and data are loaded."""
-    if not hasattr(module, "automatic_optimization"):  # which a compiled one hands on
-        raise ValueError(f"model must be a LightningModule, such as CausalLM(name), got a {type(module).__name__}")
+    check_kinds(module, datamodule)
     callbacks = pruning_callbacks(trainer)
     if not callbacks and not shape_callbacks(trainer):
         raise ValueError(
@@ -70,14 +69,28 @@ def _check(trainer: Trainer, module: LightningModule, datamodule: LightningDataM
             f"{type(trainer.strategy).__name__} loads and prunes the model in processes that end before it is saved: "
             'use strategy="ddp"'
         )
-    if datamodule is not None and not hasattr(datamodule, "prepare_data"):
-        raise ValueError(
-            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: give dataloaders by name, as "
-            "train_dataloaders and val_dataloaders"
-        )
     if trainer.max_steps >= 0 and steps_are_known(trainer, module):
         for schedule in schedules:
             schedule.check_steps(trainer.max_steps)
+
+
+def check_kinds(module: object, datamodule: object) -> None:
+    """Refuse what is no LightningModule, or no datamodule.
+
+    Args:
+        module: A LightningModule, or a compiled one.
+        datamodule: A LightningDataModule, or None.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    if not hasattr(module, "automatic_optimization"):  # which a compiled one hands on
+        raise ValueError(f"model must be a LightningModule, such as CausalLM(name), got a {type(module).__name__}")
+    if datamodule is not None and not hasattr(datamodule, "prepare_data"):
+        raise ValueError(
+            f"datamodule must be a LightningDataModule, got {type(datamodule).__name__}: prune takes dataloaders by "
+            "name, as train_dataloaders and val_dataloaders"
+        )
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def search(
     held_out_windows = plain(held_out_windows)
     whole_number("held_out_windows", held_out_windows, 1)
     grid, callback, folder = _grid(step), _callback(trainer), run_folder(trainer)
-    check_whole(trainer, model, "a search")
+    check_whole(trainer, model, datamodule, "a search")
     plotting.check(folder / "search.png")
     pruning = {name: value for name, value in describe_settings(callback).items() if name != "sparsity"}
     settings = settings_of(trainer, model, datamodule, pruning=pruning)

@@ -46,7 +46,7 @@ def sweep(
     asked = {"methods": methods, "sparsities": sparsities, "patterns": patterns, "allocations": allocations}
     for name, given in asked.items():
         several(name, given)
-    check_whole(trainer, model, "a sweep")
+    check_whole(trainer, model, datamodule, "a sweep")
     callbacks = _callbacks(trainer, [*map(as_method, methods)], sparsities, patterns, allocations, folder)
     plotting.check(folder / "comparison.png")
     settings = settings_of(trainer, model, datamodule)

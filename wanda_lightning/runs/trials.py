@@ -15,7 +15,7 @@ from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.replaced import replaced
 from wanda_lightning.model.stacks import lists_in
-from wanda_lightning.runs.one_shot import end_if_asked, prune, with_callbacks
+from wanda_lightning.runs.one_shot import check_kinds, end_if_asked, prune, with_callbacks
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -51,17 +51,19 @@ class DenseWeights(Callback):
         return {linear.parameter_name: linear.weight for linear in linears}
 
 
-def check_whole(trainer: Any, model: LightningModule, what: str) -> None:
+def check_whole(trainer: Any, model: LightningModule, datamodule: LightningDataModule | None, what: str) -> None:
     """Refuse a model whose layers are on disk, and evaluations that are broken off, whose figures would be kept.
 
     Args:
         trainer: The Trainer.
         model: The LightningModule.
-        what: What cannot be done with it.
+        datamodule: Its data.
+        what: What cannot be done with them.
 
     Raises:
-        ValueError: If the model is streamed from disk, or this is a ``fast_dev_run``.
+        ValueError: If the model is streamed from disk, this is a ``fast_dev_run``, or something is of another kind.
     """
+    check_kinds(model, datamodule)
     if trainer.fast_dev_run:
         raise ValueError(f"{what} compares whole evaluations: leave fast_dev_run out, and evaluate on fewer windows")
     if getattr(model, "stream", False):
