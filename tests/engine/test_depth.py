@@ -12,6 +12,7 @@ from sizes import LAYER_TYPES, SIZE, VOCABULARY
 from test_families import FAMILIES
 
 from wanda_lightning.engine.depth import prune_depth
+from wanda_lightning.engine.width import prune_width
 from wanda_lightning.model.decoder import decoder_layers
 
 BATCHES = token_batches(batches=3, length=12, vocab=VOCABULARY)
@@ -199,6 +200,13 @@ def test_bad_input_is_refused(llama, settings, message):
     with pytest.raises(ValueError, match=message):
         prune_depth(llama, **{"calibration": BATCHES, "layers": 1, **settings})
     assert len(llama.model.layers) == llama.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("shrink", [prune_depth, prune_width])
+def test_other_models_than_those_of_transformers_are_refused(shrink):
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)
+    with pytest.raises(ValueError, match="TransformerEncoder is no model of transformers, and keeps its shapes"):
+        shrink(model, BATCHES)
 
 
 def test_layers_that_are_one_are_refused(llama):

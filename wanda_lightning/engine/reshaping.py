@@ -10,6 +10,7 @@ from torch import nn
 from wanda_lightning.engine.checks import refuse_sharded
 from wanda_lightning.engine.left_as_found import left_as_found
 from wanda_lightning.model.configuration import shapes_of, skeleton
+from wanda_lightning.model.language_model import is_of_transformers
 from wanda_lightning.model.linears import own_parameters
 from wanda_lightning.report.shrinking import ShrinkReport
 
@@ -22,8 +23,11 @@ def check_can_change_shape(model: nn.Module, keeps: str = "its shapes") -> None:
         keeps: What such a model keeps, for the message.
 
     Raises:
-        ValueError: If weights are not in memory, sharded, adapted, or shared by several modules of the decoder.
+        ValueError: If it is none of transformers, or weights are not in memory, sharded, adapted, or shared by several
+            modules of the decoder.
     """
+    if not is_of_transformers(model):
+        raise ValueError(f"{type(model).__name__} is no model of transformers, and keeps {keeps}")
     refuse_sharded(model)
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
