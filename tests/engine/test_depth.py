@@ -47,8 +47,8 @@ def logits_without(model, gone, batch):
         return type(out)((hidden, *out[1:])) if isinstance(out, tuple | list) else hidden
 
     with ExitStack() as stack:
-        for layer in decoder_layers(model, targets=["*"]):
-            if layer.number in gone:
+        for number, layer in enumerate(decoder_layers(model, targets=["*"])):
+            if number in gone:
                 stack.callback(layer.module.register_forward_hook(pass_on, with_kwargs=True).remove)
         return model(batch, use_cache=False).logits
 

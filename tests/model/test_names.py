@@ -36,10 +36,10 @@ def test_layers():
 
 
 @pytest.mark.parametrize("build", [tiny_llama, mixtral, gpt2])
-def test_layers_are_numbered_as_in_their_list(build):
+def test_layers_come_in_the_order_of_their_list(build):
     model = build()
     for number, layer in enumerate(decoder_layers(model)):
-        assert layer.number == number
+        assert number_of(layer.name) == number
         assert model.get_submodule(layer.list_name)[number] is layer.module
 
 
