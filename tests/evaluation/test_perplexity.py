@@ -34,6 +34,14 @@ def test_equals_float64(dtype):
     assert metric.compute().item() == pytest.approx(reference(logits, labels), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_that_is_converted_to_half_precision_sums_as_before(dtype):
+    """As Lightning's ``bf16-true`` and ``16-true`` do with the whole LightningModule."""
+    module = torch.nn.ModuleList([Perplexity()]).to(dtype)
+    module[0].update(torch.zeros(1, 40_000, 8), torch.zeros(1, 40_000, dtype=torch.long))
+    assert module[0].compute().item() == pytest.approx(8, rel=1e-6)
+
+
 def test_a_confident_wrong_token_is_not_infinite():
     logits = torch.tensor([[[60.0, 0.0], [0.0, 0.0]]], dtype=torch.float16)
     metric = Perplexity()

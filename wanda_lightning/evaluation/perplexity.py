@@ -110,9 +110,10 @@ class Perplexity(Metric):
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> nn.Module:
-        """Move, or whatever else ``fn`` does to a tensor."""
-        has_float64 = longest_float(fn(torch.zeros(1, device=self.device)).device) == torch.float64
-        return super()._apply(fn, exclude_state if has_float64 else [*exclude_state, "nll"])
+        """Move to where ``fn`` moves; sums keep their dtype, for Trainers convert whole modules to half precision."""
+        device = fn(torch.zeros(1, device=self.device)).device
+        has_float64 = longest_float(device) == torch.float64
+        return super()._apply(lambda state: state.to(device), exclude_state if has_float64 else [*exclude_state, "nll"])
 
 
 def _is_sharded(head: nn.Module) -> bool:
