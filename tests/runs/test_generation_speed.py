@@ -44,8 +44,8 @@ def calls(monkeypatch):
         def perf_counter():
             return clock[0]
 
-    def timed(pretrained, dtype):
-        model = load(pretrained, dtype)
+    def timed(pretrained, dtype, **trusted):
+        model = load(pretrained, dtype, **trusted)
 
         def tick(_, args, kwargs):
             calls.append((pretrained, tuple(kwargs["input_ids"].shape)))
@@ -84,7 +84,7 @@ def test_weights_are_copied_out_of_their_files(folders, monkeypatch):
     """Mapped files are laid out in memory differently from one another: copies of a model differed by a twentieth."""
     model = tiny_llama(tie_word_embeddings=True)
     before = [weight.data for weight in model.parameters()]
-    monkeypatch.setattr(generation_speed, "load_model", lambda *_: model)
+    monkeypatch.setattr(generation_speed, "load_model", lambda *_, **__: model)
     measure_speed(folders[:1], **SMALL)
     assert {weight.data_ptr() for weight in before}.isdisjoint(weight.data_ptr() for weight in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -164,13 +164,13 @@ def test_a_model_that_draws_or_stops_early_decodes_all_the_same(tmp_path, calls)
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(folders, monkeypatch, settings, message):
-    monkeypatch.setattr(generation_speed, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(generation_speed, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         measure_speed(folders[:1], **SMALL | settings)
 
 
 def test_a_model_that_is_missing_is_seen_before_another_is_loaded(folders, monkeypatch):
-    monkeypatch.setattr(generation_speed, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(generation_speed, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="there is no folder"):
         measure_speed([folders[0], "./nothing"], **SMALL)
     with pytest.raises(ValueError, match="name one or more models"):
