@@ -126,6 +126,24 @@ def test_masks_are_told_apart_by_name_where_shapes_are_alike():
     assert real_tokens(masks, hidden, {"encoder_hidden_states": memory}).of(memory) is read
 
 
+@torch.no_grad()
+def test_a_square_mask_is_laid_out_as_the_layers_are():
+    """Six sequences of six tokens, once with the batch first and once with the tokens first."""
+    x = torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(0))
+    is_padding = torch.arange(6).expand(6, 6) >= torch.tensor([6, 5, 4, 3, 2, 6])[:, None]
+    gathered = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        batch = {"src": x if batch_first else x.transpose(0, 1), "src_key_padding_mask": is_padding}
+        feed = Feed(model)
+        with feed.calling():
+            *_, last = walk(model, decoder_layers(model, layers=["layers"]), [batch], feed=feed)
+            gathered.append({name: norm.compute() for name, norm in last.collect(InputNorm).items()})
+    torch.testing.assert_close(gathered[1], gathered[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bert", "t5", "bart", "transformer_encoder", "transformer", "clip"])
 @torch.no_grad()
 def test_padding_does_not_count(kind):

@@ -81,7 +81,10 @@ class Feed:
         Returns:
             What the masks in the batch say of them.
         """
-        return real_tokens(_masks(batch), hidden, arguments)
+        masks = _masks(batch)
+        if _takes_tokens_first(self.model):  # else a square mask would be taken for one of (B, T)
+            masks = {name: mask.t() for name, mask in masks.items()}
+        return real_tokens(masks, hidden, arguments)
 
     def first(self, batch: Any) -> Any:
         """Return a small part of a batch, where that can be taken."""
@@ -142,6 +145,12 @@ class LanguageModelFeed(Feed):
     def calling(self) -> Iterator[None]:
         """Nothing is to be kept from such a model: its cache is switched off for every call."""
         yield
+
+
+def _takes_tokens_first(model: nn.Module) -> bool:
+    """Whether the hidden states of torch's own layers in a model are (T, B, D)."""
+    kinds = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    return any(isinstance(module, kinds) and not module.self_attn.batch_first for module in model.modules())
 
 
 def _masks(batch: Any) -> dict[str, Tensor]:
