@@ -142,7 +142,7 @@ class LoopedExperts(nn.Module):
         out_TI = torch.zeros_like(hidden_TI)
         for expert in index_TK.unique():
             token_T, chosen_T = torch.where(index_TK == expert)
-            gate_TO, up_TO = apply_linear(hidden_TI[token_T], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            gate_TO, up_TO = apply_linear(hidden_TI[token_T], weight=self.gate_up_proj[expert]).chunk(2, dim=-1)
             routed_TI = self.last(gate_TO.sigmoid() * up_TO, expert)
             out_TI.index_add_(0, token_T, routed_TI * weight_TK[token_T, chosen_T, None])
         return out_TI

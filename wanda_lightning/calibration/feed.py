@@ -82,7 +82,7 @@ class Feed:
             What the masks in the batch say of them.
         """
         masks = _masks(batch)
-        if _takes_tokens_first(self.model):  # else a square mask would be taken for one of (B, T)
+        if masks and _takes_tokens_first(self.model):  # else a square mask would be taken for one of (B, T)
             masks = {name: mask.t() for name, mask in masks.items()}
         return real_tokens(masks, hidden, arguments)
 

@@ -3,17 +3,14 @@
 Shapes: B batch, T tokens, I in features.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+from wanda_lightning.model.products import MATMULS, Products
 
 
-class WeightProducts(TorchFunctionMode):
+class WeightProducts(Products):
     """Within it, every product ``weight @ x`` shows what would have entered the linear that the weight is of.
 
     Args:
@@ -22,15 +19,10 @@ class WeightProducts(TorchFunctionMode):
     """
 
     def __init__(self, modules: Iterable[nn.Module], called: Callable[[nn.Module, Tensor], None]) -> None:
-        super().__init__()
-        self._modules = {id(each.weight): each for each in modules if isinstance(each, nn.Linear)}
-        self._called = called
+        by_weight = {id(each.weight): each for each in modules if isinstance(each, nn.Linear)}
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in PRODUCTS:
-            left, right = (*args, *(kwargs or {}).values())[:2]
-            if (module := self._modules.get(id(left))) is not None:
-                self._called(module, right.mT)
-        return func(*args, **(kwargs or {}))
+        def see(left: Tensor, right: Tensor) -> None:
+            if (module := by_weight.get(id(left))) is not None:
+                called(module, right.mT)
+
+        super().__init__(MATMULS, see)

@@ -10,15 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
 from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, PrunableLinear, in_experts_interface
-
-PRODUCTS = {F.linear, torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+from wanda_lightning.model.products import EVERY, Products
 
 
 def called_in_its_own_way(linear: PrunableLinear) -> bool:
@@ -85,15 +81,15 @@ def _seen_in_products(
 ) -> Iterator[tuple[PrunableLinear, Tensor]]:
     """Run a module of experts on the real tokens, and yield what its matrices are multiplied with."""
     experts = linears[0].module
-    with _Products(experts) as products:
+    with _ExpertProducts(experts) as watched:
         experts.forward(*(inputs if mask_BT is None else _real(inputs, mask_BT, linears[0])))
-    if products.seen and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in products.seen}):
+    if watched.seen and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in watched.seen}):
         raise ValueError(
             f"what enters {linears[0].experts}.{unseen.pop()} cannot be told: {type(experts).__name__} multiplies with "
             "it in another way than by F.linear, matmul or bmm; leave it out with ignore"
         )
     for linear in linears:
-        for x_TI in products.seen.get((linear.parameter, linear.expert), []):
+        for x_TI in watched.seen.get((linear.parameter, linear.expert), []):
             yield linear, x_TI
 
 
@@ -114,7 +110,7 @@ def _real(inputs: Sequence[Any], mask_BT: Tensor, linear: PrunableLinear) -> lis
     return [x[real_T] if isinstance(x, Tensor) else x for x in inputs]
 
 
-class _Products(TorchFunctionMode):
+class _ExpertProducts(Products):
     """Within it, what fused experts are multiplied with is seen.
 
     Attributes:
@@ -122,17 +118,11 @@ class _Products(TorchFunctionMode):
     """
 
     def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
+        super().__init__(EVERY, self._look)
         self._experts = experts
         self.seen: dict[tuple[str, int | None], list[Tensor]] = {}
 
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in PRODUCTS and len(args) > 1:
-            self._see(*args[:2])
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, x: Tensor, factor: Tensor) -> None:
+    def _look(self, x: Tensor, factor: Tensor) -> None:
         for name in (*EXPERT_INPUTS, EXPERT_OUTPUT):
             weight = getattr(self._experts, name, None)
             if weight is None:

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
+from torch.nn import functional as F
+
+from wanda_lightning.model.products import Products
 
 
 def is_one_matrix(linear: nn.Linear) -> bool:
@@ -27,23 +28,13 @@ def is_one_matrix(linear: nn.Linear) -> bool:
     if type(linear).forward is nn.Linear.forward or linear._parameters.get("weight") is None:
         return True
     twin = cast(nn.Linear, _on_meta(linear))  # which computes nothing
+    factors: list[Tensor] = []
     given: Any = None
-    with torch.no_grad(), suppress(Exception), _Products(twin.weight.shape) as products:
+    with torch.no_grad(), suppress(Exception), Products((F.linear,), lambda _, factor: factors.append(factor)):
         given = type(linear).forward(twin, twin.weight.new_zeros(1, 5, linear.in_features))
-    return products.seen or (isinstance(given, Tensor) and given.shape == (1, 5, linear.out_features))
-
-
-class _Products(TorchFunctionMode):
-    """Sees whether ``F.linear`` is called with a weight of a shape."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.shape, self.seen = shape, False
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or (func is nn.functional.linear and len(args) > 1 and args[1].shape == self.shape)
-        return func(*args, **(kwargs or {}))
+    return any(factor.shape == twin.weight.shape for factor in factors) or (
+        isinstance(given, Tensor) and given.shape == (1, 5, linear.out_features)
+    )
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
