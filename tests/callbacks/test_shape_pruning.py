@@ -174,6 +174,19 @@ def test_a_checkpoint_is_loaded_into_a_module_of_its_shapes(tmp_path, lazy):
     assert evaluated.net.generate(token_batches()[0][:1], max_new_tokens=3, do_sample=False).shape == (1, 19)
 
 
+@pytest.mark.parametrize("after_fit", [False, True])
+def test_a_checkpoint_of_the_weights_alone_is_loaded(tmp_path, after_fit):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_weights_only=True)
+    module, run = SomebodysModule(), trainer(tmp_path, *both(), checkpoint, enable_checkpointing=True)
+    run.fit(module, datamodule=SomebodysData())
+    saved = tmp_path / "by_hand.ckpt" if after_fit else checkpoint.best_model_path
+    if after_fit:
+        run.save_checkpoint(saved, weights_only=True)
+    evaluated = SomebodysModule()
+    trainer(tmp_path, *both()).validate(evaluated, batches(), ckpt_path=saved, verbose=False)
+    assert all(map(torch.equal, evaluated.state_dict().values(), module.state_dict().values()))
+
+
 def test_a_checkpoint_with_fewer_key_value_groups_is_loaded(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
     module, settings = SomebodysModule(), {"enable_checkpointing": True, "max_steps": 6}

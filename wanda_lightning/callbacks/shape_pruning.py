@@ -21,6 +21,7 @@ from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progre
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model
 from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.plumbing.unfinished_layers import keeping_layers
+from wanda_lightning.callbacks.plumbing.weights_only import keep_states
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.configuration import says
@@ -84,6 +85,7 @@ class ShapePruning(Callback):
         if stage == "fit":
             _check_strategy(trainer)
             check_folder(trainer)
+        keep_states(trainer, callbacks)
         before_setup(
             trainer,
             partial(_prune_all, callbacks, trainer, pl_module, prunes=stage == "fit"),
@@ -150,12 +152,8 @@ def shrinking_of(trainer: Trainer, module: LightningModule) -> Shrinking | None:
     callbacks = shape_callbacks(trainer)
     if not callbacks or due_callbacks(callbacks, find_language_model(module)):
         return None
-    return Shrinking(
-        [callback.report for callback in callbacks if callback.report is not None],
-        describe_model(module),
-        callbacks[0].evaluations,
-        callbacks[0].calibrated,
-    )
+    reports = [callback.report for callback in callbacks if callback.report is not None]
+    return Shrinking(reports, describe_model(module), callbacks[0].evaluations, callbacks[0].calibrated)
 
 
 def save(trainer: Trainer, module: LightningModule) -> None:
