@@ -112,6 +112,18 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_model_that_was_trained_in_half_precision_is_pruned_further(tmp_path):
+    model, other = pruned_llama(), tiny_llama(layers=2)
+    train(model, tmp_path, KeepZeros(), bf16=True)
+    other.load_state_dict(model.state_dict())
+    runs_in_half, before = model.forward, zeros(model)
+    for each in (model, other):
+        prune_model(each, token_batches(seed=3), "sparsegpt", 0.7)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert all((zeros(model)[name] | ~zero_OI).all() for name, zero_OI in before.items())
+    assert model.forward is runs_in_half
+
+
 def test_the_model_is_left_without_hooks(tmp_path):
     model = pruned_llama()
     train(model, tmp_path, KeepZeros(), max_steps=1)

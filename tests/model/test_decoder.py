@@ -3,6 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers import tiny_llama
+from lightning.fabric import Fabric
 from torch import nn
 from transformers import XLNetConfig, XLNetLMHeadModel
 
@@ -192,6 +193,14 @@ def test_a_compiled_model_is_pruned_uncompiled(llama, batches, pruned):
     assert report.linears[0].name == "model.layers.0.self_attn.q_proj"
     assert find_language_model(compiled) is llama
     assert find_language_model(Bare([compiled])) is llama
+    assert agrees(llama, pruned)
+
+
+def test_a_model_that_fabric_set_up_is_pruned_as_itself(llama, batches, pruned):
+    wrapped = Fabric(accelerator="cpu", devices=1).setup(llama)
+    report = prune_model(wrapped, batches, SparseGPT(), SemiStructured(2, 4))
+    assert report.linears[0].name == "model.layers.0.self_attn.q_proj"
+    assert find_language_model(wrapped) is llama
     assert agrees(llama, pruned)
 
 

@@ -15,7 +15,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
             the model's own decoder, is no second model; nor is a frozen one, such as a teacher, beside one that trains.
 
     Returns:
-        The outermost model; if it is compiled, its original.
+        The outermost model; if it is compiled, or set up by Lightning's Fabric, its original.
 
     Raises:
         ValueError: If there is none, or more than one side by side.
@@ -109,14 +109,14 @@ def _of_text(config: Any) -> Any:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the original of what ``torch.compile`` returned, any other module as it is.
+    """Return the original of what ``torch.compile`` or ``Fabric.setup`` returned, any other module as it is.
 
     Raises:
         ValueError: If it is no module but, for example, the name of one.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, such as one of from_pretrained, got {model!r:.60}")
-    original = model._modules.get("_orig_mod")
+    original = model._modules.get("_orig_mod", model._modules.get("_original_module"))
     return model if original is None else original
 
 

@@ -1,10 +1,12 @@
-"""How a model runs for a while: in eval mode, uncompiled."""
+"""How a model runs for a while: in eval mode, uncompiled, in its own precision."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+
+from wanda_lightning.model.replaced import replaced
 
 
 @contextmanager
@@ -21,7 +23,16 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """Run a model as it is written, also where it or parts of it are compiled."""
-    compiled = any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    """Run a model as it is written, also where it or parts of it are compiled.
+
+    Accelerate, and with it the Trainer of transformers, leaves a forward around the model's own that runs it in half
+    precision; layers that are called one by one are not within.
+    """
+    parts = [*model.modules()]
+    with ExitStack() as stack:
+        if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for part in parts:
+            if "_original_forward" in vars(part):
+                stack.enter_context(replaced(part, "forward", vars(part)["_original_forward"]))
         yield
