@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from wanda_lightning.callbacks.plumbing.averages import averages
+from wanda_lightning.callbacks.plumbing.optimizers import after_each_step, extrapolated
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.training.masks import WeightMasks, masks_of_decoder
 
@@ -52,16 +53,14 @@ class SparseFinetuning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Derive the masks; by now every strategy has restored its checkpoint."""
         self.keep_zeros(trainer, pl_module)
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda *_: self._masks.mask_weights()) for optimizer in trainer.optimizers
-        ]
+        self._hooks = [after_each_step(each, lambda: self._masks.mask_weights()) for each in trainer.optimizers]
 
     def keep_zeros(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep from here on the zeros that the decoder's linears have now."""
         self.mask(trainer, pl_module, masks_of_decoder(pl_module, self.layers))
 
     def mask(self, trainer: Trainer, pl_module: LightningModule, masks: WeightMasks) -> None:
-        """Keep what is masked at zero from here on, also in the averages that other callbacks keep.
+        """Keep what is masked at zero from here on, also in averages of other callbacks and in points of optimizers.
 
         Args:
             trainer: The Trainer.
@@ -69,6 +68,8 @@ class SparseFinetuning(Callback):
             masks: Masks of some of its weights.
         """
         self._masks = masks
+        for optimizer in trainer.optimizers:
+            masks.mask_copies(extrapolated(optimizer))
         names = dict(pl_module.named_parameters())
         for average in averages(trainer):
             if not (copies := dict(average.named_parameters())):
@@ -120,8 +121,8 @@ class SparseFinetuning(Callback):
         self._forget_hooks()
 
     def _forget_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        for end in self._hooks:
+            end()
         self._hooks = []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import nn
 from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.callbacks.plumbing.averages import begin_averages
 from wanda_lightning.callbacks.plumbing.module_step import forward_of, own_step
+from wanda_lightning.callbacks.plumbing.optimizers import copies_follow
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
@@ -211,7 +211,8 @@ class PruningRun:
         steps = forward_of(trainer, module) is not None
         batches = asked.calibration.of(trainer, steps) if needs_batches else None
         precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
-        with isolate_rng(), precision, own as forward, noticing_sigterm() as asked_to_end:
+        copies = copies_follow(trainer, module)
+        with isolate_rng(), precision, copies, own as forward, noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
                 batches,
@@ -223,7 +224,6 @@ class PruningRun:
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),
             )
-        begin_averages(trainer, module)
         self.files.all_finished = True
         report.calibration |= asked.calibration.describe(trainer)
         self._take(report, trainer, module)
