@@ -1,8 +1,10 @@
 """A weight that is computed for every call cannot be pruned in place: it is refused or ignored, never misreported."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from helpers import tiny_llama, token_batches
+from helpers import tiny_llama, tiny_mixtral, token_batches
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -40,6 +42,18 @@ def test_it_is_refused_before_anything_changes(way, method):
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj is computed from other parameters"):
         prune_model(model, token_batches(), method, Unstructured(0.5))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(("ignore", "refused"), [(None, True), (["*experts*"], False)])
+def test_so_are_fused_experts_that_have_adapters_of_their_own(ignore, refused):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_mixtral(), LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"]))
+    with pytest.raises(ValueError, match="has an adapter of its own") if refused else nullcontext():
+        prune_model(model, token_batches(), Wanda(), Unstructured(0.5), ignore=ignore)
+    attention, experts = (model.get_submodule(f"base_model.model.model.layers.0.{x}") for x in ("self_attn", "mlp"))
+    assert (attention.q_proj.weight == 0).float().mean() == (0 if refused else 0.5)
+    assert all((p != 0).all() for name, p in experts.named_parameters() if "lora_B" not in name)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,7 +7,7 @@ import sys
 import helpers
 import pytest
 import torch
-from helpers import loader, tiny_llama, token_batches
+from helpers import loader, tiny_llama, tiny_mixtral, token_batches
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
@@ -110,6 +110,50 @@ def test_masked_merge_is_its_formula():
         torch.testing.assert_close(model.get_parameter(name), expected)
         assert torch.equal(model.get_parameter(name) == 0, expected == 0)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_of_fused_experts_are_merged_under_their_masks():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_mixtral()
+    prune_model(model, token_batches(), Wanda(), Unstructured(0.5))
+    pruned, both = copy.deepcopy(model), ["gate_up_proj", "down_proj"]
+    get_peft_model(model, LoraConfig(r=2, target_parameters=[f"mlp.experts.{name}" for name in both]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    outer = model.model.layers[0].mlp.experts  # around one parameter; within it is what is around the other
+    changes = {each.parameter_name: each.get_delta_weight("default") for each in (outer, outer.base_layer)}
+    merge_masked(model)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in pruned.named_parameters()]
+    for name in both:
+        was, now = (getattr(each.model.layers[0].mlp.experts, name) for each in (pruned, model))
+        torch.testing.assert_close(now, (was + changes[name]) * (was != 0))
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_was_trained_beside_adapters_is_saved_under_its_name(tmp_path, beside, merge):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = tiny_llama(layers=2)
+    prune_model(model, token_batches(), Wanda(), Unstructured(0.5))
+    tuned, ids = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **beside)), token_batches()[0]
+    tuned(ids, labels=ids).loss.backward()
+    torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0).step()
+    with torch.no_grad():
+        expected = tuned.eval()(ids).logits
+    if merge:
+        merge_masked(model)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+    else:
+        tuned.save_pretrained(tmp_path / "adapter")
+        with without_adapters(tuned) as base:
+            base.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(type(model).from_pretrained(tmp_path), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits if merge else expected)
 
 
 def test_a_merged_model_is_an_ordinary_one(tmp_path):

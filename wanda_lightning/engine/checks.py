@@ -1,7 +1,8 @@
 """What pruning refuses before any weight has changed."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,8 +61,9 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
+    adapted = _adapted_parameters(model) if plan.needs_batches else set()
     for linear in plan.linears:
-        _check_stored(linear)
+        _check_stored(linear, adapted)
         plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in plan.linears if not linear.weight.is_meta)
     if plan.selection.allocator is not None:
@@ -84,8 +86,19 @@ def check_inputs(plan: Plan, inputs: CalibratedLayer | None) -> None:
         plan.reconstruction.split(len(inputs.hidden_BTD))
 
 
-def _check_stored(linear: PrunableLinear) -> None:
+def _adapted_parameters(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Find parameters that peft adapts by themselves, such as fused experts: modules, and the names in them."""
+    around: Any = [module for module in model.modules() if "base_layer" in module._modules]
+    return {(each.get_base_layer(), each.parameter_name) for each in around if hasattr(each, "parameter_name")}
+
+
+def _check_stored(linear: PrunableLinear, adapted: Container[tuple[nn.Module, str]]) -> None:
     """Refuse a weight that is computed for every call, or packed: what is written to it would be lost."""
+    if (linear.module, linear.parameter) in adapted:
+        raise ValueError(
+            f"{linear.name} has an adapter of its own (target_parameters), which computes the weight anew for every "
+            "call: prune before adapters are added, or leave it out with ignore"
+        )
     if not linear.is_stored:
         raise ValueError(
             f"the weight of {linear.name} is computed from other parameters, and the next call would undo the pruning: "

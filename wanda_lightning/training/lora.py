@@ -81,12 +81,14 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> None:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether some layer of a model has an adapter around it."""
-    return any(True for _ in _adapter_layers(model))
+    return bool(_adapted(model))
 
 
 @torch.no_grad()
 def merge_masked(model: nn.Module) -> None:
     """Add adapters to the weights that are not zero, W := (W + B A) * M with M = (W != 0), and remove them.
+
+    Modules that were trained as a whole beside them (``modules_to_save``) take the place of those that they were.
 
     Args:
         model: A model of transformers with adapters; changed in place.
@@ -95,11 +97,8 @@ def merge_masked(model: nn.Module) -> None:
         ValueError: If an adapter has been merged already, with the weights' zeros filled.
     """
     _refuse_merged(model)
-    for _, _, layer in list(_adapter_layers(model)):
-        kept = layer.base_layer.weight != 0
-        layer.merge()
-        layer.base_layer.weight.mul_(kept)
-    _unwrap(model)
+    for parent, name, layer in _adapted(model):
+        setattr(parent, name, _merged(layer))
     for kept_by_peft in ("_hf_peft_config_loaded", "peft_config"):  # with them only an adapter would be saved
         model.__dict__.pop(kept_by_peft, None)
     for parameter in model.parameters():
@@ -122,11 +121,13 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
     _refuse_merged(model)
     inner = cast(Any, model)
     inner = inner.get_base_model() if hasattr(model, "get_base_model") else inner
-    wrapped, flag = _unwrap(inner), inner.__dict__.pop("_hf_peft_config_loaded", None)
+    adapted, flag = _adapted(inner), inner.__dict__.pop("_hf_peft_config_loaded", None)
+    for parent, name, layer in adapted:
+        setattr(parent, name, _original(layer))
     try:
         yield inner
     finally:
-        for parent, name, layer in wrapped:
+        for parent, name, layer in adapted:
             setattr(parent, name, layer)
         if flag is not None:
             inner._hf_peft_config_loaded = flag
@@ -146,24 +147,45 @@ def save_adapter(model: nn.Module, folder: Path, base: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def _adapter_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yield layers with an adapter around them: the module that holds each, its name there, and the layer."""
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None and "base_layer" in child._modules:
-                yield parent, name, child
+def _adapted(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """List what peft has put around modules: the module that holds each, its name there, and what is around."""
+    around = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and ("base_layer" in child._modules or _stands_in(child))
+    ]
+    inside = {part for _, _, layer in around for part in layer.modules()}  # experts may have several, one in another
+    return [each for each in around if each[0] not in inside]
 
 
-def _unwrap(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Put layers back where adapters are around them."""
-    wrapped = list(_adapter_layers(model))
-    for parent, name, layer in wrapped:
-        setattr(parent, name, layer.base_layer)
-    return wrapped
+def _stands_in(layer: nn.Module) -> bool:
+    """Whether a layer is trained, as a whole or some of its rows, in place of the original that it holds."""
+    return "modules_to_save" in layer._modules or "token_adapter" in layer._modules
+
+
+def _original(layer: Any) -> nn.Module:
+    """Return the module under adapters."""
+    while "base_layer" in layer._modules or _stands_in(layer):
+        layer = layer.original_module if _stands_in(layer) else layer.base_layer
+    return layer
+
+
+def _merged(layer: Any) -> nn.Module:
+    """Merge adapters into the module under them, and return it."""
+    if _stands_in(layer):
+        return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    while "base_layer" in layer._modules:
+        weight = layer.get_param() if hasattr(layer, "get_param") else layer.base_layer.weight
+        kept = weight != 0
+        layer.merge()
+        weight.mul_(kept)
+        layer = layer.base_layer
+    return layer
 
 
 def _refuse_merged(model: nn.Module) -> None:
-    if any(layer.merged for _, _, layer in _adapter_layers(model)):
+    if any(getattr(layer, "merged_adapters", None) for layer in model.modules()):
         raise ValueError(
             "adapters have been merged into the pruned weights, and filled their zeros: unmerge them, then save the "
             "adapter alone (LoraSettings(merge='none')) or merge under the mask (merge='masked')"
