@@ -203,6 +203,25 @@ class Block(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class Head(Block):
+    def forward(self, x):
+        return {"score": super().forward(x)}
+
+
+def test_a_list_of_heads_that_give_no_hidden_states_stays_dense():
+    model = nn.ModuleDict({"layers": nn.Sequential(Block(), Block()), "heads": nn.ModuleList([Head(), Head()])})
+
+    def forward(model, batch):
+        x = model["layers"](batch)
+        return [head(x) for head in model["heads"]]
+
+    report = prune_model(model, [torch.randn(6, 8)], "wanda", 0.5, forward=forward)
+    assert {row.layer for row in report.linears} == {"layers.0", "layers.1"}
+    model["layers"] = nn.Identity()
+    with pytest.raises(ValueError, match="heads: a layer gives dict"):
+        prune_model(model, [torch.randn(6, 8)], "wanda", 0.5, forward=forward)
+
+
 @pytest.mark.parametrize("true_sequential", [False, True])
 def test_a_sequential_may_be_the_whole_model(true_sequential):
     torch.manual_seed(0)

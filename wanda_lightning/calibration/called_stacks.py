@@ -48,9 +48,10 @@ class _Watched:
 
     def leaves(self, out: Any) -> None:
         """Note what a layer gave."""
-        self._passed = hidden_states_of(out)
-        if self.fault is None and not isinstance(self._passed, Tensor):
-            self.fault = f"a layer gives a {type(self._passed).__name__}, not a tensor or a tuple that begins with one"
+        try:
+            self._passed = hidden_states_of(out)
+        except ValueError as error:
+            self.fault = self.fault or str(error)
 
     def end(self) -> None:
         """Note that the model has run."""
