@@ -173,7 +173,19 @@ class Unshared(nn.Module):
         return self.up_proj(hidden) + self.down_proj(hidden if hidden.shape[1] > 8 else hidden.clone())
 
 
-@pytest.mark.parametrize("mlp", [Chunked, Forked, Unshared])
+class Sometimes(nn.Module):
+    """Leaves its second linear out in some batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden):
+        hidden = self.up_proj(hidden)
+        return self.down_proj(hidden) if hidden.shape[1] > 8 else hidden
+
+
+@pytest.mark.parametrize("mlp", [Chunked, Forked, Unshared, Sometimes])
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT(block_size=16)], ids=["Wanda", "SparseGPT"])
 def test_what_cannot_stop_at_one_point_is_visited_twice(mlp, method):
     torch.manual_seed(3)

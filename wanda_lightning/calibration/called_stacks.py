@@ -55,7 +55,6 @@ class _Watched:
 
     def end(self) -> None:
         """Note that the model has run."""
-        self._passed = None
         if self.fault is None and self._called < len(self.layers):
             self.fault = f"{self._called} of its {len(self.layers)} layers are called"
 

@@ -109,7 +109,7 @@ class OnePass:
                         yield from self._advance(number, batch)
                         if batch.is_done:
                             outputs.append(batch.take_result())
-                    if 0 < len(outputs) < len(batches) or (outputs and self._stop):
+                    if outputs and self._stop:
                         raise NotOnePassError("not all batches reach the same linears")
                     yield from self._reached()
                 if not self._needs_outputs:  # a linear that is called again behind the last stop would not be seen

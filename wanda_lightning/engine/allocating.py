@@ -34,7 +34,7 @@ def allocated(
     """Decide what each linear is pruned to, or find what was decided before the run was cut off.
 
     Args:
-        plan: What is to be done to the model.
+        plan: What is to be done to the model, with an allocator.
         model: The model; it is left as it was.
         batches: The calibration set of this process.
         activations: Where its activations wait between two layers.
@@ -43,11 +43,10 @@ def allocated(
         feed: Runs the model on a batch; None for a language model.
 
     Returns:
-        The plan with the patterns of all linears; the same plan where the user has decided.
+        The plan with the patterns of all linears.
     """
     allocator, file = plan.selection.allocator, journal.allocation
-    if allocator is None:
-        return plan
+    assert allocator is not None
     with processes.together():
         found = _decided(file) if processes.rank == 0 and file is not None and file.exists() else None
     if (found := processes.gather(found)[0]) is not None:
