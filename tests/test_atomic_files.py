@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,14 +28,15 @@ def umask(request):
 
 
 def test_a_file_appears_when_all_of_it_is_written(tmp_path, umask):
-    with whole_file(tmp_path / "new" / "picture.png") as unfinished:
+    path = tmp_path / "far" / "new" / "picture.png"
+    with whole_file(path) as unfinished:
         assert unfinished.suffix == ".png"  # matplotlib goes by it
         unfinished.write_bytes(b"picture")
         unfinished.chmod(0o600)
-        assert not (tmp_path / "new" / "picture.png").exists()
-    assert names(tmp_path / "new") == ["picture.png"]
-    assert (tmp_path / "new" / "picture.png").read_bytes() == b"picture"
-    assert (tmp_path / "new" / "picture.png").stat().st_mode & 0o777 == 0o666 & ~umask
+        assert not path.exists()
+    assert names(path.parent) == ["picture.png"]
+    assert path.read_bytes() == b"picture"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_folder_appears_when_all_of_it_is_written(tmp_path, umask):
@@ -81,11 +83,40 @@ def test_a_failed_write_leaves_what_was_there(where, older, tmp_path, monkeypatc
         assert names(tmp_path / "model") == ["old.txt"]
 
 
+@pytest.mark.parametrize(("function", "error"), [("fsync", OSError), ("open", PermissionError)])
+def test_a_file_that_cannot_be_written_leaves_what_was_there(function, error, tmp_path, monkeypatch):
+    write_text(tmp_path / "report.md", "old")
+    with (  # noqa: PT012
+        monkeypatch.context() as patch,
+        pytest.raises(error),
+        whole_file(tmp_path / "report.md") as unfinished,
+    ):
+        unfinished.write_text("new")
+        patch.setattr(os, function, Mock(side_effect=error))
+    assert (names(tmp_path), (tmp_path / "report.md").read_text()) == (["report.md"], "old")
+
+
+def test_what_is_written_is_on_the_disk_before_its_name_is_and_then_the_name(tmp_path, monkeypatch):
+    events, flush = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or flush(handle))
+    monkeypatch.setattr(os, "replace", lambda *paths, do=os.replace: events.append("renamed") or do(*paths))
+    monkeypatch.setattr(os, "rename", lambda *paths, do=os.rename: events.append("renamed") or do(*paths))
+    write_text(tmp_path / "report.md", "a line")
+    with whole_folder(tmp_path / "model") as unfinished:
+        (unfinished / "config.json").write_text("{}")
+    told = {path.stat().st_ino: path.name for path in (tmp_path, *tmp_path.rglob("*"))}
+    around = tmp_path.name
+    of_file, of_folder = ["report.md", "renamed", around], ["config.json", "model", "renamed", around]
+    assert [told.get(event, event) for event in events] == of_file + of_folder
+
+
 def test_the_user_s_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     write_text(Path("~/results/report.md"), "a line")
-    assert names(tmp_path) == ["results"]
+    with whole_folder(Path("~/results/first/run/model")):
+        pass
+    assert (names(tmp_path), names(tmp_path / "results")) == (["results"], ["first", "report.md"])
 
 
 KILLED = """
