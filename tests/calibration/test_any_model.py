@@ -1,5 +1,7 @@
 """Models of every kind: what is gathered is what a plain forward of the whole module shows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kinds_of_models import STACKS, build, t5, vit
@@ -7,6 +9,7 @@ from torch import nn
 
 from wanda_lightning.calibration.batches import tensors_in
 from wanda_lightning.calibration.called_stacks import called_stacks
+from wanda_lightning.calibration.collector import real_inputs
 from wanda_lightning.calibration.feed import Feed, call_with
 from wanda_lightning.calibration.real_tokens import real_tokens
 from wanda_lightning.calibration.walk import walk
@@ -187,6 +190,17 @@ def test_padding_does_not_count(kind):
         torch.testing.assert_close(statistic.compute(), expected[name].compute(), rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_padding_is_not_told_where_a_convolution_has_as_many_inputs_as_there_are_tokens():
+    conv = SimpleNamespace(name="conv", module=nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="conv has 12 inputs for 12 tokens, and which of them are padding cannot"):
+        real_inputs(torch.randn(2, 3, 2, 3), torch.ones(2, 6, dtype=torch.bool), conv)
+
+
+class OfAList(nn.Sequential):
+    def forward(self, values):
+        return super().forward(values[0])
+
+
 def test_what_cannot_be_pruned_layer_by_layer_is_refused():
     class Chain(nn.Module):
         def __init__(self, change):
@@ -209,6 +223,9 @@ def test_what_cannot_be_pruned_layer_by_layer_is_refused():
     albert = Chain(lambda b, x: b[1](b[0](x)))
     albert.blocks[1] = albert.blocks[0]
     assert "blocks: a layer is in it several times" in _error(albert)
+    lists = Chain(lambda b, x: b[1]([b[0]([x])]))
+    lists.blocks = nn.ModuleList([OfAList(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+    assert "blocks: layer 0 is not called with a tensor" in _error(lists)
     assert "no ModuleList or Sequential" in _error(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
 
 

@@ -1,5 +1,10 @@
 """How much memory is left, in folders like those of Linux."""
 
+import re
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +79,16 @@ def test_a_system_that_does_not_say_what_is_available(system):
     quiet = {"proc/meminfo": "MemTotal: 9 kB\nMemFree: 5 kB\n"}
     assert free_memory(CPU, system(**quiet)) is None
     assert free_memory(CPU, system(**quiet, **IN, **group("/slurm/job/step", 500, 300))) == 200 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of the process")
+def test_a_limit_of_the_shell(system, monkeypatch):
+    (taken,) = re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    limit = int(taken) * 1024 + 500 * MIB
+    monkeypatch.setattr("resource.getrlimit", lambda of: (limit, -1) if of == resource.RLIMIT_AS else None)
+    assert abs(free_memory(CPU, system()) - 500 * MIB) < 50 * MIB
+    monkeypatch.setattr("resource.getrlimit", lambda of: (100 * MIB, -1))
+    assert free_memory(CPU, system()) == 0
 
 
 def test_on_this_machine():

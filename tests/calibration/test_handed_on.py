@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from wanda_lightning import InputNorm, Unstructured, Wanda, prune_model
-from wanda_lightning.calibration.calls import is_the_same
+from wanda_lightning.calibration.calls import is_the_same, split
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.handed_on import probe
 from wanda_lightning.calibration.walk import walk
@@ -196,6 +196,16 @@ def test_no_run_of_the_model_waits_behind_an_error(goes_wrong_in):
 
 
 @torch.no_grad()
+def test_no_run_of_the_model_waits_behind_a_batch_that_is_refused():
+    model = Decoder(first_values=True).eval()
+    with pytest.raises(ValueError, match="input_ids must lie in") as error:
+        next(walk(model, decoder_layers(model), [*BATCHES, BATCHES[0] + 64]))
+    assert error.tb is not None  # which holds what was made
+    waiting = [each for each in gc.get_objects() if type(each) is greenlet and each and each is not getcurrent()]
+    assert len(waiting) == 0
+
+
+@torch.no_grad()
 def test_layers_of_models_that_hand_nothing_on_need_not_run():
     """Masks and positions are the same whatever the layers give."""
     model = tiny_llama()
@@ -212,6 +222,17 @@ def test_layers_that_are_never_called_are_refused():
     model.others = nn.ModuleList([Layer(gives_more=False)])
     with pytest.raises(ValueError, match="calls 0 of its 1 decoder layers: name their list with layers"):
         prune_model(model, BATCHES, "wanda", 0.5, layers="others")
+
+
+def test_layers_that_are_called_without_a_tensor_are_refused():
+    with pytest.raises(ValueError, match="a layer is called without hidden states"):
+        split((), {"hidden_states_of": "somewhere else"})
+
+
+def test_what_happens_to_hidden_states_in_some_batches_only_is_refused():
+    model = Decoder(change=lambda x: None, between=lambda x: 2 * x if x.shape[1] == 7 else x).eval()
+    with pytest.raises(ValueError, match="between decoder layers 0 and 1 in some batches, and not in the first"):
+        prune_model(model, BATCHES, "wanda", 0.5)
 
 
 def test_what_is_handed_on_beside_the_arguments_is_refused():

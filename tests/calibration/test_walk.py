@@ -5,6 +5,7 @@ from torch import nn
 from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausalLM
 
 from wanda_lightning.calibration.feed import LanguageModelFeed
+from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.calibration.weight_products import WeightProducts
 from wanda_lightning.engine.pruner import prune_model
@@ -375,3 +376,13 @@ def test_products_with_a_weight_are_seen_however_they_are_written(product):
     ((module, inputs),) = seen
     assert module is linear
     assert torch.equal(inputs, x)
+
+
+def test_what_waits_on_disk_is_deleted_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    states, batch_BTD = HiddenStates("disk"), torch.randn(1, 2, 3)
+    states.append(batch_BTD)
+    assert torch.equal(states[0], batch_BTD)
+    assert len([*tmp_path.glob("*/*")]) == 1
+    del states
+    assert [*tmp_path.iterdir()] == []

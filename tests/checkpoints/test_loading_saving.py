@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_llama
+from safetensors.torch import save_model
 
+from wanda_lightning.checkpoints import saving
 from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
 from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
 from wanda_lightning.sparsity import Unstructured
+from wanda_lightning.training.lora import LoraSettings, add_adapters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -131,6 +134,29 @@ def test_a_model_that_does_not_read_back_is_an_error(tmp_path, llama, monkeypatc
     with pytest.raises(RuntimeError, match="does not load as it was"):
         save_pretrained(llama, None, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_read_back_are_an_error(tmp_path, monkeypatch):
+    module, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    monkeypatch.setattr(saving, "save_model", lambda _, file: save_model(other, file))
+    with pytest.raises(RuntimeError, match=r"saved weights are not those of the model: \w+ differs"):
+        save_weights(module, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_tensor_is_refused_before_it_is_saved(tmp_path):
+    class WithState(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"seen": 3}
+
+    with pytest.raises(ValueError, match="WithState cannot be saved as safetensors: _extra_state is no tensor"):
+        save_weights(WithState(4, 4), tmp_path / "model")
+
+
+def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path, llama):
+    add_adapters(llama, LoraSettings())
+    with pytest.raises(ValueError, match="the model has adapters, and merging them would fill the zeros"):
+        save_pretrained(llama, None, tmp_path / "model")
 
 
 def test_missing_models_are_explained(tmp_path):

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from wanda_lightning import SparseGPT, Unstructured, Wanda, prune_model
+from wanda_lightning.calibration.input_drift import InputDrift
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.methods import Magnitude
 from wanda_lightning.model.decoder import decoder_layers
@@ -199,6 +200,17 @@ def test_refused_where_one_pass_does_not_fit(monkeypatch):
     model = built("llama")
     monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device: 1)
     with pytest.raises(ValueError, match="dense_target needs one pass, and one pass holds"):
+        prune_model(model, BATCHES, Wanda(), Unstructured(0.5), dense_target=True)
+    assert differing(model, built("llama")) == []
+
+
+def test_a_hopeless_fit_leaves_the_layer_as_it_was(monkeypatch):
+    def hopeless(*_):
+        raise torch.linalg.LinAlgError("hopeless")
+
+    model = built("llama")
+    monkeypatch.setattr(InputDrift, "target", hopeless)
+    with pytest.raises(ValueError, match=r"q_proj cannot be fitted to the dense model: hopeless"):
         prune_model(model, BATCHES, Wanda(), Unstructured(0.5), dense_target=True)
     assert differing(model, built("llama")) == []
 

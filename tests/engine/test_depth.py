@@ -183,6 +183,16 @@ def test_a_model_that_overflows_loses_no_layer(llama, choice):
     assert len(llama.model.layers) == 3
 
 
+@pytest.mark.parametrize("choice", ["influence", "contiguous", "loss"])
+def test_a_model_that_overflows_on_later_tokens_loses_no_layer(llama, choice):
+    batches = [batch.masked_fill(batch == 7, 8) for batch in BATCHES]
+    llama.model.embed_tokens.weight.data[7] = math.nan
+    batches[-1][1, 0] = 7
+    with pytest.raises(ValueError, match="what the layers are chosen by is NaN: the model overflows"):
+        prune_depth(llama, batches, 1, choice=choice)
+    assert len(llama.model.layers) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -207,6 +217,12 @@ def test_other_models_than_those_of_transformers_are_refused(shrink):
     model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)
     with pytest.raises(ValueError, match="TransformerEncoder is no model of transformers, and keeps its shapes"):
         shrink(model, BATCHES)
+
+
+def test_sharded_weights_are_refused(llama):
+    llama.lm_head.weight.placements = ()  # as torch's sharded tensors say where their parts are
+    with pytest.raises(ValueError, match=r"1 weights are sharded over processes \(lm_head\.weight, \.\.\.\)"):
+        prune_depth(llama, BATCHES, 1)
 
 
 def test_layers_that_are_one_are_refused(llama):

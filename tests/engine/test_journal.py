@@ -493,6 +493,21 @@ def contents_of_all(folder) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_the_folder_around_a_journal_stays_if_it_was_there(was_there, tmp_path):
+    around = tmp_path / "results"
+    if was_there:
+        around.mkdir()
+    journal = Journal(around / "unfinished")
+    journal.lock()
+    journal.release()
+    assert around.exists() == was_there
+    journal.start({})
+    journal.release()
+    journal.remove()
+    assert around.exists() == was_there
+
+
 def locked_and_released(folder):
     journal = Journal(folder)
     journal.lock()

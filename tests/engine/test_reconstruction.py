@@ -300,6 +300,12 @@ def test_infinite_activations_are_refused():
         pruned(model, Magnitude(), batches=batches)
 
 
+def test_a_layer_without_pruned_linears_is_not_trained():
+    model, report = pruned(tiny_llama(), ignore=["layers.1.*"])
+    assert [*report.reconstruction] == ["model.layers.0", "model.layers.2"]
+    assert differing(model.model.layers[1], tiny_llama().model.layers[1]) == []
+
+
 def test_layers_that_share_a_matrix_are_refused():
     model = tiny_llama()
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
