@@ -77,7 +77,8 @@ def test_several_sets_are_logged_by_name(tiny_model_folder, tmp_path, texts):
     found = {}
     for metrics in run(tmp_path).validate(language_model, sets, verbose=False):
         found |= metrics
-    assert found.keys() == {f"val/perplexity/{name}" for name in ("one", "two", "calibration")}
+    names = [f"val/{what}/{name}" for what in ("perplexity", "tokens") for name in ("calibration", "one", "two")]
+    assert sorted(found) == names
     for name, path in texts.items():
         expected = losses(language_model, path)
         assert found[f"val/perplexity/{name}"] == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
@@ -87,7 +88,7 @@ def test_several_sets_are_logged_by_name(tiny_model_folder, tmp_path, texts):
     assert found["val/perplexity/calibration"] == pytest.approx(loss.exp().item(), rel=1e-5)
     only = data(str(texts["two"]))  # the same module on one set, and on several again
     (metrics,) = run(tmp_path).test(language_model, only, verbose=False)
-    assert metrics == {"test/perplexity": pytest.approx(found["val/perplexity/two"])}
+    assert metrics["test/perplexity"] == pytest.approx(found["val/perplexity/two"])
     again = {
         name: value
         for each in run(tmp_path).validate(language_model, sets, verbose=False)
@@ -103,7 +104,7 @@ def test_several_dataloaders_without_names(tiny_model_folder, tmp_path, texts):
     trainer = run(tmp_path)
     for _ in range(2):
         first, second = trainer.validate(language_model, loaders, verbose=False)
-        assert [*first, *second] == ["val/perplexity/0", "val/perplexity/1"]
+        assert [*first, *second] == ["val/perplexity/0", "val/tokens/0", "val/perplexity/1", "val/tokens/1"]
         trainer.validate(language_model, data([str(texts["one"])]), verbose=False)  # of which nothing must stay
 
 
@@ -113,6 +114,16 @@ def test_the_last_window_counts_by_its_tokens(tiny_model_folder, tmp_path, texts
     (metrics,) = run(tmp_path).validate(language_model, data(str(texts["two"]), **settings), verbose=False)
     nll = losses(language_model, texts["two"], whole=True)
     assert metrics["val/perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_evaluation_windows": 2}, {"limit": 2}, {"batch_size": 3, "limit": 2}])
+def test_it_says_of_how_many_predictions_it_is_the_mean(tiny_model_folder, tmp_path, texts, settings):
+    of_trainer = {"limit_val_batches": settings["limit"]} if "limit" in settings else {}
+    of_data = {name: value for name, value in settings.items() if name != "limit"}
+    one = data(str(texts["one"]), **{"max_evaluation_windows": None} | of_data)
+    (metrics,) = run(tmp_path, **of_trainer).validate(module(tiny_model_folder), one, verbose=False)
+    seen = list(one.val_dataloader())[: settings.get("limit")]
+    assert metrics["val/tokens"] == sum(batch["input_ids"][:, 1:].numel() for batch in seen)
 
 
 @pytest.mark.slow

@@ -88,6 +88,20 @@ def changed(folder, **parts):
     return folder
 
 
+def test_runs_that_were_evaluated_on_more_text_are_told_apart(tmp_path):
+    """Their dense perplexities may agree by chance; what an older version wrote does not tell."""
+    runs = [run(tmp_path / name, pruned=20.0) for name in ("old", "few", "many")]
+    for folder, tokens in zip(runs[1:], (4088.0, 20440.0), strict=True):
+        stage = {"val/perplexity": 10.0, "val/tokens": tokens}
+        changed(folder, evaluations={"dense": stage, "pruned": stage})
+    comparison = Comparison(runs)
+    named = ["Wanda", "Wanda, evaluated tokens 4,088", "Wanda, evaluated tokens 20,440"]
+    assert [comparison.label(each) for each in comparison.runs] == named
+    differ = "the runs differ in evaluated tokens, so their figures do not compare: 20,440, 4,088"
+    assert differ in comparison.notes()
+    assert [row[-1] for row in comparison.table()[1] if row[3] == "dense"] == ["", "4,088", "20,440"]
+
+
 def test_runs_of_other_models_or_with_other_data_are_told_apart(tmp_path):
     """In the table, in the picture, and each with its own dense level."""
     runs = [run(tmp_path / name, pruned=20.0) for name in ("a", "b", "c")]

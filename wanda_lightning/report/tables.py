@@ -33,10 +33,13 @@ def in_bytes(size: float) -> str:
 
 
 def with_errors(metrics: dict[str, float]) -> dict[str, str]:
-    """Write metrics for a table; one that comes with a standard error, ``<name>_stderr``, as ``0.41 ± 0.02``."""
+    """Write metrics for a table: one that comes with a standard error, ``<name>_stderr``, as ``0.41 ± 0.02``.
+
+    Whole numbers, as counts are, keep all their digits.
+    """
     errors = {name: f" ± {metrics[f'{name}_stderr']:.2g}" for name in metrics if f"{name}_stderr" in metrics}
     return {
-        name: f"{value:.4g}" + errors.get(name, "")
+        name: f"{value:{',.0f' if float(value).is_integer() else '.4g'}}" + errors.get(name, "")
         for name, value in metrics.items()
         if name.removesuffix("_stderr") not in errors or name in errors
     }

@@ -137,12 +137,12 @@ class CausalLM(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to ``val/perplexity``, or to ``val/perplexity/<name>`` if there are several sets."""
-        self._evaluate(batch, "val/perplexity", dataloader_idx)
+        """Add a batch to ``val/perplexity`` and ``val/tokens``, each with ``/<name>`` if there are several sets."""
+        self._evaluate(batch, "val", dataloader_idx)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to ``test/perplexity``, or to ``test/perplexity/<name>`` if there are several sets."""
-        self._evaluate(batch, "test/perplexity", dataloader_idx)
+        """Add a batch to ``test/perplexity`` and ``test/tokens``, each with ``/<name>`` if there are several sets."""
+        self._evaluate(batch, "test", dataloader_idx)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the logits of a batch, shape (B, T, V)."""
@@ -187,21 +187,17 @@ class CausalLM(LightningModule):
         merge_masked(self.model)
         self.merged = True
 
-    def _evaluate(self, batch: dict[str, Tensor], name: str, index: int) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, index: int) -> None:
         while len(self.perplexities) <= index:
             self.perplexities.append(Perplexity().to(self.device))
         metric = cast(Perplexity, self.perplexities[index])
+        before = metric.tokens.clone()
         metric.update_from(self.model, *inputs_and_labels(batch))
         own = _name_of_set(self.trainer, index)
-        self.log(
-            f"{name}/{own}" if own else name,
-            metric,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            add_dataloader_idx=False,
-            metric_attribute=f"perplexities.{index}",
-        )
+        log = partial(self.log, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        log(f"{stage}/perplexity{own}", metric, prog_bar=True, metric_attribute=f"perplexities.{index}")
+        # Of how many predictions it is the mean: figures of more or less text do not compare.
+        log(f"{stage}/tokens{own}", (metric.tokens - before).float(), reduce_fx="sum", sync_dist=True)
 
 
 def _check_settings(module: CausalLM) -> None:
@@ -244,7 +240,8 @@ def _when_to_step(scheduler: Any) -> dict[str, Any]:
 
 
 def _name_of_set(trainer: Any, index: int) -> str:
-    """Name an evaluation set; one that is alone needs no name."""
+    """Name an evaluation set, behind a slash; one that is alone needs no name."""
     names = getattr(datamodule_of(trainer), "evaluation_names", None)
     are_several = len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches) > 1
-    return names[index] if names else str(index) if are_several else ""
+    own = names[index] if names else str(index) if are_several else ""
+    return f"/{own}" if own else ""

@@ -13,7 +13,8 @@ from wanda_lightning.report.shrinking import SHRINKING, Shrinking
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 from wanda_lightning.report.titles import title_of
 
-DATA = ("sequence_length", "evaluation", "source", "num_samples")
+EVALUATED = "evaluated tokens"
+DATA = ("sequence_length", "evaluation", EVALUATED, "source", "num_samples")
 """What figures depend on, of the data."""
 TEXT = (0, 1, 3)
 """The columns of the table that hold words."""
@@ -179,7 +180,7 @@ def _read(folder: Path) -> Run:
             plain["pattern"],
             plain["sparsity"],
             plain["evaluations"],
-            plain["calibration"],
+            plain["calibration"] | _evaluated(plain["evaluations"]),
             name_of_model(plain.get("model") or {}),
             (plain.get("allocation") or {}).get("allocator", ""),
         )
@@ -187,6 +188,12 @@ def _read(folder: Path) -> Run:
         raise ValueError(f"{folder} is no finished run: it holds no {REPORT} that can be read") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of a pruning: {error!r}") from error
+
+
+def _evaluated(evaluations: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Say on how many tokens a run was evaluated; reports of older versions, and of other modules, do not tell."""
+    counts = [value for stage in evaluations.values() for name, value in stage.items() if name.startswith("val/tokens")]
+    return {EVALUATED: " and ".join(dict.fromkeys(f"{count:,.0f}" for count in counts))} if counts else {}
 
 
 def _as_of_a_pruning(shrinking: Shrinking) -> dict[str, Any]:
