@@ -134,13 +134,14 @@ def raised(error: Exception, *modules: str) -> Exception:
     scopes = [{"__name__": module} for module in modules]
     for scope, inner in zip(scopes, [*scopes[1:], None], strict=True):
         scope.update(inner=inner, error=error)
-        exec("def call():\n    if inner is None: raise error\n    inner['call']()", scope)
+        exec("def call():\n    if inner is None: raise error.with_traceback(None)\n    inner['call']()", scope)
     with pytest.raises(type(error)) as caught:
         scopes[0]["call"]()
     return caught.value
 
 
 READING = ["wanda_lightning.checkpoints.loading", "wanda_lightning.data.sources", "wanda_lightning.evaluation.tasks",
+           "lightning.pytorch.trainer.connectors.accelerator_connector",
            "lightning.pytorch.trainer.connectors.checkpoint_connector"]  # fmt: skip
 
 

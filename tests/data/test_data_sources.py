@@ -110,7 +110,8 @@ def test_bad_json_lines_are_named(tmp_path, content, message):
 
 def test_what_is_no_source_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "paper.pdf").write_bytes(b"%PDF")
-    for name in ("missing.txt", str(tmp_path / "missing.jsonl"), str(tmp_path / "missing"), "./missing", ""):
+    texts = ("my text", 100 * "Once upon a time ", 300 * "long" + ".txt")
+    for name in ("missing.txt", str(tmp_path / "missing.jsonl"), str(tmp_path / "missing"), "./missing", "", *texts):
         with pytest.raises(ValueError, match="without a hub these work"):
             open_source(name)
     with pytest.raises(ValueError, match=r"paper\.pdf.*no source of text"):

@@ -18,6 +18,7 @@ READERS = (
     "wanda_lightning.checkpoints.",
     "wanda_lightning.data.",
     "wanda_lightning.evaluation.tasks",
+    "lightning.pytorch.trainer.connectors.accelerator_connector",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
 

@@ -47,11 +47,11 @@ def open_source(
         return DatasetText("Salesforce/wikitext", "wikitext-2-raw-v1", train_separator=" ")
     if name == "c4":
         return C4(seed)
-    if suffix in TEXT_SUFFIXES + JSON_SUFFIXES and not path.is_dir():
-        if not path.is_file():
+    if suffix in TEXT_SUFFIXES + JSON_SUFFIXES and not os.path.isdir(path):  # a Path raises where a name is too long
+        if not os.path.isfile(path):
             raise ValueError(f"the file {name!r} does not exist; {WITHOUT_HUB}")
         return FileText(path, whole, text_field)
-    looks_local = path.is_absolute() or name.startswith(".")
-    if not name or path.is_file() or (looks_local and not path.exists()):
-        raise ValueError(f"{name!r} is no source of text; {WITHOUT_HUB}")
+    is_on_no_hub = path.is_absolute() or name.startswith(".") or any(map(str.isspace, name))
+    if not name or os.path.isfile(path) or (is_on_no_hub and not os.path.exists(path)):
+        raise ValueError(f"{name!r:.100} is no source of text; {WITHOUT_HUB}")
     return DatasetText(location, config_name, train_split, evaluation_split, text_field, whole)
