@@ -10,7 +10,7 @@ from helpers import few_windows as data
 from lightning.pytorch import Callback
 
 from wanda_lightning import CausalLM, ZeroShotEvaluation
-from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.callbacks import WandaPruning, WidthPruning
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.runs import one_shot
 from wanda_lightning.runs.trainer import PruningTrainer
@@ -154,3 +154,19 @@ def test_a_report_of_an_older_version_loads_and_is_compared_by_what_it_says(tmp_
     with pytest.raises(ValueError, match=r"sparsity: 0\.5 there, 0\.75 now"):
         run(tmp_path, sparsity=0.75)
     run(tmp_path, sparsity=0.5, save=False)
+
+
+@pytest.mark.parametrize("kinds", [(WandaPruning, WidthPruning), (WidthPruning, WandaPruning)])
+def test_a_run_of_another_kind_does_not_replace_the_model_unless_asked(tmp_path, kinds):
+    """The report of the first would lie beside the model of the second."""
+
+    def prune(kind, **settings):
+        settings |= {"keep": 0.5} if kind is WidthPruning else {}
+        trainer(tmp_path, kind(**settings), cls=PruningTrainer).prune(SomebodysModule(), SomebodysData())
+        return contents(tmp_path)
+
+    before = prune(kinds[0])
+    with pytest.raises(ValueError, match=r"results of another run, (pruning|shrinking)\.json: choose"):
+        prune(kinds[1])
+    assert contents(tmp_path) == before
+    assert not {*prune(kinds[1], overwrite=True)} & {name for name in before if "/" not in name}

@@ -204,13 +204,13 @@ class PruningCLI(LightningCLI):
         reports: list[Any] = [shrinking, *(callback.report for callback in pruning_callbacks(self.trainer))]
         reports = [report for report in reports if report is not None]
         if reports and self._is_to_tell:
-            details = self.config_init[self.subcommand].details
             for report in reports:
-                Console().print(report.to_table(details))
-            names = ("report.html", "search.png", "shrinking.html", "model", "adapter")
-            there = [name for name in names if (folder / name).exists()]
+                Console().print(report.to_table(self.config_init[self.subcommand].details))
+            searched = ["search.png"] * bool(self.trainer.search_result)  # not that of an earlier run
+            names = ["report.html", *searched, "shrinking.html", "model", "adapter"]
             if keeps_files(self.trainer):
-                Console().print(f"Results are in {folder}: {', '.join(there)}", markup=False, soft_wrap=True)
+                there = ", ".join(name for name in names if (folder / name).exists())
+                Console().print(f"Results are in {folder}: {there}", markup=False, soft_wrap=True)
 
 
 def _check_exists(module: LightningModule) -> None:

@@ -52,7 +52,7 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_model_folder(trainer: Trainer) -> None:
-    """Refuse to save over a model that no run has left there, such as the dense one; every process must ask.
+    """Refuse to save over a model that is of no run, such as the dense one, or of one of another kind; all must ask.
 
     Args:
         trainer: The Trainer; what its callbacks are to overwrite may be any model.
@@ -65,12 +65,20 @@ def check_model_folder(trainer: Trainer) -> None:
         return
     folder = run_folder(trainer)
     place = place_for(folder / "model")
-    is_of_a_run = any((folder / report).exists() for report in (REPORT, SHRINKING))
-    if any(place.glob("*")) and not is_of_a_run and not any(callback.overwrite for callback in callbacks):
-        raise ValueError(
-            f"{place} holds a model, and no report of the run that made it lies beside it: choose another folder, or "
-            "say overwrite=True to the callback (--overwrite on the command line) to replace the model"
-        )
+    if any(callback.overwrite for callback in callbacks):
+        return
+    advice = "choose another folder, or say overwrite=True to the callback (--overwrite on the command line) to replace"
+    if others := _reports_of_others(trainer, folder):
+        raise ValueError(f"{folder} holds the results of another run, {others[0].name}: {advice} them")
+    if any(place.glob("*")) and not any((folder / report).exists() for report in (REPORT, SHRINKING)):
+        raise ValueError(f"{place} holds a model, and no report of the run that made it lies beside it: {advice} it")
+
+
+def _reports_of_others(trainer: Trainer, folder: Path) -> list[Path]:
+    """Find the reports in a folder of the kinds that no callback of this run writes."""
+    names = () if pruning_callbacks(trainer) else (REPORT, "pruning.md", "report.html")
+    names += () if shape_callbacks(trainer) else (SHRINKING, "shrinking.md", "shrinking.html")
+    return [file for name in names if (file := folder / name).exists()]
 
 
 def _write(trainer: Trainer, module: LightningModule, language_model: Any, folder: Path) -> None:
@@ -86,6 +94,8 @@ def _write(trainer: Trainer, module: LightningModule, language_model: Any, folde
             save_adapter(language_model, unfinished, base=(folder / "model").resolve())
     elif (folder / "adapter/adapter_config.json").is_file():  # of an earlier run, on top of the model that was there
         shutil.rmtree(folder / "adapter")
+    for report in _reports_of_others(trainer, folder):  # of the model that was there
+        report.unlink()
 
 
 def _push(trainer: Any, folder: Path) -> None:
