@@ -20,9 +20,11 @@ from wanda_lightning import (
     LoraSettings,
     Magnitude,
     Reconstruction,
+    SemiStructured,
     SparseFinetuning,
     SparseGPT,
     SparseGPTPruning,
+    Unstructured,
     Wanda,
     WandaPruning,
     WidthPruning,
@@ -75,6 +77,27 @@ def test_methods(method, pattern):
     for ours, expected in both(here, on_cpu):
         assert torch.equal(ours == 0, expected == 0)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), SemiStructured(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Wanda(refine=2),
+        RIA(),
+        ADMM(steps=2),
+        SparseGPT(),
+        *(Ablate(by, how) for by in ("wanda", "magnitude") for how in ("sequential", "iterative")),
+    ],
+    ids=str,
+)
+def test_a_statistic_may_be_on_another_device_than_the_weight(method, pattern):
+    on_cpu, statistic = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)), method.statistic(16)
+    statistic.update(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)))
+    here = on_cpu.to(APPLE_GPU)
+    mask = method.prune(here, statistic, pattern)
+    assert torch.equal(values_of(mask), method.prune(on_cpu, statistic, pattern))
+    torch.testing.assert_close(values_of(here), on_cpu)
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Falcon (ALiBi)", "Mixtral", "GPT-OSS", "Mamba 2", "Qwen3-Next"])

@@ -55,11 +55,10 @@ class Ablate(SecondOrderMethod):
         assert isinstance(statistic, InputHessian)
         factor = statistic.factor(self.damping)
         # A dead input's weights score 0 in both selections: removing them costs nothing.
-        norm_I = statistic.norm().compute() if self.selection == "wanda" else (~factor.dead_I).to(factor.lower_II.dtype)
-        importance_I = norm_I.to(weight_OI.device)
+        importance_I = statistic.norm().compute() if self.selection == "wanda" else ~factor.dead_I
         if self.schedule == "iterative":
             return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)
-        score_OI = weight_OI.abs() * importance_I
+        score_OI = weight_OI.abs() * importance_I.to(weight_OI.device)
         groups = score_OI if self.selection == "wanda" else score_OI.reshape(1, -1)
         mask_OI = pattern.mask(groups).view(weight_OI.shape)
         prune_with_mask(weight_OI, factor, mask_OI, self.block_size)

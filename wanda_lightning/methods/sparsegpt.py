@@ -61,7 +61,7 @@ class SparseGPT(SecondOrderMethod):
         assert isinstance(statistic, InputHessian)
         factor = statistic.factor(self.damping, self.shrinkage)
         # 1 / U_jj is G_jj. Removing the weight of a dead input costs nothing, whatever the damping makes of it.
-        importance_I = factor.lower_II.diagonal().masked_fill(factor.dead_I, 0).to(weight_OI.device)
+        importance_I = factor.lower_II.diagonal().masked_fill(factor.dead_I, 0)
         return prune_with_scores(weight_OI, factor, importance_I, pattern, self.block_size)
 
     def tolerance(self, shape: tuple[int, int]) -> float:

@@ -68,7 +68,7 @@ def prune_with_scores(
         Boolean mask of the weight's shape, True = kept.
     """
     pruned_IO = torch.empty(weight_OI.shape[::-1], dtype=torch.bool, device=weight_OI.device)
-    importance_I1 = importance_I.to(factor.lower_II).unsqueeze(1)
+    importance_I1 = importance_I.to(weight_OI.device, factor.lower_II.dtype).unsqueeze(1)
 
     def prune_block(w_BO: Tensor, start: int, inverse_BB: Tensor) -> None:
         block = slice(start, start + len(w_BO))
