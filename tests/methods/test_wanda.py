@@ -99,6 +99,21 @@ def test_variant_rows_give_up_the_same_share_of_their_score():
         assert row[kept].min() > row[~kept].max()
 
 
+def test_variant_prunes_rows_without_a_score_first():
+    weight = random(4, 12)
+    weight[2] = 0
+    mask = Wanda(variant=True).prune(weight, norm_of(random(9, 12, seed=1)), Unstructured(0.5))
+    assert not mask[2].any()
+    assert mask.sum() == 24
+
+
+def test_variant_tells_apart_shares_that_single_precision_does_not():
+    weight = torch.ones(2, 1024)
+    weight[1, -1] += 1e-5  # so each of the others has a little less of the row's total
+    mask = Wanda(variant=True).prune(weight, norm_of(torch.ones(1, 1024)), Unstructured(1 / 2048))
+    assert (~mask).nonzero().tolist() == [[1, 0]]
+
+
 def test_variant_refuses_semi_structured():
     with pytest.raises(ValueError, match=r"variant prunes unstructured patterns only, got 2:4"):
         Wanda(variant=True).check(SemiStructured(2, 4))

@@ -73,11 +73,38 @@ def test_damping_is_raised_until_the_factor_exists(caplog):
     torch.testing.assert_close(factor.lower_II.t() @ factor.lower_II, hessian + 0.1 * torch.eye(2))
 
 
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_one_block_of_columns_is_enough_to_raise_it(monkeypatch, first):
+    monkeypatch.setattr("wanda_lightning.solvers.factor.BLOCK", 2)
+    hessian = torch.eye(6)
+    hessian[first, first + 1] = hessian[first + 1, first] = 1.05
+    assert factorize(hessian, 0.01).damping == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
-    "bad", [[[1.0, 3.0], [3.0, 1.0]], [[float("nan"), 0.0], [0.0, 1.0]], [[1.0, 0.0], [float("inf"), 1.0]]]
+    ("damping", "tried"), [(0.001, [0.001, 0.01, 0.1, 1.0]), (0.05, [0.05, 0.5]), (0.11, [0.11]), (2.0, [2.0])]
+)
+def test_it_is_raised_tenfold_up_to_1(monkeypatch, damping, tried):
+    added = []
+    monkeypatch.setattr(
+        "wanda_lightning.solvers.factor._reverse_cholesky", lambda _, added_I: added.append(float(added_I[0]))
+    )
+    with pytest.raises(torch.linalg.LinAlgError, match=f"damping up to {tried[-1]:g} "):
+        factorize(torch.eye(2).double(), damping)
+    assert added == pytest.approx(tried)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [[1.0, 3.0], [3.0, 1.0]],
+        [[float("nan"), 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [float("inf"), 1.0]],
+        [[3.4e38]],  # too large once it is damped
+    ],
 )
 def test_a_hopeless_hessian_is_an_error(bad):
-    with pytest.raises(torch.linalg.LinAlgError, match=r"2 inputs is not positive definite.*damping"):
+    with pytest.raises(torch.linalg.LinAlgError, match=r"[12] inputs is not positive definite.*damping"):
         factorize(torch.tensor(bad))
 
 
