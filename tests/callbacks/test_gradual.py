@@ -20,7 +20,7 @@ from wanda_lightning.callbacks import (
     WandaPruning,
 )
 from wanda_lightning.engine.pruner import prune_model
-from wanda_lightning.methods import Ablate, Magnitude
+from wanda_lightning.methods import Ablate, Magnitude, Wanda
 from wanda_lightning.runs.trainer import PruningTrainer
 from wanda_lightning.sparsity import Unstructured
 
@@ -191,6 +191,29 @@ def test_resuming_in_the_middle_is_as_if_uninterrupted(tmp_path):
         assert sparsities(resumed) == sparsities(whole)
         assert callback.state_dict()["pruned_at"] == 8
         assert callback.report.sparsity == expected.report.sparsity
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pruning_that_was_cut_off_is_done_when_the_run_goes_on(tmp_path, monkeypatch, layer):
+    solved = []
+
+    def cut_off(self, weight, statistic, pattern):
+        solved.append(weight)
+        if len(solved) == 2 * 14 + 7 * layer + 1:  # in the last of three prunings
+            raise InterruptedError
+        return prune(self, weight, statistic, pattern)
+
+    prune = Wanda.prune
+    monkeypatch.setattr(Wanda, "prune", cut_off)
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5, schedule=Gradual(0, 6, 2)), **LONG)
+    with pytest.raises(InterruptedError):
+        run.fit(SomebodysModule(), datamodule=SomebodysData())
+    run.save_checkpoint(tmp_path / "cut_off.ckpt")  # as OnExceptionCheckpoint does, or a signal of SLURM
+    module, again = SomebodysModule(), WandaPruning(sparsity=0.5, schedule=Gradual(0, 6, 2))
+    trainer(tmp_path / "again", again, **LONG).fit(
+        module, datamodule=SomebodysData(), ckpt_path=tmp_path / "cut_off.ckpt"
+    )
+    assert sparsities(module) == {0.5}
 
 
 def test_accumulated_batches_are_one_step(tmp_path):

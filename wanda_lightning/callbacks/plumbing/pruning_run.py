@@ -149,9 +149,9 @@ class PruningRun:
         step = schedule.end if schedule and cast(Any, trainer).fast_dev_run else trainer.global_step
         if schedule is None or (due := schedule.last_due(step)) is None or due <= self.pruned_at:
             return False
-        self.pruned_at = due
         if sparsity := schedule.sparsity(due, self.asked.pattern.sparsity):
-            self._prune_to(Unstructured(sparsity), trainer, module)
+            self._prune_to(Unstructured(sparsity), trainer, module, due)
+        self.pruned_at = due
         return sparsity > 0
 
     def check_schedule(self, trainer: Trainer, module: LightningModule) -> None:
@@ -201,7 +201,7 @@ class PruningRun:
         self.pruned_at = -1
         self.files.forget_finished(trainer)
 
-    def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule) -> None:
+    def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule, step: int = -1) -> None:
         asked, model, processes = self.asked, find_model(module), Processes()
         journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asks_for_batches(
@@ -224,7 +224,7 @@ class PruningRun:
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),
             )
-        self.files.all_finished = True
+        self.files.all_finished, self.pruned_at = True, step  # if it is cut off, it is still to be done
         report.calibration |= asked.calibration.describe(trainer)
         self._take(report, trainer, module)
 
