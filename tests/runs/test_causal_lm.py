@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import loader, tiny_llama, trainer
+from helpers import TWO_PROCESSES, loader, tiny_llama, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
@@ -75,6 +76,15 @@ def test_can_be_sent_to_spawned_processes_with_its_default_optimizer():
     module = pickle.loads(pickle.dumps(CausalLM("anything")))
     optimizer = module.optimizer([torch.nn.Parameter(torch.zeros(1))])
     assert (type(optimizer), optimizer.defaults["lr"]) == (torch.optim.AdamW, 1e-5)
+
+
+def test_what_processes_trained_is_in_the_module_that_started_them(tiny_model_folder, tmp_path):
+    module = CausalLM(str(tiny_model_folder))
+    trainer(tmp_path, WandaPruning(0.5), ModelCheckpoint(tmp_path), **TWO_PROCESSES, enable_checkpointing=True).fit(
+        module, loader()
+    )
+    saved = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[f"model.{name}"], weight) for name, weight in module.model.named_parameters())
 
 
 def test_predictions_are_logits(tiny_model_folder, tmp_path):

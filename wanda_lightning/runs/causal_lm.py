@@ -69,12 +69,9 @@ class CausalLM(LightningModule):
         self.optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-5)  # no lambda: it is pickled to be spawned
         self.lr_scheduler, self.lora, self.distillation, self.stream = lr_scheduler, lora, distillation, stream
         _check_settings(self)
-        self.model_kwargs = {
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-            **({"attn_implementation": attn_implementation} if attn_implementation else {}),
-            **(model_kwargs or {}),
-        }
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        named = {"dtype": dtype, "trust_remote_code": trust_remote_code, **attention}
+        self.model_kwargs: dict[str, Any] = {**named, **(model_kwargs or {})}
         self.model: Any = None
         self.tokenizer: Any = None
         self.perplexities = torch.nn.ModuleList([Perplexity()])  # one an evaluation set
@@ -96,6 +93,11 @@ class CausalLM(LightningModule):
                 self.model.gradient_checkpointing_enable()
         given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the model first: processes that trained it send weights back to the one that started them."""
+        self.configure_model()
+        return super().load_state_dict(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be trained, before it is pruned; ``fit`` without training steps prunes it."""
