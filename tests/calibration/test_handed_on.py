@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from wanda_lightning import InputNorm, Unstructured, Wanda, prune_model
+from wanda_lightning.calibration.call_order import is_passed_on
 from wanda_lightning.calibration.calls import is_the_same, split
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.handed_on import probe
@@ -227,6 +228,14 @@ def test_layers_that_are_never_called_are_refused():
 def test_layers_that_are_called_without_a_tensor_are_refused():
     with pytest.raises(ValueError, match="a layer is called without hidden states"):
         split((), {"hidden_states_of": "somewhere else"})
+    assert split((), {"mask": None, "x": torch.ones(1)})[1].keyword == "x"
+
+
+def test_what_has_another_data_type_is_not_what_was_passed_on():
+    ones_BTD = torch.ones(1, 2, 3)
+    assert is_passed_on(ones_BTD, ones_BTD.clone())
+    assert not is_passed_on(ones_BTD.bfloat16(), ones_BTD)
+    assert not is_passed_on(ones_BTD, ones_BTD[0])
 
 
 def test_what_happens_to_hidden_states_in_some_batches_only_is_refused():

@@ -44,6 +44,4 @@ class CallOrder:
 
 def is_passed_on(given: Tensor, taken: Tensor) -> bool:
     """Whether what enters a layer is what another gave."""
-    if taken is given:
-        return True
-    return taken.shape == given.shape and torch.equal(taken.to(given.device), given)
+    return taken is given or (taken.dtype == given.dtype and torch.equal(taken.to(given.device), given))
