@@ -203,6 +203,12 @@ class Block(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+@pytest.mark.parametrize("batch", [(), {}, torch.empty(0, 8)], ids=str)
+def test_a_first_batch_without_numbers_is_refused(batch):
+    with pytest.raises(ValueError, match="a calibration batch must hold tensors that are not empty"):
+        prune_model(nn.Sequential(Block(), Block()), [batch], "wanda", 0.5)
+
+
 class Head(Block):
     def forward(self, x):
         return {"score": super().forward(x)}

@@ -71,6 +71,7 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
     if not batches:
         by_structure = tuple(named or names_by_structure(feed.model))
         return Found(batches, replace(selection, layers=by_structure), look_outside=outside)
+    feed.tensors(batches[0])  # which refuses a batch without any
     names, order = called_stacks(feed, batches[0], named)
 
     def in_order(layers: Sequence[DecoderLayer]) -> list[DecoderLayer]:
