@@ -7,10 +7,10 @@ import torch
 from kinds_of_models import STACKS, build, t5, vit
 from torch import nn
 
-from wanda_lightning.calibration.batches import tensors_in
+from wanda_lightning.calibration.batches import count, tensors_in, tensors_of
 from wanda_lightning.calibration.called_stacks import called_stacks
 from wanda_lightning.calibration.collector import real_inputs
-from wanda_lightning.calibration.feed import Feed, call_with
+from wanda_lightning.calibration.feed import Feed, _moved, call_with
 from wanda_lightning.calibration.real_tokens import real_tokens
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.model.decoder import decoder_layers
@@ -188,6 +188,33 @@ def test_padding_does_not_count(kind):
     for name, statistic in padded.items():
         assert statistic.tokens == expected[name].tokens, name
         torch.testing.assert_close(statistic.compute(), expected[name].compute(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "tokens"),
+    [
+        ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, 2, 6),
+        ({"input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.eye(3)[:2]}, 2, 2),
+        ({"number": torch.tensor(7), "pixel_values": torch.ones(4, 3, 2, 2)}, 4, 0),
+        ({"text": "words"}, 0, 0),
+    ],
+)
+def test_samples_and_tokens_of_a_batch(batch, samples, tokens):
+    assert count(batch) == (samples, tokens)
+
+
+def test_what_lies_deep_in_a_batch_is_named_and_moved():
+    batch = {"image": [torch.ones(1), {"mask": torch.ones(1)}], "text": "words"}
+    assert [name for name, _ in tensors_in(batch)] == ["image.0", "image.1.mask"]
+    moved = _moved({**batch, "image": tuple(batch["image"])}, torch.device("meta"))
+    assert [tensor.is_meta for _, tensor in tensors_in(moved)] == [True, True]
+    assert (type(moved["image"]), moved["text"]) == (tuple, "words")
+
+
+def test_positions_in_an_image_are_left_out():
+    """They have three dimensions; the model then finds its own."""
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    assert [*tensors_of({"input_ids": ids, "position_ids": ids.expand(3, 2, 3), "labels": ids})] == ["input_ids"]
 
 
 def test_padding_is_not_told_where_a_convolution_has_as_many_inputs_as_there_are_tokens():

@@ -103,6 +103,12 @@ def test_all_processes_raise_the_same_kind_of_error(monkeypatch):
         raise OSError("of this one")
 
 
+def test_other_processes_hear_of_a_first_step_that_cannot_be_taken(told):
+    with pytest.raises(ZeroDivisionError):
+        Processes().first_together(1 / number for number in (0, 1))
+    assert [type(error) for error in told] == [ZeroDivisionError]
+
+
 def test_work_is_balanced():
     assert balanced([1, 8, 2, 2, 3], 2) == [1, 0, 1, 1, 1]
     assert balanced([5.0], 4) == [0]

@@ -14,6 +14,8 @@ from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
 from wanda_lightning.runs.trainer import PruningTrainer
+from wanda_lightning.training.distillation import Distillation
+from wanda_lightning.training.lora import LoraSettings
 
 
 def reference_perplexity(model, batches) -> float:
@@ -186,6 +188,9 @@ def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_p
     [
         ({"pretrained": tiny_llama()}, "must be a name or folder, got a LlamaForCausalLM: see prune_model"),
         ({"pretrained": None}, "got a NoneType"),
+        ({"pretrained": "M", "stream": True, "lora": LoraSettings()}, "a streamed model is not trained: leave out"),
+        ({"pretrained": "M", "stream": True, "distillation": Distillation()}, "a streamed model is not trained"),
+        ({"pretrained": "M", "stream": True, "gradient_checkpointing": True}, "a streamed model is not trained"),
         ({"pretrained": "M", "optimizer": "adamw"}, r"optimizer must be something like partial\(AdamW.*got 'adamw'"),
     ],
 )

@@ -118,6 +118,8 @@ def test_runs_of_other_models_or_with_other_data_are_told_apart(tmp_path):
         "Magnitude, large, sequence_length 16, source my.txt",
     ]
     assert sum(row["stage"] == "dense" for row in comparison.rows()) == 3
+    different = "/models/large, 30 parameters; org/small, 10 parameters"
+    assert comparison.notes()[0] == f"the runs are of different models, so their figures do not compare: {different}"
     plot(comparison, tmp_path / "p.svg")
     legend = ElementTree.parse(tmp_path / "p.svg").find(".//{*}g[@id='legend_1']")
     assert len([group for group in legend if group.get("id", "").startswith("text")]) == 7
@@ -153,6 +155,11 @@ def test_the_dense_model_is_one_row_where_runs_have_other_metrics(runs, also, ro
 
 def test_printed_it_is_its_table(runs):
     assert str(Comparison(runs)) == Comparison(runs).to_markdown()
+
+
+def test_nothing_is_no_comparison():
+    with pytest.raises(ValueError, match="nothing to compare: name the folders of one or more runs"):
+        Comparison([])
 
 
 def test_figures_that_do_not_compare_are_noted(runs):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -221,6 +222,9 @@ def test_zeros_are_said_to_save_nothing_only_where_they_do_not():
     assert "zeros in ordinary dense kernels save nothing" in level[1]
     faster = report_of(*[1.2] * 7, zeros=0.5).findings()
     assert faster == ["pruned: decoding: faster"]
+    half = report_of(*[1.2] * 7)
+    half.models[1] = replace(half.models[1], dtype="bfloat16")
+    assert half.findings()[1].startswith("The models differ in dtype")
     narrow = report_of(*[1.2] * 7, multiplied=60).findings()
     assert narrow[1] == "pruned: a token is multiplied by 0.75 of the weights, which promises 1.33 x"
 

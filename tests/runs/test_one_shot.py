@@ -90,6 +90,7 @@ def test_other_processes_hear_of_a_model_that_cannot_be_written(tmp_path, told, 
         ({"ignore": ["nosuch"]}, True, "'nosuch' matches no linear"),
         ({"allocation": {"nosuch": 0.3}}, True, "'nosuch' matches no linear"),
         ({"schedule": Gradual(0, 4)}, False, "schedule ends at step 4, training at step 3"),
+        ({"schedule": Gradual(0, 3)}, True, "a gradual schedule prunes while a model trains"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_evaluation(tmp_path, monkeypatch, asked, save, message):

@@ -24,9 +24,11 @@ from wanda_lightning import (
     SparseGPTPruning,
     TextDataModule,
     WandaPruning,
+    WidthPruning,
     ZeroShotEvaluation,
     compress,
 )
+from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import at_sparsity
 from wanda_lightning.data.builtin_text import BuiltinText
@@ -382,11 +384,27 @@ def test_bad_requests_are_refused_before_anything_is_loaded(tmp_path, asked, mes
         ([], "one pruning callback such as WandaPruning, got 0"),
         ([WandaPruning(), MagnitudePruning()], "got 2"),
         ([WandaPruning(pattern="2:4")], "leave pattern and schedule out, got pattern='2:4'"),
+        ([WandaPruning(schedule=Gradual(0, 4))], r"leave pattern and schedule out, got .*schedule=Gradual\(start=0"),
+        ([WandaPruning(), WidthPruning()], "their shapes have to stay: make the model smaller first"),
     ],
 )
 def test_what_has_no_sparsity_to_choose_is_refused(tmp_path, callbacks, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, *callbacks).search(CausalLM("no-such-model"), data(), max_perplexity_increase=0.1)
+
+
+def test_a_streamed_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a search keeps the dense weights in memory, and stream leaves them on disk"):
+        trainer(tmp_path, WandaPruning()).search(CausalLM("no-model", stream=True), data(), max_perplexity_increase=0.1)
+
+
+def test_a_metric_that_is_no_number_for_the_dense_model_is_refused(tmp_path):
+    class Undefined(SomebodysModule):
+        def validation_step(self, batch, batch_idx):
+            self.log("share", torch.tensor(torch.nan))
+
+    with pytest.raises(ValueError, match="share of the dense model is nan: nothing compares"):
+        trainer(tmp_path, WandaPruning()).search(Undefined(), TheirData(), metric="share", max_rise=0.1)
 
 
 @pytest.mark.parametrize("most", [np.float32(0.1), np.float64(0.1)])
