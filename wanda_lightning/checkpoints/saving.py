@@ -122,7 +122,6 @@ def _take_along(model: "PreTrainedModel", folder: Path) -> None:
             source = Path(snapshot_download(model.name_or_path, revision=revision, allow_patterns=names))
         except (OSError, ValueError) as error:
             log.warning("settings of processors, if %s has any, are not saved (%r)", model.name_or_path, error)
-            return
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

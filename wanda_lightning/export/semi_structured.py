@@ -100,8 +100,6 @@ def _reason_to_skip(linear: PrunableLinear, device: torch.device, limits: dict[t
     module, weight = linear.module, linear.weight.detach()
     if linear.expert is not None:
         return "experts that are fused into one weight have kernels of their own"
-    if not isinstance(module, nn.Linear):
-        return f"{type(module).__name__} is no nn.Linear"
     if type(module).forward is not nn.Linear.forward:  # such as Falcon's, which transposes the weight
         return f"{type(module).__name__} computes in a way of its own"
     if weight.layout != torch.strided or type(weight) is not Tensor:
