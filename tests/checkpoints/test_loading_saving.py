@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_llama
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_model
 
 from wanda_lightning.checkpoints import saving
+from wanda_lightning.checkpoints.folders import place_for
 from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
 from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
@@ -82,6 +83,20 @@ def test_what_lies_beside_a_model_is_not_deleted(tmp_path, llama, save):
     with pytest.raises(ValueError, match=r"holds checkpoint-500, losses\.csv beside a model, and would be replaced"):
         save(llama, tmp_path)
     assert {"checkpoint-500", "losses.csv"} < {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_older_model_in_other_files_is_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"weights")
+    assert place_for(tmp_path) == tmp_path
+
+
+def test_the_weights_of_any_module_take_the_place_of_older_ones(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(2, 2)
+        save_weights(module, tmp_path / "model")
+    assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")["weight"], module.weight)
 
 
 def test_the_config_of_another_program_makes_no_model(tmp_path, llama):

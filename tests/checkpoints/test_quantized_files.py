@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
 
 from wanda_lightning.checkpoints.loading import load_model, load_streamed
+from wanda_lightning.checkpoints.quantization import _method
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.pruner import prune_model
@@ -143,6 +144,11 @@ def test_others_are_refused_in_a_line_before_weights_are_read(method, load, tmp_
     with pytest.raises(ValueError, match=rf"is quantised \({method}\), .*prune before quantising") as refused:
         load(str(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("said", "method"), [({"load_in_8bit": True}, "bitsandbytes"), ({"bits": 4}, "?"), ({}, None)])
+def test_what_older_configs_say(said, method):
+    assert _method(said) == method
 
 
 def test_a_config_for_quantising_while_loading_is_refused(tmp_path):

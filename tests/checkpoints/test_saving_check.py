@@ -111,6 +111,12 @@ def test_refused_before_anything_changes(make, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_tokenizer_that_cannot_be_saved_is_told_of_too(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, folder: 1 / 0)
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be saved: division by zero"):
+        check_can_be_saved(llama, tokenizer)
+
+
 @pytest.mark.parametrize("make", [tiny_llama, dropped_layer])
 def test_the_first_of_two_processes_checks_for_both(make, tmp_path):
     """In the second one transformers saves nothing, and a model of default size would be read back."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import Magnitude, SemiStructured, Unstructured, prune_model
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.cli.compress import compress_command, decompress_command
-from wanda_lightning.export.bitmask import CHECKSUM, HEADER
+from wanda_lightning.export.bitmask import CHECKSUM, HEADER, compress_file
 from wanda_lightning.export.compression import compress, decompress, load_compressed
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.decoder import decoder_layers
@@ -84,6 +84,8 @@ def test_the_loaded_model_is_the_same(tmp_path, dtype, batches):
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]).logits, expected(batches[0]).logits)
     assert load_compressed(str(tmp_path / "small"), dtype=torch.float16).dtype == torch.float16
+    (tmp_path / "small" / "generation_config.json").unlink()  # as of models that say nothing of it
+    assert load_compressed(str(tmp_path / "small")).generation_config.max_new_tokens != 77
 
 
 def test_a_mixture_of_experts_is_loaded_too(tmp_path, batches):
@@ -112,6 +114,8 @@ def test_a_model_with_code_of_its_own_is_loaded_if_that_is_trusted(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
     compress(folder, tmp_path / "small")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        load_compressed(tmp_path / "small")
     assert type(load_compressed(tmp_path / "small", trust_remote_code=True)).__name__ == "OwnForCausalLM"
 
 
@@ -127,6 +131,7 @@ def test_what_is_stored(tmp_path):
     bits = [int(bit) for byte in stored[f"{name}.bitmask"].tolist() for bit in f"{byte:08b}"]
     assert bits == (weight != 0).int().tolist()
     assert "model.embed_tokens.weight" in stored  # has no zeros: stays as it is
+    assert "wanda-lightning decompress FOLDER OUTPUT" in (tmp_path / "small/COMPRESSED.md").read_text()
 
 
 def header_of(file: Path) -> dict[str, dict]:
@@ -193,6 +198,14 @@ def test_only_what_gets_smaller_is_compressed(tmp_path):
 
     assert stored(4) == {"w"}
     assert stored(5) == {"w.values", "w.bitmask"}
+
+
+def test_signs_of_zeros_count_where_it_is_asked_what_gets_smaller(tmp_path):
+    weight = torch.ones(64, dtype=torch.bfloat16)
+    weight[:7] = -0.0  # 57 values, a mask and signs, of 8 bytes each, would be 130 bytes in place of 128
+    save_file({"w": weight}, tmp_path / "model.safetensors")  # as other programs write it, without metadata
+    compress_file(tmp_path / "model.safetensors", tmp_path / "small.safetensors")
+    assert [*load_file(tmp_path / "small.safetensors")] == ["w"]
 
 
 def test_transformers_does_not_take_it_for_an_ordinary_model(tmp_path):
