@@ -203,6 +203,26 @@ class Block(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class Attends(nn.Module):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 12}], ids=["in one", "apart"])
+def test_each_matrix_of_packed_attention_loses_half_of_its_own_weights(sizes):
+    model = nn.ModuleDict({"layers": nn.ModuleList([Attends(**sizes), Attends(**sizes)])})
+
+    def projections():
+        attention = model["layers"][1].attention
+        apart = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+        return [each.detach().clone() for each in (apart if sizes else attention.in_proj_weight.chunk(3))]
+
+    expected = [torch.where(w.abs() > w.abs().flatten().sort()[0][w.numel() // 2 - 1], w, 0) for w in projections()]
+    prune_model(model, None, "magnitude", 0.5)
+    assert all(map(torch.equal, projections(), expected))
+
+
 @pytest.mark.parametrize("batch", [(), {}, torch.empty(0, 8)], ids=str)
 def test_a_first_batch_without_numbers_is_refused(batch):
     with pytest.raises(ValueError, match="a calibration batch must hold tensors that are not empty"):
