@@ -6,6 +6,7 @@ from least_squares import error, hessian_of, normal_equations, random
 from torch import Tensor
 
 from wanda_lightning.solvers import factorize, fit_kept_weights, prune_with_admm, prune_with_mask
+from wanda_lightning.solvers.conjugate_gradients import dead_inputs
 from wanda_lightning.sparsity import SemiStructured
 
 
@@ -84,6 +85,32 @@ def test_errors_never_rise_and_fall_with_more_steps(steps, tokens):
     assert weight.isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [60, 300, 1000])
+def test_a_solved_row_waits_for_the_others(steps):
+    """Some 64 kept weights fit 40 tokens exactly; more steps, along what rounding leaves, would lead far away."""
+    dense, hessian, mask = random(64, 128).float(), hessian_of(128, 40), random(64, 128, seed=5) > 0
+    weight = dense * mask
+    fit_kept_weights(weight, dense, mask, hessian.float(), steps)
+    before, after = (error(each.double(), dense.double(), hessian) for each in (dense * mask, weight))
+    assert (after < 1e-6 * before).all()
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.01])
+def test_a_row_ends_with_the_first_step_that_is_enough(tolerance):
+    dense, hessian, mask = 7 * random(1, 24), hessian_of(24, 200), random(1, 24, seed=5) > 0
+    norm = hessian.diagonal().sqrt()
+    for steps in range(24):  # of which so many are enough, as float64 has them
+        weight = dense * mask
+        fit_kept_weights(weight, dense, mask, hessian, steps, tolerance=0)
+        gradient = ((dense - weight) @ hessian * mask / norm).norm()
+        if gradient <= tolerance * (dense * norm).norm():
+            break
+    ours = dense * mask
+    fit_kept_weights(ours, dense, mask, hessian, 100, tolerance)
+    assert 0 < steps < 23
+    assert torch.equal(ours, weight)
+
+
 def test_rows_at_their_optimum_do_not_move():
     dense, hessian, mask = random(10, 24), hessian_of(24, 200), mixed_mask(10, 24)
     weight = normal_equations(dense * mask, dense, mask, hessian).float()
@@ -128,12 +155,20 @@ def test_dead_inputs_keep_what_they_had():
     assert not weight[:, 5].any()
 
 
-def test_stops_when_every_row_is_solved():
-    """A diagonal Hessian is solved in one step; the many that are allowed take no time and no numbers."""
+@pytest.mark.parametrize("steps", [1, 10**9])
+def test_a_diagonal_hessian_is_solved_in_one_step_however_many_are_allowed(steps):
     dense, mask = random(6, 12), random(6, 12, seed=3) > 0
+    dense[2] = 0
     weight = torch.zeros(6, 12).double()
-    fit_kept_weights(weight, dense, mask, torch.diag(torch.arange(1.0, 13)).double(), steps=10**9)
+    fit_kept_weights(weight, dense, mask, torch.diag(torch.logspace(0, 4, 12)).double(), steps)
     torch.testing.assert_close(weight, dense * mask)
+
+
+def test_dead_inputs_are_those_that_single_precision_loses():
+    limit = torch.finfo(torch.float32).eps * 100 / 4
+    diagonal = torch.tensor([0, 0.9 * limit, 1.1 * limit, 100]).double()
+    assert dead_inputs(diagonal).tolist() == [True, True, False, False]
+    assert dead_inputs(torch.zeros(3)).all()
 
 
 def test_autocast_changes_nothing():

@@ -29,8 +29,8 @@ def fit_kept_weights(
         mask_OI: True = kept, same shape.
         hessian_II: X^T X up to a scale, symmetric, shape (in_features, in_features), float32 or float64.
         steps: At most so many.
-        tolerance: No more steps once the (preconditioned) gradient of every row has shrunk to this fraction of the
-            row's dense weights, both weighted with the norms of their inputs.
+        tolerance: No more steps for a row once its (preconditioned) gradient has shrunk to this fraction of its dense
+            weights, both weighted with the norms of their inputs.
     """
     diagonal_I = hessian_II.diagonal()
     dead_I = dead_inputs(diagonal_I)
@@ -47,10 +47,12 @@ def fit_kept_weights(
         direction_OI = scaled_OI.clone()
         size_O1 = _row_sum(residual_OI, scaled_OI)
         for _ in range(steps):
-            if bool((size_O1 <= enough_O1).all()):
+            unsolved_O1 = size_O1 > enough_O1
+            if not unsolved_O1.any():
                 break
             image_OI = (direction_OI @ hessian_II).masked_fill_(fixed_OI, 0)
-            step_O1 = _ratio(size_O1, _row_sum(direction_OI, image_OI))
+            # The others stay: what is left of their gradients is rounding, and where tokens are few it leads far away.
+            step_O1 = _ratio(size_O1.where(unsolved_O1, 0), _row_sum(direction_OI, image_OI))
             w_OI.addcmul_(step_O1, direction_OI)
             residual_OI.addcmul_(step_O1, image_OI, value=-1)
             torch.mul(residual_OI, inverse_I, out=scaled_OI)
@@ -58,7 +60,7 @@ def fit_kept_weights(
             direction_OI.mul_(_ratio(size_O1, before_O1)).add_(scaled_OI)
         change_OI = dense_OI - w_OI.to(weight_OI.dtype).to(w_OI)
         better_O1 = _row_sum(change_OI, change_OI @ hessian_II) < error_O1
-    weight_OI.copy_(torch.where(better_O1 & ~dead_I, w_OI.to(weight_OI.dtype), weight_OI))
+    weight_OI.copy_(torch.where(better_O1 & ~dead_I, w_OI, weight_OI))
 
 
 def dead_inputs(diagonal_I: Tensor) -> Tensor:
