@@ -108,6 +108,14 @@ def test_what_does_not_help_on_held_out_tokens_is_left_out(tokens):
     assert torch.equal(target, weight)
 
 
+def test_it_goes_no_further_than_the_whole_way(tokens):
+    x, pruned, *_, weight = tokens
+    x[-HELD_OUT:] = 3 * x[-HELD_OUT:] - 2 * pruned[-HELD_OUT:]  # there three times as much is lost
+    target, alpha = drift_of(x, pruned).target("o", weight)
+    assert alpha == 1
+    torch.testing.assert_close(target, weight + ridge(pruned, (x - pruned) @ weight.t()).t())
+
+
 def test_an_input_that_is_always_zero_gets_no_weight(tokens):
     x, pruned, *_, weight = tokens
     x[:, 3], pruned[:, 3] = 0, 0

@@ -115,6 +115,13 @@ def test_the_mask_grows_by_the_cubic_schedule(pattern):
         assert (~mask).double().mean() == pytest.approx(expected, abs=1 / score.numel())
 
 
+def test_the_mask_grows_with_every_step(monkeypatch):
+    reached, growing = [], admm._growing_mask
+    monkeypatch.setattr(admm, "_growing_mask", lambda *args: reached.append(args[2]) or growing(*args))
+    prune_with_admm(random(10, 24), hessian_of(24, 200), Unstructured(0.5), steps=5)
+    assert reached == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
 def test_sparsity_zero_changes_little():
     dense = random(6, 16)
     weight = dense.clone()

@@ -71,8 +71,7 @@ def prune_with_admm(
             z_less_u_OI = torch.where(mask_OI, sum_OI, -sum_OI)
             torch.addmm(fit_OI, z_less_u_OI, inverse_II, alpha=stage_rho, out=v_OI)
     if not mask_OI.all():  # else nothing was to go, and no weight is rounded anew
-        kept_OI = (v_OI + u_OI) / scale_I
-        weight_OI.copy_(torch.where(dead_I, weight_OI, kept_OI.to(weight_OI.dtype)))
+        weight_OI.copy_(torch.where(dead_I, weight_OI, v_OI / scale_I))  # where weights are kept, U is 0
         zero_where_pruned(weight_OI, mask_OI)
     return mask_OI
 
