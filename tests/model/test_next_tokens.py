@@ -46,6 +46,13 @@ def losses_by_transformers(model, rows):
         ]
 
 
+def test_positions_in_images_say_nothing_of_where_sequences_begin():
+    ids_BT = torch.arange(1, 9).view(2, 4)
+    inputs, labels_BT = inputs_and_labels({"input_ids": ids_BT, "position_ids": torch.zeros(3, 2, 4).long()})
+    assert torch.equal(labels_BT, ids_BT)
+    assert inputs["position_ids"].shape == (3, 2, 4)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_the_losses_of_tokens_are_those_of_each_sequence_alone(llama, side):
     rows = sequences()

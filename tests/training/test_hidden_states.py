@@ -50,6 +50,19 @@ def test_the_error_is_its_definition():
     assert scaled.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_half_precision_is_measured_in_single():
+    torch.manual_seed(0)
+    student, teacher = (300 * torch.randn(1, 2, 5, 64)).half(), (300 * torch.randn(1, 2, 5, 64)).half()
+    real = torch.ones(2, 5, dtype=torch.bool)  # squares of 300 overflow
+    expected = error_by_definition(student.double(), teacher.double(), real)
+    assert hidden_state_error([*student], [*teacher], real).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_token_that_is_zero_in_both_has_no_error():
+    student, teacher = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]]), torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
+    assert hidden_state_error([student], [teacher], torch.ones(1, 2, dtype=torch.bool)).item() == pytest.approx(1 / 8)
+
+
 def test_a_worked_example():
     """(3, 4) for (0, 5): squared distance 9 + 1, of 25; (1, 0) for (2, 0): 1 of 4; padding is not seen."""
     student = torch.tensor([[[3.0, 4.0], [1.0, 0.0], [9.0, 9.0]]])

@@ -34,7 +34,7 @@ class Columns(Unstructured):
     @override
     def mask(self, score_GN: Tensor) -> Tensor:
         """Keep the blocks of columns with the largest sums; ties go by position."""
-        sum_B = score_GN.float().mean(0).unflatten(0, (-1, self.block)).sum(1)
+        sum_B = score_GN.mean(0).unflatten(0, (-1, self.block)).sum(1)
         order_B = sum_B.sort(descending=True, stable=True).indices
         mask_B = torch.zeros_like(sum_B, dtype=torch.bool).index_fill_(0, order_B[: self.kept // self.block], 1)
         return mask_B.repeat_interleave(self.block).expand_as(score_GN)

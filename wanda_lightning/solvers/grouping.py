@@ -62,8 +62,7 @@ def _least_sums(one_OG: Tensor, other_OG: Tensor) -> Tensor:
 
 def _exchanged(loss_GG: Tensor) -> Tensor:
     """Exchange pairs of inputs between groups as long as one of the exchanges lowers the sum of the diagonal."""
-    groups = torch.arange(len(loss_GG), device=loss_GG.device)
-    inputs_G = groups.clone()
+    inputs_G = groups = torch.arange(len(loss_GG), device=loss_GG.device)
     while True:
         now_G = loss_GG.diagonal()
         gain_GG = now_G[:, None] + now_G - loss_GG - loss_GG.t()
