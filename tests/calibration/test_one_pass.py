@@ -206,6 +206,19 @@ def test_what_cannot_stop_at_one_point_is_visited_twice(mlp, method):
     }
 
 
+def test_what_is_used_without_a_call_is_seen_by_the_first_batch():
+    """Else all wait, and linears are solved in vain, until at the end of the layer ``dt_proj`` was not called."""
+
+    def calls_of_the_last(true_sequential):
+        config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=16)
+        model, calls = MambaForCausalLM(config).eval(), []
+        model.backbone.layers[0].mixer.out_proj.register_forward_hook(lambda *_: calls.append(1))
+        prune_model(model, BATCHES, Wanda(), Unstructured(0.5), true_sequential=true_sequential)
+        return len(calls)
+
+    assert calls_of_the_last(True) == calls_of_the_last(False)
+
+
 def test_a_list_of_experts_is_visited_twice(batches):
     model = tiny_llama()
     model.model.layers[1].mlp = Routed()

@@ -9,9 +9,10 @@ Shapes: B batch, T tokens, I in features.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from wanda_lightning.calibration.calibrated_layer import CalibratedLayer, check_
 from wanda_lightning.calibration.collector import by_module
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.resumable import Resumable, pause
+from wanda_lightning.calibration.weight_products import WeightProducts
 from wanda_lightning.model.experts import expert_inputs
 from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import EXPERT_OUTPUT, PrunableLinear
@@ -123,11 +125,16 @@ class OnePass:
     def _advance(self, number: int, batch: Resumable) -> Iterator[Part]:
         """Let a batch run to the next linear whose input is new, or to its end."""
         self._batch = number
-        while (stop := batch.resume()) is not None and stop.source is not None:
+        while (stop := self._resumed(number, batch)) is not None and stop.source is not None:
             linear = self._modules[stop.module][0]
             self._passed[stop.module] = stop.source.first
             yield Part([linear], {linear.name: stop.source.statistic})
             self._batch = number
+
+    def _resumed(self, number: int, batch: Resumable) -> Any:
+        """Let a batch run; the first shows at once where a linear is used without a call, which stops nobody."""
+        with WeightProducts(self._modules, _not_called) if number == 0 else nullcontext():
+            return batch.resume()
 
     def _reached(self) -> Iterator[Part]:
         """Yield the linears of the module that all batches wait at."""
@@ -206,6 +213,10 @@ class OnePass:
         source = self._sources[-1]
         self._streams.count(source.statistic, linear, inputs[0], self._batch)
         source.inputs[self._batch] = ref(inputs[0])
+
+
+def _not_called(module: nn.Module, x: Tensor) -> NoReturn:
+    raise NotOnePassError(f"the weight of a {type(module).__name__} is used without a call")
 
 
 def _checked(statistics: dict[str, InputStatistic], linears: Sequence[PrunableLinear]) -> Part:
