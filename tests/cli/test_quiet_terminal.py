@@ -33,7 +33,7 @@ def test_the_terminal_of_a_run(tiny_model_folder, tmp_path):
     said = [line.split()[0] for line in shown[-10:-1]]
     assert said == ["The", "dense", "pruned", "Once", "dense", "pruned", "Water", "dense", "pruned"]
     assert shown[-1] == "Results are in out[b]: report.html, model"
-    assert len(shown) <= 20
+    assert len(shown) <= 21
     assert "\x1b" not in done.stdout
 
 

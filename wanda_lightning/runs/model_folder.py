@@ -76,8 +76,8 @@ def check_model_folder(trainer: Trainer) -> None:
 
 def _reports_of_others(trainer: Trainer, folder: Path) -> list[Path]:
     """Find the reports in a folder of the kinds that no callback of this run writes."""
-    names = () if pruning_callbacks(trainer) else (REPORT, "pruning.md", "report.html")
-    names += () if shape_callbacks(trainer) else (SHRINKING, "shrinking.md", "shrinking.html")
+    names = [] if pruning_callbacks(trainer) else [REPORT, "pruning.md", "report.html"]
+    names += [] if shape_callbacks(trainer) else [SHRINKING, "shrinking.md", "shrinking.html"]
     return [file for name in names if (file := folder / name).exists()]
 
 
