@@ -166,6 +166,7 @@ def test_the_loss_decides_one_layer_after_the_other(padded):
     assert removed(report) == gone
     last = {f"model.layers.{n}": loss for n, loss in losses.items()}
     assert {name: report.figures[name] for name in last} == pytest.approx(last, rel=1e-4)
+    assert report.figures.keys() == {f"model.layers.{n}" for n in range(4)}  # that of the first one that went, too
 
 
 @pytest.mark.parametrize("choice", ["influence", "contiguous", "loss"])

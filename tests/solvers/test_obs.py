@@ -49,7 +49,7 @@ def test_unstructured_choice_equals_brute_force(block_size):
     torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (1, 3)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (1, 3), (6, 24)])  # 24: more than a sub-block
 def test_n_of_m_choice_equals_brute_force(n, m):
     weight, hessian, pattern = random(5, 24), correlated_hessian(24), SemiStructured(n, m)
 
