@@ -62,6 +62,13 @@ def test_the_losses_of_tokens_are_those_of_each_sequence_alone(llama, side):
         torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_losses_of_a_model_in_half_precision_are_computed_in_single(llama):
+    rows = sequences(30)
+    with torch.no_grad():
+        (losses,) = token_losses(llama.bfloat16(), [rows[0][None]])
+    torch.testing.assert_close(losses.double(), losses_by_transformers(llama, rows)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_perplexity_is_that_of_each_sequence_alone(llama, side):
     rows, metric = sequences(), Perplexity()
