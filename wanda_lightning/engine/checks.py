@@ -1,7 +1,7 @@
 """What pruning refuses before any weight has changed."""
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,9 +61,10 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
-    adapted = _adapted_parameters(model) if plan.needs_batches else set()
+    if plan.needs_batches:
+        _refuse_adapted(model, plan.linears)
     for linear in plan.linears:
-        _check_stored(linear, adapted)
+        _check_stored(linear)
         plan.patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
     check_finite(linear for linear in plan.linears if not linear.weight.is_meta)
     if plan.selection.allocator is not None:
@@ -86,19 +87,20 @@ def check_inputs(plan: Plan, inputs: CalibratedLayer | None) -> None:
         plan.reconstruction.split(len(inputs.hidden_BTD))
 
 
-def _adapted_parameters(model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Find parameters that peft adapts by themselves, such as fused experts: modules, and the names in them."""
+def _refuse_adapted(model: nn.Module, linears: Iterable[PrunableLinear]) -> None:
+    """Refuse parameters that peft adapts by themselves, such as fused experts: calls see another weight."""
     around: Any = [module for module in model.modules() if "base_layer" in module._modules]
-    return {(each.get_base_layer(), each.parameter_name) for each in around if hasattr(each, "parameter_name")}
+    adapted = {(each.get_base_layer(), each.parameter_name) for each in around if hasattr(each, "parameter_name")}
+    for linear in linears:
+        if (linear.module, linear.parameter) in adapted:
+            raise ValueError(
+                f"{linear.name} has an adapter of its own (target_parameters), which computes the weight anew for "
+                "every call: prune before adapters are added, or leave it out with ignore"
+            )
 
 
-def _check_stored(linear: PrunableLinear, adapted: Container[tuple[nn.Module, str]]) -> None:
+def _check_stored(linear: PrunableLinear) -> None:
     """Refuse a weight that is computed for every call, or packed: what is written to it would be lost."""
-    if (linear.module, linear.parameter) in adapted:
-        raise ValueError(
-            f"{linear.name} has an adapter of its own (target_parameters), which computes the weight anew for every "
-            "call: prune before adapters are added, or leave it out with ignore"
-        )
     if not linear.is_stored:
         raise ValueError(
             f"the weight of {linear.name} is computed from other parameters, and the next call would undo the pruning: "
