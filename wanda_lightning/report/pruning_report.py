@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 REPORT = "pruning.json"
 """The file that a report is written to and read from."""
+REPORT_FILES = (REPORT, "pruning.md", "report.html")
+"""All the files that it is written to: for programs, as Markdown, and as a page."""
 
 
 @dataclass
@@ -128,9 +130,10 @@ class PruningReport:
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
-        write_text(Path(folder) / REPORT, json.dumps(self.to_dict(), indent=2) + "\n")
-        write_text(Path(folder) / "pruning.md", self.to_markdown())
-        write_text(Path(folder) / "report.html", to_html(self))
+        plain, markdown, page = (Path(folder) / name for name in REPORT_FILES)
+        write_text(plain, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(markdown, self.to_markdown())
+        write_text(page, to_html(self))
 
     @property
     def title(self) -> str:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 SHRINKING = "shrinking.json"
+SHRINKING_FILES = (SHRINKING, "shrinking.md", "shrinking.html")
+"""All the files that it is written to: for programs, as Markdown, and as a page."""
 
 
 @dataclass
@@ -168,9 +170,10 @@ class Shrinking:
 
     def save(self, folder: str | Path) -> None:
         """Write ``shrinking.json``, ``shrinking.md`` and ``shrinking.html`` into a folder."""
-        write_text(Path(folder) / SHRINKING, json.dumps(self.to_dict(), indent=2) + "\n")
-        write_text(Path(folder) / "shrinking.md", self.to_markdown())
-        write_text(Path(folder) / "shrinking.html", to_html(self))
+        plain, markdown, page = (Path(folder) / name for name in SHRINKING_FILES)
+        write_text(plain, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(markdown, self.to_markdown())
+        write_text(page, to_html(self))
 
 
 def hidden_states_kept(steps: Iterable[ShrinkReport]) -> list[int] | None:

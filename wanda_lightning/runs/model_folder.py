@@ -22,8 +22,8 @@ from wanda_lightning.model.language_model import find_model, is_language_model, 
 from wanda_lightning.model.offload import is_on_disk
 from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.model_card import Kind, Training, card_of_smaller, model_card
-from wanda_lightning.report.pruning_report import REPORT
-from wanda_lightning.report.shrinking import SHRINKING
+from wanda_lightning.report.pruning_report import REPORT, REPORT_FILES
+from wanda_lightning.report.shrinking import SHRINKING, SHRINKING_FILES
 from wanda_lightning.training.lora import has_adapters, save_adapter, without_adapters
 
 
@@ -76,8 +76,8 @@ def check_model_folder(trainer: Trainer) -> None:
 
 def _reports_of_others(trainer: Trainer, folder: Path) -> list[Path]:
     """Find the reports in a folder of the kinds that no callback of this run writes."""
-    names = [] if pruning_callbacks(trainer) else [REPORT, "pruning.md", "report.html"]
-    names += [] if shape_callbacks(trainer) else [SHRINKING, "shrinking.md", "shrinking.html"]
+    names = [] if pruning_callbacks(trainer) else [*REPORT_FILES]
+    names += [] if shape_callbacks(trainer) else SHRINKING_FILES
     return [file for name in names if (file := folder / name).exists()]
 
 
