@@ -243,7 +243,6 @@ def test_what_cannot_be_pruned_layer_by_layer_is_refused():
             called_stacks(Feed(Chain(change)), torch.randn(2, 4))
         return str(error.value)
 
-    assert "blocks: layer 0 is called several times" in error_of(lambda b, x: b[1](b[0](b[0](x))))
     assert "blocks: layer 1 is called where layer 0 would be next" in error_of(lambda b, x: b[0](b[1](x)))
     assert "layer 1 is not called with what the layer before it gave" in error_of(lambda b, x: b[1](2 * b[0](x)))
     assert "blocks: 1 of its 2 layers are called" in error_of(lambda b, x: b[0](x))
@@ -291,13 +290,13 @@ def test_layers_that_do_not_repeat_themselves_are_refused():
 
 
 @torch.no_grad()
-def test_what_lies_behind_the_last_layer_does_not_run():
+def test_what_lies_behind_the_last_layer_runs_once_to_see_whether_more_are_called():
     model, batches = build(vit)
     calls = []
     model.classifier.register_forward_hook(lambda *_: calls.append(1))
     for _ in walk(model, decoder_layers(model, layers=["vit.layers"]), batches, feed=Feed(model)):
         pass
-    assert len(calls) == 0
+    assert len(calls) == 1
 
 
 @torch.no_grad()

@@ -168,9 +168,6 @@ def test_models_that_use_their_layers_in_another_way_are_refused(batches):
             next(iter(walk(model, decoder_layers(model), batches)))
         return str(error.value)
 
-    def looped(decoder):
-        decoder.layers[2].register_forward_hook(lambda _, args, out: decoder.layers[0](out))
-
     def halved(decoder):
         decoder.config.num_hidden_layers = 2
 
@@ -178,7 +175,6 @@ def test_models_that_use_their_layers_in_another_way_are_refused(batches):
         for layer in decoder.layers:
             layer.forward = lambda hidden, *_, mlp=layer.mlp, **__: hidden.add_(mlp(hidden))
 
-    assert "calls decoder layer 0 where layer 3 of 3 would be next" in error_of(looped)
     assert "calls 2 of its 3 decoder layers" in error_of(halved)
     assert "layers change in place what enters them" in error_of(in_place)
 

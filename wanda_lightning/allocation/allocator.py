@@ -85,7 +85,7 @@ class Task:
         batches = self.batches if batches is None else batches
         norms: dict[str, InputStatistic] = {}
         with self.team.together():
-            for step in walk(self.model, self.layers, batches, self.activations, feed=self.feed):
+            for step in walk(self.model, self.layers, batches, self.activations, feed=self.feed, statistic=InputNorm):
                 if step.layer.linears:
                     norms |= step.collect(InputNorm, advance=True)
         shared = [*{id(norm): norm for norm in norms.values()}.values()]

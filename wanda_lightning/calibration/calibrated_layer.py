@@ -9,6 +9,7 @@ from torch import Tensor
 from wanda_lightning.calibration.calls import hidden_states_of
 from wanda_lightning.calibration.collector import Collector
 from wanda_lightning.calibration.dense_inputs import DenseInputs
+from wanda_lightning.calibration.earlier_calls import NewStatistics
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
 from wanda_lightning.calibration.stream import Stream
@@ -31,6 +32,7 @@ class CalibratedLayer:
         is_last: Whether no layer of its stack follows, so that nothing needs its outputs.
         dense_BTD: What the layer gives in the dense model, one tensor (B, T, D) a batch, where that is wanted.
         dense_inputs: What enters the layer's linears in the dense model, where that is wanted.
+        earlier: What was gathered in earlier calls of the layer, by linear name; later statistics go on from there.
 
     Attributes:
         hidden_BTD: The hidden states entering it, one tensor a batch.
@@ -46,6 +48,7 @@ class CalibratedLayer:
         is_last: bool = False,
         dense_BTD: HiddenStates | None = None,
         dense_inputs: DenseInputs | None = None,
+        earlier: Mapping[str, InputStatistic] | None = None,
     ) -> None:
         self.layer = layer
         self._stream = stream
@@ -55,6 +58,7 @@ class CalibratedLayer:
         self.is_last = is_last
         self.dense_BTD = dense_BTD
         self.dense_inputs = dense_inputs
+        self._earlier = earlier or {}
         self.has_advanced = False
 
     def output(self, batch: int) -> Tensor:
@@ -89,6 +93,10 @@ class CalibratedLayer:
         """
         shapes = self.hidden_BTD.shapes
         return sum(x.numel() // x.shape[-1] * x.itemsize * (in_features + 2 * x.shape[-1]) for x in shapes)
+
+    def new_statistics(self, statistic: type[InputStatistic]) -> NewStatistics:
+        """Return what makes statistics of a kind for the layer's linears."""
+        return NewStatistics(statistic, self._earlier)
 
     def parts(self, statistic: type[InputStatistic]) -> list[list[PrunableLinear]]:
         """Split the pruned linears so that the statistics of each part fit in memory together.
@@ -136,7 +144,8 @@ class CalibratedLayer:
         Raises:
             ValueError: If an input is NaN or infinite, or a linear was never called that no router could pass by.
         """
-        collector = Collector(statistic, self.layer.linears if linears is None else linears, to_the_end=advance)
+        linears = self.layer.linears if linears is None else linears
+        collector = Collector(self.new_statistics(statistic), linears, to_the_end=advance)
         for batch, real in enumerate(islice(self.real, batches)):
             with collector.batch(tuple(self.hidden_BTD.shapes[batch].shape), real):
                 out = self._run(batch)

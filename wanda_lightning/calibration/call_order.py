@@ -1,32 +1,36 @@
-"""How a model has to call the layers of a stack: each once, one after another."""
+"""In which order a model calls the layers of a stack: mostly each once, one after another."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class CallOrder:
-    """Sees that a model calls each layer once, in order.
+    """Sees that a model calls layers in the order in which it is known to.
 
     Args:
-        layers: How many there are.
+        calls: The places of the layers in their list, from 0, in the order of the calls.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers, self._next = layers, 0
+    def __init__(self, calls: Sequence[int]) -> None:
+        self._calls, self._next = calls, 0
 
     def called(self, index: int) -> None:
         """Note the call of a layer.
 
         Args:
-            index: Its place among the layers, from 0.
+            index: Its place in the list.
 
         Raises:
             ValueError: If another one would be next.
         """
-        if index != self._next:
+        due = self._calls[self._next] if self._next < len(self._calls) else "none"
+        if index != due:
             raise ValueError(
-                f"the model calls decoder layer {index} where layer {self._next} of {self._layers} would be next: "
-                "only models that call each of their layers once and in order can be pruned layer by layer"
+                f"the model calls decoder layer {index} where layer {due} would be next: only models that call their "
+                "layers in one order, the same for all batches, can be pruned layer by layer; and where layers are on "
+                "disk, only those that call each of them once"
             )
         self._next += 1
 
@@ -34,11 +38,12 @@ class CallOrder:
         """Note that the model is behind its layers.
 
         Raises:
-            ValueError: If it has not called all of them.
+            ValueError: If calls are missing.
         """
-        if self._next < self._layers:
+        if self._next < len(self._calls):
             raise ValueError(
-                f"the model calls {self._next} of its {self._layers} decoder layers: name their list with layers"
+                f"the model makes {self._next} of {len(self._calls)} calls of its decoder layers: only models that "
+                "call their layers in one order, the same for all batches, can be pruned layer by layer"
             )
 
 

@@ -21,22 +21,20 @@ class _Watched:
         is_named: Whether the user says that it is one: then something may happen to what one layer gives to the next.
 
     Attributes:
-        fault: Why its layers are not called one after another; None if they are.
+        fault: Why its layers are not called one after another, once or several times; None if they are.
     """
 
     def __init__(self, layers: Sequence[nn.Module], is_named: bool) -> None:
         self.layers, self._is_named = layers, is_named
         self.fault: str | None = None if len({*layers}) == len(layers) else "a layer is in it several times"
-        self._called = 0
+        self._reached = 0  # layers that have been called
         self._passed: Any = None
 
     def enters(self, index: int, hidden: Any) -> None:
         """Note that a layer is called."""
         if self.fault is None:
-            if index < self._called:
-                self.fault = f"layer {index} is called several times"
-            elif index > self._called:
-                self.fault = f"layer {index} is called where layer {self._called} would be next"
+            if index > self._reached:
+                self.fault = f"layer {index} is called where layer {self._reached} would be next"
             elif not isinstance(hidden, Tensor):
                 self.fault = f"layer {index} is not called with a tensor"
             elif index and not self._is_named and not is_passed_on(self._passed, hidden):
@@ -44,7 +42,7 @@ class _Watched:
                     f"layer {index} is not called with what the layer before it gave; name the list with layers if it "
                     "is to be pruned"
                 )
-        self._called += 1
+        self._reached = max(self._reached, index + 1)
 
     def leaves(self, out: Any) -> None:
         """Note what a layer gave."""
@@ -55,8 +53,8 @@ class _Watched:
 
     def end(self) -> None:
         """Note that the model has run."""
-        if self.fault is None and self._called < len(self.layers):
-            self.fault = f"{self._called} of its {len(self.layers)} layers are called"
+        if self.fault is None and self._reached < len(self.layers):
+            self.fault = f"{self._reached} of its {len(self.layers)} layers are called"
 
 
 def called_stacks(

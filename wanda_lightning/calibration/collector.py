@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.earlier_calls import NewStatistics
 from wanda_lightning.calibration.early_stop import EarlyStop
 from wanda_lightning.calibration.real_tokens import RealTokens
 from wanda_lightning.calibration.weight_products import WeightProducts
@@ -33,15 +34,13 @@ class Collector:
     """Feeds what enters linears to their statistics.
 
     Args:
-        statistic: The kind of statistic.
+        new: Makes statistics.
         linears: Those of one layer.
         to_the_end: Whether the layer is to give its outputs; else it may be left when all of them were called.
     """
 
-    def __init__(
-        self, statistic: type[InputStatistic], linears: Sequence[PrunableLinear], to_the_end: bool = False
-    ) -> None:
-        self._new = statistic
+    def __init__(self, new: NewStatistics, linears: Sequence[PrunableLinear], to_the_end: bool = False) -> None:
+        self._new = new
         self._linears = linears
         self._statistics: dict[str, InputStatistic] = {}
         self._owners: set[str] = set()  # linears that feed their statistic; the others share one of these
@@ -81,7 +80,7 @@ class Collector:
         refuse_uncalled([linear.name for linear in unseen if linear.experts is None])
         refuse_unreached([linear.name for linear in unseen if linear.experts not in called])
         for linear in unseen:
-            self._statistics[linear.name] = self._empty(linear)
+            self._statistics[linear.name] = self._new.of(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,10 +100,11 @@ class Collector:
         if name not in self._statistics:
             sharing = None
             if linear.experts is None:  # which experts share an input may differ by batch and by process
-                sharing = next((owner for seen, owner in self._inputs if seen is x), None)
+                owners = (owner for seen, owner in self._inputs if seen is x and self._new.are_one(name, owner))
+                sharing = next(owners, None)
             if sharing is None:
                 self._owners.add(name)
-            self._statistics[name] = self._statistics[sharing] if sharing else self._empty(linear)
+            self._statistics[name] = self._statistics[sharing] if sharing else self._new.of(linear)
         elif name not in self._owners and not self._is_shared(name, x):  # called again, with an input of its own
             self._statistics[name] = deepcopy(self._statistics[name])
             self._owners.add(name)
@@ -120,12 +120,9 @@ class Collector:
     def _see_experts(self, linears: list[PrunableLinear], inputs: list[Any]) -> None:
         for linear in linears:
             if linear.name not in self._statistics:
-                self._statistics[linear.name] = self._empty(linear)
+                self._statistics[linear.name] = self._new.of(linear)
         for linear, x_TI in expert_inputs(linears, inputs, self._real.mask_BT):
             self._statistics[linear.name].update(x_TI)
-
-    def _empty(self, linear: PrunableLinear) -> InputStatistic:
-        return self._new(linear.weight_OI.shape[1], linear.weight.device)
 
 
 def real_inputs(x: Tensor, mask_BT: Tensor | None, linear: PrunableLinear) -> Tensor:

@@ -58,7 +58,7 @@ class _Recorder:
         self._beside, self._last, self._layers = without_hidden(given), layers - 1, layers
 
     def start_batch(self) -> None:
-        self.order = CallOrder(self._layers)
+        self.order = CallOrder(range(self._layers))
         self._hidden: Tensor | None = None  # that entered the layer before
 
     def stand_in(self, index: int, _: LayerForward) -> LayerForward:

@@ -76,7 +76,7 @@ class OnePass:
 
     def __init__(self, inputs: CalibratedLayer, statistic: type[InputStatistic], needs_outputs: bool) -> None:
         self._inputs = inputs
-        self._new = statistic
+        self._new = inputs.new_statistics(statistic)
         self._needs_outputs = needs_outputs
         self._modules = by_module(inputs.layer.linears)
         self._passed: dict[nn.Module, nn.Module] = {}  # modules that are pruned, each with the first of the same input
@@ -157,14 +157,11 @@ class OnePass:
         for behind in (False, True):
             some = [linear for linear in linears if (linear.parameter == EXPERT_OUTPUT) == behind]
             if some:
-                statistics = {linear.name: self._empty(linear) for linear in some}
+                statistics = {linear.name: self._new.of(linear) for linear in some}
                 for number, arguments in self._arrived.items():
                     for linear, x_TI in expert_inputs(some, arguments, self._inputs.real[number].mask_BT):
                         statistics[linear.name].update(x_TI)
                 yield _checked(statistics, some)
-
-    def _empty(self, linear: PrunableLinear) -> InputStatistic:
-        return self._new(linear.weight_OI.shape[1], linear.weight.device)
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Stop a batch before a module that is still to be pruned."""
@@ -178,6 +175,8 @@ class OnePass:
             if source is None or source.first is not self._passed[module]:
                 raise NotOnePassError(f"{linear.name} does not share its input in every batch")
         elif source is not None:
+            if not self._new.are_one(linear.name, self._modules[source.first][0].name):
+                raise NotOnePassError(f"{linear.name} shares its input in some calls of the layer only")
             pause(_Stop(module, source))
         else:
             self._arrive(module, linear, inputs)
@@ -209,7 +208,7 @@ class OnePass:
             self._arrived[self._batch] = inputs
             return
         if is_first:
-            self._sources.append(_Source(module, self._empty(linear)))
+            self._sources.append(_Source(module, self._new.of(linear)))
         source = self._sources[-1]
         self._streams.count(source.statistic, linear, inputs[0], self._batch)
         source.inputs[self._batch] = ref(inputs[0])

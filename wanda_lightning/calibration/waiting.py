@@ -5,7 +5,7 @@ before gave. A run that waits holds whatever the model's code holds; where nothi
 recorded instead (see dry_run.py), which holds less. Shapes: B batch, T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
@@ -38,9 +38,9 @@ class _Run:
         beside: What the layer that it waits for gives beside the hidden states.
     """
 
-    def __init__(self, run: Callable[[], None], layers: int) -> None:
+    def __init__(self, run: Callable[[], None], calls: Sequence[int]) -> None:
         self._run = Resumable(run)
-        self._order = CallOrder(layers)
+        self._order = CallOrder(calls)
         self._fill: Callable[[], None] | None = None
         self.beside: Any = None
 
@@ -69,20 +69,28 @@ class Waiting(Stream):
 
     Args:
         feed: Runs the model.
-        layers: Layers that it calls one after another.
+        layers: The layers of a stack.
         batches: Calibration batches.
         activations: Where the hidden states wait.
+        calls: The places of the layers in the stack, in the order in which the model calls them.
 
     Raises:
-        ValueError: If a batch cannot be fed to the model, all are padding, or the first layer is not called first.
+        ValueError: If a batch cannot be fed to the model, all are padding, or another layer is called first.
     """
 
-    def __init__(self, feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place) -> None:
-        self._feed, self._layers, self._batches = feed, layers, [*batches]
+    def __init__(
+        self,
+        feed: Feed,
+        layers: list[nn.Module],
+        batches: Iterable[Batch],
+        activations: Place,
+        calls: Sequence[int],
+    ) -> None:
+        self._feed, self._layers, self._batches, self._calls = feed, layers, [*batches], calls
         self._given: Any = None  # what the layer gives, for the run that goes on
-        self._runs = [_Run(partial(feed.run, batch), len(layers)) for batch in self._batches]
+        self._runs = [_Run(partial(feed.run, batch), calls) for batch in self._batches]
         self.hidden_BTD, self.arguments, self.real = HiddenStates(activations), [], []
-        parameters = [*signature(layers[0].forward).parameters]
+        parameters = [*signature(layers[calls[0]].forward).parameters]
         try:
             with standing_in(self._layers, self._wait):
                 for batch, run in zip(self._batches, self._runs, strict=True):
@@ -123,7 +131,7 @@ class Waiting(Stream):
 
     def twin(self) -> "Waiting":
         """Return runs of their own on the same batches."""
-        return Waiting(self._feed, self._layers, self._batches, self.hidden_BTD.place)
+        return Waiting(self._feed, self._layers, self._batches, self.hidden_BTD.place, self._calls)
 
     def close(self) -> None:
         """Leave all runs where they are."""

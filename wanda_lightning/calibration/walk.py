@@ -25,6 +25,7 @@ from wanda_lightning.calibration.waiting import Waiting
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.offload import in_memory, is_offloaded
+from wanda_lightning.statistics import InputStatistic
 
 
 def walk(
@@ -35,8 +36,12 @@ def walk(
     with_dense: bool = False,
     feed: Feed | None = None,
     with_dense_inputs: bool = False,
+    statistic: type[InputStatistic] | None = None,
 ) -> Iterator[CalibratedLayer]:
     """Visit the layers in order, each with the inputs that the layers before it give as they are now.
+
+    A layer that the model calls several times is visited at its last call; of the calls before, which go through the
+    layers as they are then, a statistic is gathered.
 
     Whatever the caller does to a layer while it is visited (such as pruning it) shows in the inputs of the next. The
     weights of a layer that is offloaded are in memory while it is visited. Where the layers are of several lists, such
@@ -52,43 +57,58 @@ def walk(
             it is visited. Behind the first list they begin with what its pruned layers give.
         feed: Runs the model on a batch. Default: as a language model.
         with_dense_inputs: Whether also what enters the linears in the dense model goes along.
+        statistic: What is gathered of the inputs of linears in calls of their layer before the last. Default: nothing.
 
     Yields:
         The layer and what enters it.
 
     Raises:
-        ValueError: If there are no batches, one cannot be fed to the model, or its activations overflow.
+        ValueError: If there are no batches, one cannot be fed to the model, or its activations overflow; or if the
+            dense model was to go along where not each layer is called once and in turn.
     """
     feed = feed or LanguageModelFeed(uncompiled(model))
     stacks, others = in_stacks(layers), iter(batches)
     if (first := next(others, None)) is None:
         raise ValueError("the calibration set is empty: at least one batch is needed")
     batches = chain([first], others) if len(stacks) == 1 else [first, *others]
+    calls = [[*range(len(stack))] for stack in stacks]
     for number, stack in enumerate(stacks):
         modules = [layer.module for layer in stack]
         probed = None if feed.may_hand_on else probe(feed, modules, first)
+        # Where the layers are on disk all of them are read for this: only to see in which order they are called.
+        if not (probed and (number or is_offloaded(model))):
+            calls[number:] = _look(stacks[number:], feed, first, probed)
+        order = calls[number]
+        in_turn = order == [*range(len(stack))]
+        if not in_turn and (with_dense or with_dense_inputs):
+            raise ValueError(
+                "the model does not call each of its layers once and in turn: what the dense layers give is not "
+                "known layer by layer, and reconstruction and dense_target need that; leave them out"
+            )
         with ExitStack() as streams:
             stream: Stream
-            if probed is None:
-                stream = streams.enter_context(closing(Waiting(feed, modules, batches, activations)))
+            if probed is None or not in_turn:
+                stream = Waiting(feed, modules, batches, activations, order)
             else:
-                stream = streams.enter_context(closing(dry_run(feed, modules, batches, activations, probed.given)))
-            # Where the layers are on disk all of them are read for this: only to see in which order they are called.
-            if not (probed and (number or is_offloaded(model))):
-                _look(layers if number == 0 else stack, stack, feed, first, probed)
+                stream = dry_run(feed, modules, batches, activations, probed.given)
+            streams.enter_context(closing(stream))
             dense = None
             if with_dense or with_dense_inputs:
                 dense = streams.enter_context(closing(DenseStream(stream.twin())))
-            for layer in stack:
+            earlier: dict[int, dict[str, InputStatistic]] = {}
+            for call, index in enumerate(order):
+                layer, is_last = stack[index], call + 1 == len(order)
                 memory = sum(p.nbytes for p in layer.module.parameters()) if is_offloaded(layer.module) else None
-                is_last = layer is stack[-1]
                 dense_BTD = dense.hidden_BTD if dense else None
                 seen = DenseInputs(layer, activations) if with_dense_inputs else None
-                step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen)
+                step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen, earlier.pop(index, None))
                 with in_memory(layer.module):
                     if dense:
                         dense.advance(layer, seen)
-                    yield step
+                    if index not in order[call + 1 :]:
+                        yield step
+                    elif statistic is not None and layer.linears:
+                        earlier[index] = step.collect(statistic, advance=True)
                     if seen:
                         seen.drop()
                     if not is_last:
@@ -108,13 +128,16 @@ def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:
     return stacks
 
 
-def _look(
-    layers: Sequence[DecoderLayer], stack: Sequence[DecoderLayer], feed: Feed, first: Batch, probed: Probed | None
-) -> None:
-    """Try the model on a part of a batch: what is wrong with it is better known before anything is pruned."""
-    few, modules = feed.first(first), [layer.module for layer in stack]
-    seen = look(layers, stack, feed, few)
-    if probed:
+def _look(stacks: Sequence[Sequence[DecoderLayer]], feed: Feed, first: Batch, probed: Probed | None) -> list[list[int]]:
+    """Try the model on a part of a batch: what is wrong with it is better known before anything is pruned.
+
+    Returns:
+        The places of the layers in their list, in the order in which they are called, a list.
+    """
+    few, modules = feed.first(first), [layer.module for layer in stacks[0]]
+    seen = look(stacks, feed, few)
+    if probed and seen.calls[0] == [*range(len(modules))]:
         check_one_by_one(modules, probed, seen.hidden_BTD, seen.behind_BTD)
     elif not is_offloaded(feed.model):
-        check_calls_between(modules, feed, few, seen.behind_BTD)
+        check_calls_between(modules, len(seen.calls[0]), feed, few, seen.behind_BTD)
+    return seen.calls

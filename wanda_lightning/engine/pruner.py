@@ -207,7 +207,7 @@ def _visit(plan: Plan, feed: Feed, batches: HashedBatches | None, activations: P
                 yield layer, None
     else:
         dense, dense_inputs = plan.reconstruction is not None, plan.dense_target
-        for step in walk(feed.model, plan.layers, batches, activations, dense, feed, dense_inputs):
+        for step in walk(feed.model, plan.layers, batches, activations, dense, feed, dense_inputs, plan.statistic):
             yield step.layer, step
 
 

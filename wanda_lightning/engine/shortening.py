@@ -52,7 +52,10 @@ class Shortening:
             ValueError: If its parameters cannot be replaced, or its config describes another model.
         """
         check_can_change_shape(model)
-        return cls(decoder_layers(model, targets=["*"], layers=layer_list), described(model))
+        layers = decoder_layers(model, targets=["*"], layers=layer_list)
+        if len(lists := {layer.list_name: layer for layer in layers}) > 1:
+            raise ValueError(f"the decoder layers are in several lists ({', '.join(lists)}): none of them can go alone")
+        return cls(layers, described(model))
 
     @contextmanager
     def without(self, model: nn.Module, gone: Collection[int]) -> Iterator[None]:

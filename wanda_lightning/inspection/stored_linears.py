@@ -51,9 +51,9 @@ class MatrixFinder:
 
     def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
         self._renamed = _renamed(model, layers)
-        self._list = layers[0].list_name
-        end = re.escape(self._list.rpartition(".")[2])
-        self._pattern = re.compile(rf"((?:.*?\.)?{end})\.(\d+)\.(.+)")
+        self._first = {layer.list_name: number for number, layer in reversed([*enumerate(layers)])}
+        ends = "|".join(re.escape(name.rpartition(".")[2]) for name in self._first)
+        self._pattern = re.compile(rf"((?:.*?\.)?(?:{ends}))\.(\d+)\.(.+)")
         self._linears: dict[tuple[int, str], list[PrunableLinear]] = {}
         for number, layer in enumerate(layers):
             self._linears |= {(number, name): [] for name, _ in layer.module.named_parameters()}
@@ -67,8 +67,10 @@ class MatrixFinder:
             return None
         # Files may have a prefix more than the model, or leave parts of the name out (model.layers for what is
         # model.language_model.layers in Qwen2-VL), or turn them round (language_model.model.layers).
-        same = f".{match[1]}".endswith(f".{self._list}") or {*match[1].split(".")} <= {*self._list.split(".")}
-        return (int(match[2]), match[3]) if same else None
+        for name, first in self._first.items():
+            if f".{match[1]}".endswith(f".{name}") or {*match[1].split(".")} <= {*name.split(".")}:
+                return first + int(match[2]), match[3]
+        return None
 
     def matrices(self, name: str, place: tuple[int, str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the prunable matrices of a tensor by name, each seen as (out_features, in_features)."""

@@ -54,7 +54,8 @@ def decoder_layers(
     """List the decoder layers of a model with the linears that are to be pruned.
 
     The decoder layers are the ``ModuleList`` with the most parameters in which every element holds a linear; it is
-    looked for in the model's own decoder first, and not in parts for other inputs than text. Every ``nn.Linear``,
+    looked for in the model's own decoder first, and not in parts for other inputs than text. Where it is held by one of
+    several modules of a class, as in HRM-Text, the lists of the others belong to it. Every ``nn.Linear``,
     ``transformers.Conv1D`` and ``Conv2d`` (without groups) in them is prunable, and every expert's matrix of fused
     experts (3-D parameters). Routers of mixtures of experts and linears with at most 4 inputs or outputs are pruned
     only when a target names them.
@@ -200,11 +201,17 @@ def _layer_list(model: nn.Module, named: str | None) -> dict[str, nn.Module]:
                     f"the parts of the {size} decoder layers are in several lists ({', '.join(parts)}), and those of "
                     f"one can be pruned: name it, such as layers={name!r}; the others stay dense"
                 )
-            return {name: largest}
+            return {names[m]: m for m in lists if m is largest or _is_twin(model, names[m], name)}
     raise ValueError(
         f"no decoder layers found in {type(model).__name__}: expected a ModuleList whose elements all hold an "
         f"nn.Linear or Conv1D, among {', '.join(name for name, _ in model.named_children()) or 'no children'}"
     )
+
+
+def _is_twin(model: nn.Module, one: str, other: str) -> bool:
+    """Whether two lists are in two modules of one class, as HRM-Text's for slow and for fast states."""
+    holders = {model.get_submodule(list_of(name)) for name in (one, other)}
+    return len(holders) == 2 and len({*map(type, holders)}) == 1
 
 
 def _reading_text(root: nn.Module) -> set[nn.Module]:
