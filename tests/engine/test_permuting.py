@@ -110,6 +110,36 @@ def test_less_is_lost(method):
     assert all(after < before for before, after in zip(*errors, strict=True))
 
 
+def scores(monkeypatch, method, **settings):
+    """What the order of each layer's neurons is chosen by, and the model before it is pruned."""
+    seen, choose = [], permuting.grouped
+    monkeypatch.setattr(permuting, "grouped", lambda score, pattern: seen.append(score.clone()) or choose(score, pattern))
+    prune_model(tiny_llama(), BATCHES, method, TWO_OF_FOUR, permute=True, **settings)
+    return seen, tiny_llama()
+
+
+@torch.no_grad()
+def test_what_enters_a_neuron_counts_in_the_order(monkeypatch):
+    seen, dense = scores(monkeypatch, Wanda())
+    reader, inputs = dense.model.layers[0].mlp.down_proj, []
+    reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    for batch in BATCHES:
+        dense(batch)
+    lost_OI = (reader.weight * torch.cat(inputs).norm(dim=0)).square()
+    torch.testing.assert_close(seen[0], lost_OI, rtol=1e-4, atol=1e-8)
+
+
+def test_without_calibration_weights_alone_count_in_the_order(monkeypatch):
+    seen, dense = scores(monkeypatch, Magnitude())
+    assert torch.equal(seen[0], dense.model.layers[0].mlp.down_proj.weight.detach().square())
+
+
+def test_layers_whose_neurons_are_read_by_a_dense_matrix_keep_their_order(monkeypatch):
+    seen, dense = scores(monkeypatch, Magnitude(), ignore=["layers.0.mlp.down_proj"])
+    read = [layer.mlp.down_proj.weight.detach().square() for layer in dense.model.layers[1:]]
+    torch.testing.assert_close(seen, read, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -85,3 +85,10 @@ def test_one_group_has_nothing_to_exchange():
 def test_sums_that_overflow_end_the_exchange():
     order = grouped(torch.full((4, 16), 1e300, dtype=torch.float64).square(), SemiStructured(2, 4))
     assert sorted(order.tolist()) == [*range(16)]
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**80])
+def test_the_scale_of_the_scores_does_not_matter(scale):
+    torch.manual_seed(0)
+    score = torch.randn(8, 64).square() * torch.rand(64)
+    assert torch.equal(grouped(score * scale, SemiStructured(2, 4)), grouped(score, SemiStructured(2, 4)))
