@@ -70,8 +70,10 @@ def test_what_is_pruned_is_plus_0_and_what_is_kept_stays_as_it_was(dtype):
 
 @pytest.mark.parametrize("low", [0.0, -1.0])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_scores_of_any_sign_are_sorted(low, rows):
-    score = low + torch.rand(rows, 300, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scores_of_any_sign_are_sorted(low, rows, dtype):
+    torch.manual_seed(0)
+    score = (low + torch.stack([torch.randperm(300) for _ in range(rows)])).to(dtype)
     score[:, 7] = torch.inf
     mask = Unstructured(0.4).mask(score)
     for scores, kept in zip(score.tolist(), mask.tolist(), strict=True):
