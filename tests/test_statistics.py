@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from wanda_lightning.statistics import InputNorm
+from wanda_lightning.statistics import InputHessian, InputNorm
 
 
 def inputs(*shape: int) -> torch.Tensor:
@@ -54,6 +54,18 @@ def test_golden_activation_statistic(golden, golden_cases):
             continue
         mean = norm_of(*golden[f"case{i}.inputs"]).compute().square() / case["nsamples"]
         torch.testing.assert_close(mean, golden[f"case{i}.scaler_row"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [InputNorm, InputHessian])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_one_input_that_overflows_is_seen(kind, value):
+    x = inputs(5, 8)
+    statistic = kind(8)
+    statistic.update(x)
+    assert statistic.is_finite
+    x[3, 6] = value
+    statistic.update(x)
+    assert not statistic.is_finite
 
 
 def test_wrong_width_is_refused():

@@ -79,6 +79,13 @@ def test_norm_is_wandas():
     assert hessian_of(x).norm().tokens == norm.tokens
 
 
+def test_norm_goes_on_apart_from_the_hessian():
+    x = inputs(20, 8)
+    hessian = hessian_of(x)
+    hessian.norm().update(x)
+    assert torch.equal(hessian.compute(), hessian_of(x).compute())
+
+
 def test_output_energy_is_exact_and_its_diagonal_estimate_is_not():
     x = inputs()
     weight = torch.randn(11, 37, generator=torch.Generator().manual_seed(5))

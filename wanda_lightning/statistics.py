@@ -181,7 +181,7 @@ class InputHessian(InputStatistic):
 
     def norm(self) -> InputNorm:
         """Return what an :class:`InputNorm` would hold after the same inputs: the diagonal of the sums."""
-        norm = InputNorm(self.in_features, self.total.device, self.total.dtype)
+        norm = InputNorm(self.in_features)
         norm.total, norm.tokens = self.total.diagonal().clone(), self.tokens
         return norm
 

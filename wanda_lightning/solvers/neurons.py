@@ -114,12 +114,10 @@ def _remove_some(w_OI: Tensor, inverse_II: Tensor, mask_I: Tensor, number: int) 
         u_I, v_O = u_I / u_I[j].sqrt(), v_O / u_I[j].sqrt()
         along_I = v_O @ w_OI - u_IB[:, :b] @ (v_O @ v_OB[:, :b])
         norm_I = (norm_I - 2 * along_I * u_I + v_O.square().sum() * u_I.square()).clamp_min_(0)
-        p_I = (p_I - u_I.square()).masked_fill_(~mask_I, 1)
+        p_I -= u_I.square()
         u_IB[:, b], v_OB[:, b] = u_I, v_O
     inverse_II.addmm_(u_IB, u_IB.t(), alpha=-1)
     w_OI.addmm_(v_OB, u_IB.t(), alpha=-1)
-    inverse_II.diagonal().masked_fill_(~mask_I, 1)
-    w_OI[:, ~mask_I] = 0
 
 
 @torch.no_grad()
