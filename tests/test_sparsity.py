@@ -104,6 +104,12 @@ def test_checks_find_a_wrong_mask():
         SemiStructured(2, 4).check_mask(mask)
 
 
+def test_a_single_group_that_is_wrong_is_found():
+    mask = torch.tensor([[True, False, False, True], [True, False, True, True], [False, True, True, False]])
+    with pytest.raises(ValueError, match="a group of 4 does not keep exactly 2"):
+        SemiStructured(2, 4).check_mask(mask)
+
+
 @pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.5, float("nan"), float("inf"), "0.5", True, None])
 def test_sparsity_outside_its_range(sparsity):
     with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\)"):

@@ -63,3 +63,8 @@ def test_what_may_be_more_is_never_less():
 def test_what_cannot_be_reached_is_refused():
     with pytest.raises(ValueError, match="no choice reaches a total of 5: the most that there is to gain is 4"):
         cheapest_split([[0, 1], [0, 1]], [[0, 2], [0, 2]], 5, over=True)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_where_nothing_is_to_be_gained_the_cheapest_options_are_chosen(over):
+    assert cheapest_split([[3, 1], [2, 5]], [[0, 0], [0, 0]], 0, over) == [1, 0]
