@@ -330,10 +330,17 @@ def test_every_so_many_batches_one_is_held_out(batches, share, train, held_out):
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral, lambda: tiny_llama().bfloat16()])
 def test_where_memory_is_short_parts_are_computed_twice(build, monkeypatch, caplog):
-    plain, wanted = pruned(build())
+    def counted(calls):
+        model = build()
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+        return pruned(model)
+
+    once, twice = [], []
+    plain, wanted = counted(once)
     monkeypatch.setattr(reconstruction, "free_memory", lambda device: 1000)
     with caplog.at_level("INFO"):
-        model, report = pruned(build())
+        model, report = counted(twice)
+    assert len(twice) > len(once)
     assert sum("parts are computed twice" in line for line in caplog.messages) == len(report.reconstruction)
     assert differing(model, plain) == []
     assert [layer.after for layer in report.reconstruction.values()] == [
