@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny_llama
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 
 from wanda_lightning.checkpoints import saving
 from wanda_lightning.checkpoints.folders import place_for
-from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
+from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import Wanda
@@ -184,6 +184,25 @@ def test_missing_models_are_explained(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match=r"cannot load the model of .*: Error no file named model\.safetensors"):
         load_model(str(tmp_path))
+
+
+def test_the_file_that_was_cut_off_is_named(tmp_path, llama):
+    llama.save_pretrained(tmp_path, max_shard_size="40KB")
+    file = tmp_path / "model-00003-of-00005.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"model-00003-of-00005\.safetensors is cut off"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_model, load_streamed])
+def test_a_model_without_all_of_its_weights_is_refused(tmp_path, llama, load):
+    """The rest would be drawn at random, and pruned."""
+    llama.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights .* random: model\.layers\.1\.mlp\.up_proj"):
+        load(tmp_path)
 
 
 def test_a_weight_that_is_not_a_number_is_saved_as_it_is(tmp_path):

@@ -16,7 +16,7 @@ from wanda_lightning.checkpoints.folders import check_place, model_folder
 from wanda_lightning.checkpoints.quantization import dense_settings, forget_quantization
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
-from wanda_lightning.checkpoints.tensor_files import COMPRESSED
+from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_files
 from wanda_lightning.model.decoder import decoder_layers
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         The model, in eval mode.
 
     Raises:
-        ValueError: If there is no such model, it is no causal language model, it is quantised in another way, or there
-            is no such dtype.
+        ValueError: If there is no such model, it is no causal language model, it is quantised in another way, its files
+            are damaged or lack some of its weights, or there is no such dtype.
     """
     wanted, run, pretrained = checked_dtype(dtype), Path(pretrained).expanduser(), model_folder(pretrained)
     if pretrained == str(run / "model") and (run / "adapter").is_dir():
@@ -53,10 +53,20 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
     dequantized = dense_settings(config, pretrained, kwargs.get("quantization_config"))
     if dequantized and wanted not in (None, torch.bfloat16) and "offload_folder" in kwargs:
         raise ValueError(f"{pretrained} is de-quantised to bfloat16 where it is streamed, got dtype {dtype!r}")
+    folder = _folder(pretrained)
+    for file in weight_files(Path(folder)) if Path(folder).is_dir() else []:
+        with opened(file):  # whose error names the file; transformers' does not
+            pass
+    settings = kwargs | dequantized | {"output_loading_info": True}
     try:
-        model = auto_class(config).from_pretrained(_folder(pretrained), dtype=wanted or "auto", **kwargs | dequantized)
+        model, info = auto_class(config).from_pretrained(folder, dtype=wanted or "auto", **settings)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
+    if missing := sorted(info["missing_keys"] & {name for name, _ in model.named_parameters()}):
+        raise ValueError(
+            f"{pretrained} lacks {len(missing)} of the weights that its config describes, which would be random: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
     forget_quantization(model)
     if dequantized and wanted is not None:
         for parameter in model.parameters():  # transformers de-quantises to bfloat16, whatever is asked for
