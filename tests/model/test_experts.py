@@ -17,6 +17,7 @@ from wanda_lightning.methods import Magnitude, SparseGPT, Wanda
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.experts import expert_inputs
 from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.linears import prunable_linears
 from wanda_lightning.sparsity import SemiStructured, Unstructured
 from wanda_lightning.statistics import InputHessian, InputNorm
 from wanda_lightning.training.masks import WeightMasks
@@ -196,6 +197,32 @@ def test_experts_are_pruned_with_what_enters_them(batches, padded):
                 SparseGPT(block_size=16).prune(parameter[expert], statistic, SemiStructured(2, 4))
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
     assert not all(map(torch.equal, model.parameters(), looped_llama().parameters()))
+
+
+class BroadcastExperts(nn.Module):
+    """All see all tokens, in one product with them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(4, 8, 10)), nn.Parameter(torch.randn(4, 5, 8))
+
+    def forward(self, x):
+        gate, up = (x @ self.gate_up_proj).chunk(2, dim=-1)
+        return (gate.sigmoid() * up) @ self.down_proj
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (1, 6, 8), (4, 6, 8), (2, 1, 3, 8)])
+@torch.no_grad()
+def test_tokens_that_are_multiplied_with_all_experts_at_once_enter_each(shape):
+    torch.manual_seed(0)
+    module, x_TI = BroadcastExperts(), torch.randn(6, 8)
+    called = x_TI.expand(shape) if shape[-2] == 6 else x_TI.view(shape)
+    seen = {linear.name: x for linear, x in expert_inputs(prunable_linears(module, "mlp"), [called], None)}
+    expected = {}
+    for expert in range(4):
+        gate_TI, up_TI = (x_TI @ module.gate_up_proj[expert]).chunk(2, dim=-1)
+        expected[f"mlp.gate_up_proj.{expert}"], expected[f"mlp.down_proj.{expert}"] = x_TI, gate_TI.sigmoid() * up_TI
+    torch.testing.assert_close(seen, expected)
 
 
 def test_experts_whose_rows_are_sorted_cannot_tell_padding():

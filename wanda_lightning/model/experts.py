@@ -129,7 +129,7 @@ class _ExpertProducts(Products):
                 continue
             start = (factor.data_ptr() - weight.data_ptr()) // weight.element_size()
             if 0 <= start < weight.numel():  # a view of the weight: one expert, or all
-                rows = x if factor.dim() == 3 else x[None]
-                for expert, x_TI in enumerate(rows, start // weight.stride(0)):
+                each = x.expand(*x.shape[:-3], len(factor), -1, -1).unbind(-3) if factor.dim() == 3 else [x]
+                for expert, x_TI in enumerate(each, start // weight.stride(0)):
                     # Where all experts see all tokens, those that were not chosen for one see zeros.
                     self.seen.setdefault((name, expert), []).append(x_TI[x_TI.any(-1)])
