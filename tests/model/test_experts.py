@@ -140,7 +140,7 @@ class LoopedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(4, 32, 16) / 4)
 
     def forward(self, hidden_TI, index_TK, weight_TK):
-        out_TI = torch.zeros_like(hidden_TI)
+        out_TI = torch.zeros_like(hidden_TI, dtype=self.gate_up_proj.dtype)
         for expert in index_TK.unique():
             token_T, chosen_T = torch.where(index_TK == expert)
             gate_TO, up_TO = apply_linear(hidden_TI[token_T], weight=self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -236,14 +236,37 @@ def test_experts_whose_rows_are_sorted_cannot_tell_padding():
         list(expert_inputs(linears, [torch.randn(32, 32), [8, 8, 8, 8]], torch.arange(16)[None] > 3))
 
 
-def test_experts_that_cannot_be_watched_are_refused(batches, monkeypatch):
+def test_experts_that_no_token_enters_are_not_refused():
+    linears = prunable_linears(LoopedExperts(), "mlp")
+    nothing = [torch.empty(0, 32), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2)]
+    assert not list(expert_inputs(linears, nothing, None))
+
+
+@pytest.mark.parametrize("take", [torch.mm, torch.Tensor.mm, torch.Tensor.matmul])
+@torch.no_grad()
+def test_a_product_may_be_taken_in_several_ways(monkeypatch, take):
+    torch.manual_seed(0)
+    module, called = LoopedExperts(), [torch.randn(6, 32), torch.arange(12).view(6, 2) % 4, torch.rand(6, 2)]
+    linears = prunable_linears(module, "mlp")
+    expected = {linear.name: x for linear, x in expert_inputs(linears, called, None)}
+    monkeypatch.setitem(globals(), "apply_linear", lambda x, weight: take(x, weight.T))
+    monkeypatch.setattr(LoopedExperts, "last", lambda self, x_TI, expert: take(x_TI, self.down_proj[expert].T))
+    torch.testing.assert_close({linear.name: x for linear, x in expert_inputs(linears, called, None)}, expected)
+
+
+def product_by_einsum(x_TI, weight):
+    return torch.einsum("ti,oi->to", x_TI, weight)
+
+
+@pytest.mark.parametrize(("parameter", "other"), [("down_proj", apply_linear), ("gate_up_proj", product_by_einsum)])
+def test_experts_that_cannot_be_watched_are_refused(batches, monkeypatch, parameter, other):
+    monkeypatch.setitem(globals(), "apply_linear", other)
     monkeypatch.setattr(
-        LoopedExperts, "last", lambda self, x_TI, expert: torch.einsum("ti,oi->to", x_TI, self.down_proj[expert])
+        LoopedExperts, "last", lambda self, x_TI, expert: product_by_einsum(x_TI, self.down_proj[expert])
     )
     model = looped_llama()
-    with pytest.raises(
-        ValueError, match=r"what enters model\.layers\.0\.mlp\.experts\.down_proj cannot be told: Looped"
-    ):
+    message = rf"what enters model\.layers\.0\.mlp\.experts\.{parameter} cannot be told: Looped"
+    with pytest.raises(ValueError, match=message):
         prune_model(model, batches, Wanda(), Unstructured(0.5))
     assert all(map(torch.equal, model.parameters(), looped_llama().parameters()))
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from wanda_lightning.model.linears import EXPERT_INPUTS, EXPERT_OUTPUT, PrunableLinear, in_experts_interface
 from wanda_lightning.model.products import EVERY, Products
@@ -83,10 +84,10 @@ def _seen_in_products(
     experts = linears[0].module
     with _ExpertProducts(experts) as watched:
         experts.forward(*(inputs if mask_BT is None else _real(inputs, mask_BT, linears[0])))
-    if watched.seen and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in watched.seen}):
+    if watched.used and (unseen := {x.parameter for x in linears} - {parameter for parameter, _ in watched.seen}):
         raise ValueError(
-            f"what enters {linears[0].experts}.{unseen.pop()} cannot be told: {type(experts).__name__} multiplies with "
-            "it in another way than by F.linear, matmul or bmm; leave it out with ignore"
+            f"what enters {linears[0].experts}.{min(unseen)} cannot be told: {type(experts).__name__} multiplies with "
+            "it in another way than by F.linear, matmul, mm or bmm; leave it out with ignore"
         )
     for linear in linears:
         for x_TI in watched.seen.get((linear.parameter, linear.expert), []):
@@ -115,12 +116,21 @@ class _ExpertProducts(Products):
 
     Attributes:
         seen: The inputs, each (tokens, I), by the name of the parameter and the number of the expert.
+        used: Whether anything is computed with the weights; not where no token comes.
     """
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__(EVERY, self._look)
         self._experts = experts
         self.seen: dict[tuple[str, int | None], list[Tensor]] = {}
+        self.used = False
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":  # of a shape, or the like
+            weights = self._experts._parameters.values()
+            self.used |= any(x is weight for x in args for weight in weights if weight is not None)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _look(self, x: Tensor, factor: Tensor) -> None:
         for name in (*EXPERT_INPUTS, EXPERT_OUTPUT):

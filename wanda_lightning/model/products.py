@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-EVERY = (F.linear, torch.bmm, Tensor.bmm, *MATMULS)
+EVERY = (F.linear, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, *MATMULS)
 
 
 class Products(TorchFunctionMode):
