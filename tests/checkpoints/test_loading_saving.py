@@ -8,7 +8,7 @@ from helpers import tiny_llama
 from safetensors.torch import load_file, save_file, save_model
 
 from wanda_lightning.checkpoints import saving
-from wanda_lightning.checkpoints.folders import place_for
+from wanda_lightning.checkpoints.folders import check_place, place_for
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
@@ -151,10 +151,13 @@ def test_a_model_that_does_not_read_back_is_an_error(tmp_path, llama, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_do_not_read_back_are_an_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", [0.5, torch.nan])
+def test_weights_that_do_not_read_back_are_an_error(tmp_path, monkeypatch, value):
     module, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    other.load_state_dict(module.state_dict())
+    torch.nn.init.constant_(other.bias, value)
     monkeypatch.setattr(saving, "save_model", lambda _, file: save_model(other, file))
-    with pytest.raises(RuntimeError, match=r"saved weights are not those of the model: \w+ differs"):
+    with pytest.raises(RuntimeError, match=r"saved weights are not those of the model: bias differs"):
         save_weights(module, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -172,6 +175,13 @@ def test_a_model_with_adapters_is_not_saved_as_if_it_had_none(tmp_path, llama):
     add_adapters(llama, LoraSettings())
     with pytest.raises(ValueError, match="the model has adapters, and merging them would fill the zeros"):
         save_pretrained(llama, None, tmp_path / "model")
+
+
+@pytest.mark.parametrize("named", ["model.gguf", "model"])
+def test_what_is_there_is_not_refused(tmp_path, llama, named):
+    (tmp_path / "model.gguf").touch()
+    llama.save_pretrained(tmp_path / "model")
+    check_place(tmp_path / named)
 
 
 def test_missing_models_are_explained(tmp_path):

@@ -1,5 +1,6 @@
 """What a model says, against a loop that asks for one token after another."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama
@@ -121,7 +122,7 @@ def test_from_the_folder_of_a_model_or_of_a_run(tiny_model_folder, tokenizer, tm
     run.mkdir()
     (run / "model").symlink_to(tiny_model_folder)
     said = generate(str(run), ["Sparse"], 5)
-    assert said == generate(str(tiny_model_folder), ["Sparse"], 5)
+    assert said == generate(str(tiny_model_folder), ["Sparse"], np.int64(5))
     assert said == {"Sparse": one_by_one(tiny_llama(vocab_size=len(tokenizer)), tokenizer, "Sparse", 5)}
     with pytest.raises(ValueError, match="tokens must be"):
         generate(str(run), tokens=0)

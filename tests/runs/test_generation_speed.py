@@ -206,6 +206,11 @@ def test_what_rounds_to_one_is_no_faster():
     assert str(Gain([1.25, 1.5, 1.1, 1.75, 2.0, 1.5, 1.5])) == "1.50 (1.38 to 1.62) x, faster"
 
 
+def test_a_round_without_a_difference_speaks_for_neither():
+    """Six rounds of ten for it are a matter of chance, 75 %; ten of ten would not be."""
+    assert Gain([1.0] * 4 + [1.2] * 6).verdict == "no faster"
+
+
 def report_of(*ratios: float, zeros: float = 0.0, multiplied: int = 80) -> SpeedReport:
     """A model and another that is so many times as fast, round by round."""
     dense = ModelSpeed("dense", "float32", 100, 80, 0.0, 400, 500, {"decoding": [10.0] * len(ratios)})

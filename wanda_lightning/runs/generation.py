@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wanda_lightning.arguments import checked_device, whole_number
+from wanda_lightning.arguments import checked_device, plain, whole_number
 from wanda_lightning.checkpoints.loading import load_model, load_tokenizer
 from wanda_lightning.checkpoints.quiet import quiet_if_small
 from wanda_lightning.evaluation.generation import PROMPTS, TOKENS, check_prompts, continue_prompts
@@ -36,6 +36,7 @@ def generate(
     Raises:
         ValueError: If there is no such model, it has no tokenizer, or a prompt is empty, or there is no such device.
     """
+    tokens = plain(tokens)
     whole_number("tokens", tokens, 1)
     check_prompts(prompts)
     place = checked_device(device)
