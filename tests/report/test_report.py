@@ -55,8 +55,9 @@ def test_totals(report, llama):
     assert report.whole_model_sparsity == pytest.approx(zeros / llama.num_parameters(), abs=1e-4)
 
 
-def test_printed_it_is_a_line_of_totals(report):
-    assert str(report).startswith("Wanda, unstructured, sparsity 0.5: 50.00% of the weights of 18 linears are zero")
+@pytest.mark.parametrize("shown", [str, repr])
+def test_printed_or_at_the_end_of_a_cell_it_is_a_line_of_totals(report, shown):
+    assert shown(report) == f"Wanda, unstructured, sparsity 0.5: {report.summary}"
 
 
 def test_shared_parameters_count_once():

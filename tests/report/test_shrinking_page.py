@@ -26,6 +26,12 @@ def shrinking():
     return Shrinking([narrower(), fewer], {"name": "a & b"}, {"dense": {"val/perplexity": 12.345}}, {"source": "a<b"})
 
 
+def test_printed_or_at_the_end_of_a_cell_it_is_a_line_of_totals(shrinking):
+    sizes = "intermediate_size 64 -> 48, num_key_value_heads 4 -> 1, num_hidden_layers 3 -> 2"
+    assert repr(shrinking) == f"{sizes}: 2,000 parameters became 1,000 (-50.00%), 7.81 KiB became 3.91 KiB."
+    assert str(shrinking.steps[1]).startswith("num_hidden_layers 3 -> 2: 1,500 parameters became 1,000 (-33.33%)")
+
+
 def test_what_is_left_and_what_went(shrinking):
     page = to_html(shrinking)
     found = re.findall(r'class="name">(.*?)</div><div class="bar"><i style="width: calc\(([\d.]+)', page)

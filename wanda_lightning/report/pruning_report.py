@@ -121,7 +121,7 @@ class PruningReport:
         """
         return to_table(self, details)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.title}: {self.summary}"
 
     def _repr_html_(self) -> str:

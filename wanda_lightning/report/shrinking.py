@@ -61,6 +61,9 @@ class ShrinkReport:
         """One sentence of totals."""
         return f"{self.title}: {change_of(self.parameters, self.bytes)}, in {self.seconds:.1f} s."
 
+    def __repr__(self) -> str:
+        return self.summary
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain types."""
         return asdict(self)
@@ -123,6 +126,9 @@ class Shrinking:
     def summary(self) -> str:
         """One sentence of totals."""
         return f"{self.title}: {change_of(self.parameters, self.bytes)}."
+
+    def __repr__(self) -> str:
+        return self.summary
 
     def to_dict(self) -> dict[str, Any]:
         """Return all as plain types, the totals first."""
