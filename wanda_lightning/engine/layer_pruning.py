@@ -67,11 +67,12 @@ def prune_layer(
     with processes.together():
         if is_offloaded(layer.module):  # others were looked at before the first layer
             check_finite(layer.linears)
-    trained = None
+    trained, passes = None, None if inputs is None else 2
     with permuted(layer, inputs, plan, processes):
         if plan.true_sequential and inputs is not None and plan.statistic is not None:
             try:
                 done, masks = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
+                passes = 1
             except NotOnePassError as reason:
                 log.info("%s is visited in two passes: %s", layer.name, reason)
                 done, masks = _in_two_passes(layer, inputs, plan, processes)
@@ -79,7 +80,7 @@ def prune_layer(
             done, masks = _in_two_passes(layer, inputs, plan, processes)
         if plan.reconstruction is not None and inputs is not None:
             trained = reconstruct(inputs, masks, plan.reconstruction, processes)
-    return PrunedLayer([_as_it_is_now(linear, done[linear.name]) for linear in layer.linears], trained)
+    return PrunedLayer([_as_it_is_now(linear, done[linear.name], passes) for linear in layer.linears], trained)
 
 
 def _in_one_pass(
@@ -99,7 +100,7 @@ def _in_one_pass(
             while (part := _next(parts, processes)) is not None:
                 found = solve(layer, part.linears, part.statistics, plan, processes)
                 put_in_place(part.linears, found.weights)
-                done |= {name: each._replace(row=replace(each.row, passes=1)) for name, each in found.done.items()}
+                done |= found.done
                 masks |= found.masks
         except BaseException:
             put_in_place(layer.linears, dense)
@@ -137,8 +138,7 @@ def _in_two_passes(
         masks |= found.masks
         pruned |= found.weights if len(parts) == 1 else {name: w_OI.cpu() for name, w_OI in found.weights.items()}
     put_in_place(layer.linears, pruned)
-    passes = None if inputs is None else 2
-    return {name: each._replace(row=replace(each.row, passes=passes)) for name, each in done.items()}, masks
+    return done, masks
 
 
 def solve(
@@ -190,6 +190,6 @@ def put_in_place(linears: list[PrunableLinear], pruned: Mapping[str, Tensor]) ->
     torch.clear_autocast_cache()  # it holds copies of the weights in half precision, as they were
 
 
-def _as_it_is_now(linear: PrunableLinear, done: PrunedLinear) -> PrunedLinear:
+def _as_it_is_now(linear: PrunableLinear, done: PrunedLinear, passes: int | None) -> PrunedLinear:
     """Report the zeros that the layer computes with, whatever they were to be."""
-    return done._replace(row=replace(done.row, sparsity=sparsity_of(linear.weight_OI)))
+    return done._replace(row=replace(done.row, sparsity=sparsity_of(linear.weight_OI), passes=passes))
