@@ -1,7 +1,7 @@
 """How a LightningModule runs its model on a calibration batch: by its own step, as in validation."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
@@ -80,14 +80,6 @@ def _transferred(batch: Any, trainer: Trainer) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-@contextmanager
-def own_step(trainer: Trainer, module: LightningModule) -> Iterator[Forward | None]:
-    """Choose what runs the model, and let it be called: :func:`forward_of`, :func:`as_in_validation`."""
-    forward = forward_of(trainer, module)
-    with as_in_validation(module) if forward else nullcontext():
-        yield forward
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,7 @@ from torch import nn
 from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.callbacks.plumbing.module_step import forward_of, own_step
+from wanda_lightning.callbacks.plumbing.module_step import as_in_validation, forward_of
 from wanda_lightning.callbacks.plumbing.optimizers import copies_follow
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
 from wanda_lightning.callbacks.plumbing.run_files import RunFiles
@@ -207,12 +208,12 @@ class PruningRun:
         needs_batches = asks_for_batches(
             asked.method, _selection(model, asked), asked.exact_error, asked.reconstruction, asked.dense_target
         )
+        forward = forward_of(trainer, module)
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
-        steps = forward_of(trainer, module) is not None
-        batches = asked.calibration.of(trainer, steps) if needs_batches else None
-        precision, own = trainer.precision_plugin.forward_context(), own_step(trainer, module)
-        copies = copies_follow(trainer, module)
-        with isolate_rng(), precision, copies, own as forward, noticing_sigterm() as asked_to_end:
+        batches = asked.calibration.of(trainer, forward is not None) if needs_batches else None
+        precision, copies = trainer.precision_plugin.forward_context(), copies_follow(trainer, module)
+        steps = as_in_validation(module) if forward else nullcontext()
+        with isolate_rng(), precision, copies, steps, noticing_sigterm() as asked_to_end:
             report = prune_model(
                 model,
                 batches,
