@@ -123,6 +123,11 @@ class Narrowing:
         decoder = [replace(layer, linears=[group.reader for group in neurons[layer.name]]) for layer in decoder]
         return cls(decoder, neurons, widths, numbers | _numbers(model, base, every, widths))
 
+    @property
+    def groups(self) -> list[Neurons]:
+        """All groups of neurons."""
+        return [group for each in self.neurons.values() for group in each]
+
     def kept(self, group: Neurons) -> int:
         """Say how many of some neurons stay."""
         return self.widths[group.width, group.block]
@@ -144,8 +149,7 @@ class Narrowing:
 
     def apply_first(self, model: nn.Module) -> None:
         """Keep the first neurons of each group, whichever they are: values of other neurons are to be loaded."""
-        groups = [group for each in self.neurons.values() for group in each]
-        self.apply(model, {group.reader.name: torch.arange(self.kept(group), device="cpu") for group in groups})
+        self.apply(model, {group.reader.name: torch.arange(self.kept(group), device="cpu") for group in self.groups})
 
 
 def _numbers(

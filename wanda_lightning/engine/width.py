@@ -152,12 +152,8 @@ def _as_they_were_if_it_fails(linears: list[PrunableLinear]) -> Iterator[None]:
 
 def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str | None) -> Plan:
     """Say what the matrices that read neurons are pruned to; those of which all stay are left alone."""
-    patterns = {
-        group.reader.name: _columns(narrowing, group)
-        for each in narrowing.neurons.values()
-        for group in each
-        if narrowing.kept(group) < group.width
-    }
+    groups = [group for group in narrowing.groups if narrowing.kept(group) < group.width]
+    patterns = {group.reader.name: _columns(narrowing, group) for group in groups}
     some = [
         replace(layer, linears=[linear for linear in layer.linears if linear.name in patterns])
         for layer in narrowing.layers
@@ -167,12 +163,11 @@ def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str 
 
 def _kept(narrowing: Narrowing) -> dict[str, Tensor]:
     """Find the neurons that the readers still read; where these are fewer than stay, the first of the others, too."""
-    groups = [group for each in narrowing.neurons.values() for group in each]
-    read = [group.reader.weight_OI.any(0, keepdim=True).float() for group in groups]
-    return {
-        group.reader.name: _columns(narrowing, group).mask(read_1I)[0].nonzero().flatten()
-        for group, read_1I in zip(groups, read, strict=True)
-    }
+    kept = {}
+    for group in narrowing.groups:
+        read_1I = group.reader.weight_OI.any(0, keepdim=True).float()
+        kept[group.reader.name] = _columns(narrowing, group).mask(read_1I)[0].nonzero().flatten()
+    return kept
 
 
 def _columns(narrowing: Narrowing, group: Neurons) -> Columns:
