@@ -9,7 +9,7 @@ def add_point(curve: list[Point], step: int, loss: float) -> None:
 
     Args:
         curve: Steps and losses, in order; changed in place. It begins anew where the steps do.
-        step: The optimizer's step, at least 1.
+        step: How many steps the optimizer has taken.
         loss: What the training minimises.
     """
     if curve and step < curve[-1][0]:

@@ -138,10 +138,10 @@ def strip_of(name: str, labels: Sequence[str], colors: Sequence[str], titles: Se
 
 def histograms(magnitudes: Mapping[str, Magnitudes]) -> Markup:
     """Draw for each kind how many weights of each magnitude were kept (lower part of a bar) and pruned (upper)."""
-    shares = {kind: _shares(counts) for kind, counts in magnitudes.items()}
-    top = max((sum(both) for bins in shares.values() for both in bins.values()), default=0.0)
+    found = {kind: _shares(counts) for kind, counts in magnitudes.items()}
+    top = max((sum(both) for bins in found.values() for both in bins.values()), default=0.0)
     # The tail towards zero is long and thin: leave out what would not be seen.
-    seen = [b for bins in shares.values() for b, both in bins.items() if sum(both) > 0.004 * top]
+    seen = [b for bins in found.values() for b, both in bins.items() if sum(both) > 0.004 * top]
     if not seen:
         return Markup()
     first, last = min(seen) - 1, max(seen) + 2
@@ -152,7 +152,7 @@ def histograms(magnitudes: Mapping[str, Magnitudes]) -> Markup:
         if 0.06 < place < 0.94
     )
     panels = ""
-    for kind, bins in shares.items():
+    for kind, bins in found.items():
         marks = ""
         for b in range(first, last):
             kept, pruned = bins.get(b, (0.0, 0.0))
