@@ -114,7 +114,7 @@ def test_what_is_no_source_is_refused_before_anything_is_read(tmp_path):
     for name in ("missing.txt", str(tmp_path / "missing.jsonl"), str(tmp_path / "missing"), "./missing", "", *texts):
         with pytest.raises(ValueError, match="without a hub these work"):
             open_source(name)
-    with pytest.raises(ValueError, match=r"paper\.pdf.*no source of text"):
+    with pytest.raises(ValueError, match=r"paper\.pdf.*no source of text.* folder of a data set.* \.csv or \.parquet"):
         open_source(str(tmp_path / "paper.pdf"))
 
 

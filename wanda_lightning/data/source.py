@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 Split = Literal["calibration", "train", "evaluation"]
 
-WITHOUT_HUB = 'without a hub these work: "builtin", a .txt, .md, .jsonl or .json file, or a local folder of a data set'
+WITHOUT_HUB = (
+    'without a hub these work: "builtin", a .txt, .md, .jsonl or .json file, or a local folder of a data set, such as '
+    "one with .csv or .parquet files"
+)
 
 # A text without splits of its own is divided 3 : 4 : 3 into calibration, training and evaluation.
 SHARES: dict[Split, tuple[int, int]] = {"calibration": (0, 3), "train": (3, 7), "evaluation": (7, 10)}
