@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import Forked, mixtral, tiny_llama, tiny_mixtral, token_batches
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     FalconConfig,
     FalconForCausalLM,
@@ -115,6 +116,33 @@ def test_every_method(method):
     else:
         prune_linear_by_linear(plain, BATCHES, method, Unstructured(0.5))
     assert differing(ours, plain) == []
+
+
+class Doubled(TorchFunctionMode):
+    """A model's own mode, in which every ReLU gives twice as much."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is torch.relu else out
+
+
+class InMode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden):
+        with Doubled():
+            return torch.relu(self.down_proj(torch.relu(self.up_proj(hidden))))
+
+
+def test_a_model_that_enters_a_mode_of_its_own_around_a_linear():
+    ours = built("llama")
+    ours.model.layers[0].mlp = InMode()
+    plain = copy.deepcopy(ours)
+    report = prune_model(ours, BATCHES, Wanda(), Unstructured(0.5), true_sequential=True)
+    prune_linear_by_linear(plain, BATCHES, Wanda(), Unstructured(0.5))
+    assert ({row.passes for row in report.linears}, differing(ours, plain)) == ({1}, [])
 
 
 def test_each_layer_runs_once(llama, batches):

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
 from wanda_lightning.calibration.resumable import Resumable, pause
 
@@ -94,3 +95,46 @@ def test_each_has_its_own_gradients_and_autocast():
         first.resume()
     assert inside == [(True, True), (True, True), (False, False)]
     second.give_up()
+
+
+def device_of_new_tensors():
+    return torch.zeros(1).device.type
+
+
+def on_meta():
+    with torch.device("meta"):
+        pause(device_of_new_tensors())
+        pause(device_of_new_tensors())
+
+
+@pytest.fixture
+def paused():
+    """Two calls that pause within a mode of functions."""
+    calls = [Resumable(on_meta) for _ in range(2)]
+    for call in calls:
+        call.resume()
+    yield calls
+    for call in calls:
+        call.give_up()
+
+
+def test_modes_of_functions_are_not_seen_outside(paused):
+    assert device_of_new_tensors() == "cpu"
+
+
+def test_modes_of_functions_are_there_again(paused):
+    with torch.device("cpu"):  # of who resumes it, and is not in it when it pauses again
+        assert paused[0].resume() == "meta"
+
+
+def test_modes_of_who_resumes_are_seen_within():
+    call = Resumable(lambda: pause(device_of_new_tensors()))
+    with torch.device("meta"):
+        assert call.resume() == "meta"
+    call.give_up()
+
+
+def test_giving_up_leaves_the_modes_of_functions_alone(paused):
+    with torch.device("cpu"):
+        paused[1].give_up()
+        assert len(_get_current_function_mode_stack()) == 1

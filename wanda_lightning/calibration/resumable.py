@@ -6,10 +6,12 @@ handle of cuBLAS with its workspace on a GPU. All greenlets live in one thread.
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Types of device that may have autocast on, each for itself."""
@@ -26,6 +28,7 @@ class Resumable:
     def __init__(self, function: Callable[[], Any]) -> None:
         self._greenlet = greenlet(function)
         self._modes = _Modes()
+        self._functions: list[TorchFunctionMode] = []  # that it is within where it pauses, outermost first
         self._result: Any = None
 
     @property
@@ -39,13 +42,7 @@ class Resumable:
         Returns:
             What it gave to :func:`pause`; None if it returned.
         """
-        outside, self._greenlet.parent = _Modes(), getcurrent()
-        self._modes.enter()
-        try:
-            said = self._greenlet.switch()
-        finally:
-            self._modes = _Modes()
-            outside.enter()
+        said = self._switch(self._greenlet.switch)
         if self.is_done:
             self._result = said
             return None
@@ -59,9 +56,22 @@ class Resumable:
     def give_up(self) -> None:
         """Unwind the function where it pauses; it does not go on."""
         if self._greenlet and not self.is_done:
-            self._greenlet.parent = getcurrent()
             with suppress(GreenletExit, RuntimeError):  # the latter where the garbage collector was faster
-                self._greenlet.throw(GreenletExit)
+                self._switch(partial(self._greenlet.throw, GreenletExit))
+
+    def _switch(self, switch: Callable[[], Any]) -> Any:
+        """Go into the function, in its own modes and those of who resumes it; come back in the latter alone."""
+        outside, self._greenlet.parent = _Modes(), getcurrent()
+        depth = len(_get_current_function_mode_stack())
+        self._modes.enter()
+        for mode in self._functions:
+            _push_mode(mode)
+        try:
+            return switch()
+        finally:
+            self._functions = [_pop_mode() for _ in _get_current_function_mode_stack()[depth:]][::-1]
+            self._modes = _Modes()
+            outside.enter()
 
 
 def pause(said: Any) -> None:
