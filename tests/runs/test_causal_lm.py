@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TWO_PROCESSES, loader, tiny_llama, trainer
+from helpers import TWO_PROCESSES, loader, tiny_llama, token_batches, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.callbacks import DepthPruning, WandaPruning, WidthPruning
 from wanda_lightning.checkpoints.loading import load_tokenizer
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.runs.causal_lm import CausalLM
@@ -181,6 +181,35 @@ def test_a_checkpoint_opens_without_trainer_or_callback(tiny_model_folder, tmp_p
     run.save_checkpoint(tmp_path / "run.ckpt")
     opened = CausalLM.load_from_checkpoint(tmp_path / "run.ckpt")
     assert all(map(torch.equal, opened.model.parameters(), module.model.parameters()))
+
+
+@pytest.fixture
+def smaller(tiny_model_folder, tmp_path):
+    """A module that was made smaller and trained, and its checkpoint."""
+    run = trainer(tmp_path, DepthPruning(layers=1), WidthPruning(keep=0.5, attention_keep=0.5))
+    module = CausalLM(str(tiny_model_folder))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    return module, tmp_path / "run.ckpt"
+
+
+def test_a_checkpoint_of_a_smaller_model_opens_without_trainer_or_callback(smaller):
+    module, checkpoint = smaller
+    opened = CausalLM.load_from_checkpoint(checkpoint)
+    assert all(map(torch.equal, opened.model.parameters(), module.model.parameters()))
+
+
+def test_what_was_opened_gives_what_the_smaller_model_gives(smaller):
+    module, checkpoint = smaller
+    opened, ids = CausalLM.load_from_checkpoint(checkpoint), token_batches()[0]
+    assert torch.equal(opened.eval()(input_ids=ids).logits, module.eval()(input_ids=ids).logits)
+
+
+def test_a_checkpoint_of_a_smaller_model_is_evaluated_without_callbacks(smaller, tiny_model_folder, tmp_path):
+    module, checkpoint = smaller
+    evaluated = CausalLM(str(tiny_model_folder))
+    trainer(tmp_path).validate(evaluated, loader(), ckpt_path=checkpoint, verbose=False)
+    assert all(map(torch.equal, evaluated.model.parameters(), module.model.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ from wanda_lightning.checkpoints.quiet import quiet_if_small, without_progress_b
 from wanda_lightning.evaluation import Perplexity
 from wanda_lightning.model.next_tokens import inputs_and_labels
 from wanda_lightning.report.shrinking import hidden_states_kept
+from wanda_lightning.runs.checkpoint_shapes import take_shapes
 from wanda_lightning.runs.teacher import check_teacher, load_teacher
 from wanda_lightning.training.distillation import Distillation, Teacher
 from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
+from wanda_lightning.training.lr_schedulers import when_to_step
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,10 @@ class CausalLM(LightningModule):
         self.configure_model()
         return super().load_state_dict(*args, **kwargs)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the model the shapes that the checkpoint has: that of a run which made it smaller says which."""
+        take_shapes(self.model, checkpoint)
+
     def setup(self, stage: str) -> None:
         """Refuse what cannot be trained, before it is pruned; ``fit`` without training steps prunes it."""
         if stage == "fit" and will_train(self.trainer):
@@ -162,7 +168,7 @@ class CausalLM(LightningModule):
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": _when_to_step(self.lr_scheduler(optimizer))}
+        return {"optimizer": optimizer, "lr_scheduler": when_to_step(self.lr_scheduler(optimizer))}
 
     def reopen(self, folder: str | Path) -> None:
         """Stream from the folder of a saved model from now on."""
@@ -228,17 +234,6 @@ def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any
         if given is None:
             log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
         return load_tokenizer(given) if isinstance(given, str) else given
-
-
-def _when_to_step(scheduler: Any) -> dict[str, Any]:
-    """Step a scheduler after every optimizer step, or after every epoch with the metric that it waits for."""
-    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        return {"scheduler": scheduler, "interval": "step"}
-    if not hasattr(scheduler, "monitor"):
-        raise ValueError(
-            "ReduceLROnPlateau needs a metric: take lightning.pytorch.cli's, monitor='val/perplexity' or 'train/loss'"
-        )
-    return {"scheduler": scheduler, "monitor": scheduler.monitor}
 
 
 def _name_of_set(trainer: Any, index: int) -> str:
