@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from wanda_lightning import __main__
+from wanda_lightning.atomic_files import write_text
 from wanda_lightning.cli.compare import main
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.pruning_report import PruningReport
@@ -100,6 +101,36 @@ def test_runs_that_were_evaluated_on_more_text_are_told_apart(tmp_path):
     differ = "the runs differ in evaluated tokens, so their figures do not compare: 20,440, 4,088"
     assert differ in comparison.notes()
     assert [row[-1] for row in comparison.table()[1] if row[3] == "dense"] == ["", "4,088", "20,440"]
+
+
+def asked_tasks(folder, stages=("dense", "pruned"), **settings):
+    """Add the accuracy on zero-shot tasks to a run, and what lm-eval wrote of them."""
+    run(folder, pruned=20.0)
+    asked = {"limit": None, "num_fewshot": 0, "max_length": None, "add_special_tokens": False} | settings
+    for stage in stages:
+        write_text(folder / f"zero_shot/{stage}.json", json.dumps({"settings": asked}))
+    stage = {"val/perplexity": 10.0, "val/zero_shot/mean/acc": 0.5}
+    return changed(folder, evaluations={"dense": stage, "pruned": stage})
+
+
+@pytest.mark.parametrize(("name", "values"), [("limit", (10, 20)), ("num_fewshot", (0, 5)), ("limit", (0.5, None))])
+def test_runs_that_were_asked_tasks_in_another_way_are_told_apart(tmp_path, name, values):
+    runs = [asked_tasks(tmp_path / str(value), **{name: value}) for value in values]
+    differ = f"the runs differ in zero-shot {name}, so their figures do not compare: {values[0]}, {values[1]}"
+    assert Comparison(runs).notes() == [differ]
+
+
+def test_tasks_of_an_earlier_run_in_the_folder_do_not_count(tmp_path):
+    runs = [asked_tasks(tmp_path / "a", limit=10), run(tmp_path / "b", pruned=20.0)]
+    asked_tasks(runs[1], limit=20)
+    run(runs[1], pruned=20.0)
+    assert Comparison(runs).notes() == []
+
+
+def test_stages_that_were_asked_in_another_way_are_told(tmp_path):
+    runs = [asked_tasks(tmp_path / "a", limit=10), asked_tasks(tmp_path / "b", limit=10)]
+    asked_tasks(runs[1], ["pruned"], limit=20)
+    assert "10, 10 and 20" in Comparison(runs).notes()[0]
 
 
 def test_runs_of_other_models_or_with_other_data_are_told_apart(tmp_path):

@@ -14,7 +14,8 @@ from wanda_lightning.report.tables import markdown_table, terminal_table, with_e
 from wanda_lightning.report.titles import title_of
 
 EVALUATED = "evaluated tokens"
-DATA = ("sequence_length", "evaluation", EVALUATED, "source", "num_samples")
+TASK_SETTINGS = {f"zero-shot {name}": name for name in ("limit", "num_fewshot", "max_length", "add_special_tokens")}
+DATA = ("sequence_length", "evaluation", EVALUATED, *TASK_SETTINGS, "source", "num_samples")
 """What figures depend on, of the data."""
 TEXT = (0, 1, 3)
 """The columns of the table that hold words."""
@@ -180,7 +181,7 @@ def _read(folder: Path) -> Run:
             plain["pattern"],
             plain["sparsity"],
             plain["evaluations"],
-            plain["calibration"] | _evaluated(plain["evaluations"]),
+            plain["calibration"] | _evaluated(plain["evaluations"]) | _tasks_asked(file.parent, plain["evaluations"]),
             name_of_model(plain.get("model") or {}),
             (plain.get("allocation") or {}).get("allocator", ""),
         )
@@ -194,6 +195,18 @@ def _evaluated(evaluations: dict[str, dict[str, float]]) -> dict[str, str]:
     """Say on how many tokens a run was evaluated; reports of older versions, and of other modules, do not tell."""
     counts = [value for stage in evaluations.values() for name, value in stage.items() if name.startswith("val/tokens")]
     return {EVALUATED: " and ".join(dict.fromkeys(f"{count:,.0f}" for count in counts))} if counts else {}
+
+
+def _tasks_asked(folder: Path, evaluations: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Say how a run was asked zero-shot tasks, as lm-eval's results beside its report have it."""
+    stages = [stage for stage, metrics in evaluations.items() if any("zero_shot/" in name for name in metrics)]
+    files = [file for stage in stages if (file := folder / f"zero_shot/{stage}.json").exists()]
+    settings = [json.loads(file.read_text(encoding="utf-8"))["settings"] for file in files]
+    return {
+        what: " and ".join(dict.fromkeys(str(each[name]) for each in settings))
+        for what, name in TASK_SETTINGS.items()
+        if settings
+    }
 
 
 def _as_of_a_pruning(shrinking: Shrinking) -> dict[str, Any]:
