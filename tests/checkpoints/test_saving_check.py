@@ -84,7 +84,14 @@ def new_buffer():
     return model
 
 
+def compiled_part():
+    model = tiny_llama()
+    model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp, backend="eager")
+    return model
+
+
 UNSAVEABLE = {
+    compiled_part: r"gave the weights of model.layers.1.mlp other names: compile it in place, as by module.compile\(\)",
     undeclared: "layers.1.mlp.up_proj.weight and model.layers.2.mlp.up_proj.weight share one weight",
     undeclared_storage: "layers.1.mlp.up_proj.weight and model.layers.2.mlp.up_proj.weight share one weight",
     generation: "`temperature`: `do_sample` is not set",

@@ -81,6 +81,8 @@ def _dry_save(model: Any, tokenizer: Any) -> nn.Module:
 
 def _differences(model: nn.Module, reloaded: nn.Module) -> Iterator[str]:
     has, loads = model.state_dict(), reloaded.state_dict()
+    if compiled := next((name for name, part in model.named_modules() if "_orig_mod" in part._modules), None):
+        yield f"torch.compile gave the weights of {compiled} other names: compile it in place, as by module.compile()"
     if absent := [name for name in loads if name not in has]:
         yield f"its config describes {absent[0]} and {len(absent) - 1} more weights that it does not have"
     if unknown := [name for name in has if name not in loads]:
