@@ -204,7 +204,7 @@ def test_a_model_that_fabric_set_up_is_pruned_as_itself(llama, batches, pruned):
     assert agrees(llama, pruned)
 
 
-@pytest.mark.parametrize("way", ["layers", "decoder", "in place"])
+@pytest.mark.parametrize("way", ["layers", "decoder", "forward", "forward of layers", "in place"])
 def test_compiled_parts_keep_their_names(llama, batches, pruned, way):
     parameters = dict(llama.named_parameters())
     ran = []
@@ -212,6 +212,9 @@ def test_compiled_parts_keep_their_names(llama, batches, pruned, way):
         llama.model.layers = nn.ModuleList(torch.compile(layer, backend=ran.append) for layer in llama.model.layers)
     elif way == "decoder":
         llama.model = torch.compile(llama.model, backend=ran.append)
+    elif way.startswith("forward"):  # the first as transformers' documentation has it
+        for part in [llama] if way == "forward" else llama.model.layers:
+            part.forward = torch.compile(part.forward, backend=ran.append)
     else:
         llama.compile(backend=ran.append)
     report = prune_model(llama, batches, SparseGPT(), SemiStructured(2, 4))

@@ -30,9 +30,15 @@ def as_written(model: nn.Module) -> Iterator[None]:
     """
     parts = [*model.modules()]
     with ExitStack() as stack:
-        if any(part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in parts):
+        if any(map(_is_compiled, parts)):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for part in parts:
             if "_original_forward" in vars(part):
                 stack.enter_context(replaced(part, "forward", vars(part)["_original_forward"]))
         yield
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether ``part.compile()`` was called, it is ``torch.compile(part)``, or its forward was compiled."""
+    is_forward = hasattr(part.forward, "_torchdynamo_orig_callable")
+    return is_forward or part._compiled_call_impl is not None or "_orig_mod" in part._modules
