@@ -93,7 +93,9 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
             f"a {ids_BT.dtype} tensor of shape {tuple(ids_BT.shape)}" if isinstance(ids_BT, Tensor) else repr(ids_BT)
         )
         keys = f" under the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
-        raise ValueError(f"a calibration batch must hold input_ids, int64 of shape (B, T), got {given[:200]}{keys}")
+        raise ValueError(
+            f"a calibration batch must hold input_ids, int64 or int32 of shape (B, T), got {given[:200]}{keys}"
+        )
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} of a calibration batch must be a tensor, as input_ids are, got {tensor!r:.200}")

@@ -76,7 +76,7 @@ def prune_model(
     Args:
         model: A causal language model of transformers, or any module that calls layers one after another; left in the
             mode, dtype and device it is in.
-        calibration: Batches: input_ids (B, T) int64, or mappings with input_ids and optionally attention_mask
+        calibration: Batches: input_ids (B, T) int64 or int32, or mappings with input_ids and optionally attention_mask
             (0 = padding); of other models than language models, whatever ``forward`` takes. May be None for methods
             without calibration.
         method: Such as ``Wanda()``, or the name of one: ``"magnitude"``, ``"wanda"``, ``"sparsegpt"``, ``"ablate"``,
