@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_each_has_its_own_gradients_and_autocast():
         first.resume()
     assert inside == [(True, True), (True, True), (False, False)]
     second.give_up()
+
+
+def test_variables_of_the_context_are_those_of_who_made_it():
+    """Such as one that a model's code reads, and its owner has set around the pruning."""
+    precision = ContextVar("precision", default="high")
+    token = precision.set("low")
+    call = Resumable(lambda: pause(precision.get()))
+    assert call.resume() == "low"
+    call.give_up()
+    precision.reset(token)
 
 
 def device_of_new_tensors():

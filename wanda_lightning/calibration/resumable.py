@@ -6,6 +6,7 @@ handle of cuBLAS with its workspace on a GPU. All greenlets live in one thread.
 
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ class Resumable:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._greenlet = greenlet(function)
+        self._greenlet.gr_context = copy_context()  # else variables of the context would have their defaults
         self._modes = _Modes()
         self._functions: list[TorchFunctionMode] = []  # that it is within where it pauses, outermost first
         self._result: Any = None
