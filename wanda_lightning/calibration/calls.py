@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wanda_lightning.calibration.modes import Modes
+
 
 class Arguments(NamedTuple):
     """What a model passes to a layer beside the hidden states.
@@ -15,17 +17,20 @@ class Arguments(NamedTuple):
         args: Positional arguments behind the hidden states.
         kwargs: Keyword arguments.
         keyword: The name under which the hidden states are passed; None where they are the first argument.
+        modes: What the model is within where it calls the layer, such as autocast.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: str | None = None
+    modes: Modes = Modes({}, [])
 
     def call(self, layer: Callable[..., Any], hidden: Tensor) -> Any:
         """Call a layer as the model does, with these hidden states."""
-        if self.keyword is None:
-            return layer(hidden, *self.args, **self.kwargs)
-        return layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
+        with self.modes.entered():
+            if self.keyword is None:
+                return layer(hidden, *self.args, **self.kwargs)
+            return layer(*self.args, **{self.keyword: hidden}, **self.kwargs)
 
     def by_name(self, parameters: Iterable[str]) -> dict[str, Any]:
         """Return the arguments by the names of the layer's parameters, as far as these can be told."""
@@ -47,12 +52,13 @@ def split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Argume
         ValueError: If there is no tensor.
     """
     if args:
-        return args[0], Arguments(args[1:], kwargs)
+        return args[0], Arguments(args[1:], kwargs, modes=Modes.now())
     tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
     keyword = "hidden_states" if "hidden_states" in kwargs else next(iter(tensors), None)
     if keyword is None:
         raise ValueError("a layer is called without hidden states: it cannot be pruned by itself")
-    return kwargs[keyword], Arguments((), {n: v for n, v in kwargs.items() if n != keyword}, keyword)
+    others = {name: value for name, value in kwargs.items() if name != keyword}
+    return kwargs[keyword], Arguments((), others, keyword, Modes.now())
 
 
 def hidden_states_of(out: Any) -> Tensor:

@@ -85,7 +85,7 @@ class _Recorder:
     def _record(self, index: int, arguments: Arguments) -> None:
         before = self.arguments[index][-1] if self.arguments[index] else Arguments((), {})
         shared = {name: _share(value, before.kwargs.get(name)) for name, value in arguments.kwargs.items()}
-        self.arguments[index].append(Arguments(_share(arguments.args, before.args), shared, arguments.keyword))
+        self.arguments[index].append(arguments._replace(args=_share(arguments.args, before.args), kwargs=shared))
 
 
 def dry_run(feed: Feed, layers: list[nn.Module], batches: Iterable[Batch], activations: Place, given: Any) -> Recorded:

@@ -14,8 +14,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-"""Types of device that may have autocast on, each for itself."""
+from wanda_lightning.calibration.modes import Modes
 
 
 class Resumable:
@@ -86,9 +85,7 @@ class _Modes:
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
-        self._autocast = {
-            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES
-        }
+        self._autocast = Modes.now().autocast
 
     def enter(self) -> None:
         torch._C._set_grad_enabled(self._grad)

@@ -57,7 +57,7 @@ class _Run:
 
     def set_aside(self, aside: Callable[[Tensor], Callable[[], None]], call: _Call) -> None:
         """Free what the model holds of the hidden states that it passes on, while it waits, if nothing reads them."""
-        if not _may_hold(call.arguments, call.hidden.untyped_storage()._cdata):
+        if not _may_hold(call.arguments[:2], call.hidden.untyped_storage()._cdata):
             self._fill = aside(call.hidden)
 
     def give_up(self) -> None:
