@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    HrmTextConfig,
+    HrmTextForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
 )
@@ -198,6 +200,19 @@ def test_what_files_have_under_another_name_is_what_was_pruned(make, tmp_path):
     weights = saved(make(), tmp_path, SemiStructured(2, 4))
     pruned = PruningReport.from_dict(json.loads((tmp_path / "pruning.json").read_text())).linears
     assert {(x.name, x.sparsity) for x in weights.linears} == {(row.name, 0.5) for row in pruned}
+
+
+def test_linears_of_two_lists_that_are_one_matrix_in_files(tmp_path):
+    torch.manual_seed(0)
+    config = HrmTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, head_dim=8,
+        num_layers_per_stack=2, H_cycles=1, L_cycles=1, num_hidden_layers=4, max_position_embeddings=64,
+    )  # fmt: skip
+    weights = saved(HrmTextForCausalLM(config).eval(), tmp_path, SemiStructured(2, 4))
+    pruned = PruningReport.from_dict(json.loads((tmp_path / "pruning.json").read_text())).linears
+    assert (weights.pattern, weights.exceptions) == ("2:4", [])
+    assert sum(x.shape[0] * x.shape[1] for x in weights.linears) == sum(row.shape[0] * row.shape[1] for row in pruned)
+    assert {x.layer for x in weights.linears} == {0, 1, 2, 3}
 
 
 def test_scales_of_quantised_weights_are_no_weights(tmp_path):

@@ -86,13 +86,13 @@ def _renamed(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, str]
     """Map names in files to those in the model, of the weights that transformers saves as they are but renamed."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = {}
+    names: dict[str, list[str]] = {}
     for layer in layers:
         for name, weight in layer.module.named_parameters(prefix=layer.name):
             (stored, values), *others = revert_weight_conversion(model, {name: weight}).items()
             if not others and values.shape == weight.shape:
-                names[stored] = name
-    return names
+                names.setdefault(stored, []).append(name)
+    return {stored: each[0] for stored, each in names.items() if len(each) == 1}  # of several, it is fused in files
 
 
 def measure(name: str, place: tuple[int, str], weight_OI: Tensor, patterns: Sequence[SemiStructured]) -> StoredLinear:
