@@ -77,6 +77,31 @@ def test_layers_that_are_matrices_reach_the_least_squares_solution():
     assert all(layer.after < layer.before for layer in layers)
 
 
+def test_trained_as_by_hand():
+    """By Adam, each batch's mean over its tokens, with a learning rate that falls linearly to 0."""
+    model = tiny_llama(layers=1)
+    model.model.layers = nn.ModuleList([OneLinear()])
+    dense_OI, steps = model.model.layers[0].linear.weight.detach().clone(), 4
+    many, few = token_batches(batches=2, batch_size=8)
+    batches = [many, few[:1], torch.cat([many, few[:1]])]  # the third is held out: it measures what is trained on
+    _, report = pruned(model, batches=batches, reconstruction=Reconstruction(epochs=steps // 2, lr=0.01))
+    trained_OI = model.model.layers[0].linear.weight.detach()
+
+    mask_OI = trained_OI != 0
+    weight_OI = (dense_OI * mask_OI).requires_grad_()
+    adam = torch.optim.Adam([weight_OI])
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
+        x_TI = model.model.embed_tokens(batches[step % 2]).detach().flatten(0, 1)
+        y_TO = x_TI @ dense_OI.t()
+        error_T = (x_TI @ (weight_OI * mask_OI).t() - y_TO).square().sum(1) / y_TO.square().sum(1)
+        adam.zero_grad()
+        (1000 * error_T.mean()).backward()
+        adam.step()
+    assert report.reconstruction["model.layers.0"].epochs == steps // 2
+    torch.testing.assert_close(trained_OI, weight_OI.detach(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("true_sequential", [False, True])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_mixtral, lambda: tiny_llama().bfloat16()])
 @pytest.mark.parametrize(
