@@ -239,6 +239,14 @@ def test_mistakes_are_explained(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clash", "empty", "model"]  # nothing half done
 
 
+@pytest.mark.parametrize(("here", "output"), [(".", "model/small"), ("model", "small"), ("model", "../model/small")])
+def test_an_output_in_the_model_is_refused_by_any_name(tmp_path, monkeypatch, here, output):
+    folder = folder_of(tmp_path / "model", {"w": torch.eye(16)})
+    monkeypatch.chdir(tmp_path / here)
+    with pytest.raises(ValueError, match="would be copied into itself"):
+        compress(folder, output)
+
+
 def damaged(tmp_path: Path, at: int) -> Path:
     """A compressed identity matrix, in which the last bit of a byte behind the header is another one."""
     compress(folder_of(tmp_path / "model", {"w": torch.eye(16)}), str(tmp_path / "small"))
