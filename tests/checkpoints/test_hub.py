@@ -46,6 +46,7 @@ def test_the_saved_folder_is_pushed_with_its_card(hub, tmp_path):
     sent = hub.upload_folder.call_args.kwargs
     assert sent["repo_id"] == NAME
     assert sent["folder_path"] == tmp_path / "model"
+    assert sent["delete_patterns"] == OF_THE_MODEL
     assert {"README.md", "config.json", "model.safetensors"} <= {*hub.files}  # they were there when it was pushed
     assert f"# {report.title}" in (tmp_path / "model/README.md").read_text()
     assert (run.hub_url, run.push_failed) == (f"{constants.ENDPOINT}/{NAME}", False)

@@ -6,10 +6,17 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+)
 
 from wanda_lightning.checkpoints.loading import load_model, load_streamed
-from wanda_lightning.checkpoints.quantization import _method
+from wanda_lightning.checkpoints.quantization import _method, dense_settings
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.pruner import prune_model
@@ -144,6 +151,22 @@ def test_others_are_refused_in_a_line_before_weights_are_read(method, load, tmp_
     with pytest.raises(ValueError, match=rf"is quantised \({method}\), .*prune before quantising") as refused:
         load(str(tmp_path))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["whole", "text"])
+def test_models_of_several_parts_say_it_of_the_whole_or_of_the_one_that_writes_text(part):
+    config = Gemma3Config()
+    said = config if part == "whole" else config.text_config
+    said.quantization_config = REFUSED["gptq"]
+    with pytest.raises(ValueError, match=r"is quantised \(gptq\)"):
+        dense_settings(config, "model")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp8", "mxfp4"])
+def test_plain_weights_are_asked_for(method):
+    """On a CPU they come unasked, too."""
+    settings = dense_settings(LlamaConfig(quantization_config={"quant_method": method}), "model")
+    assert settings["quantization_config"].dequantize
 
 
 @pytest.mark.parametrize(("said", "method"), [({"load_in_8bit": True}, "bitsandbytes"), ({"bits": 4}, "?"), ({}, None)])
