@@ -511,7 +511,7 @@ def test_the_folder_around_a_journal_stays_if_it_was_there(was_there, tmp_path):
     journal.lock()
     journal.release()
     assert around.exists() == was_there
-    journal.start({})
+    journal.start({}, Processes())
     journal.release()
     journal.remove()
     assert around.exists() == was_there

@@ -79,18 +79,17 @@ class Journal:
         """Return a journal that keeps nothing."""
         return _NoJournal()
 
-    def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
+    def start(self, fingerprint: Mapping[str, Any], processes: Processes) -> None:
         """Begin a run, or go on with it.
 
         Args:
             fingerprint: What decides its results, by name; plain types.
-            processes: Those that take part; the first of them writes. Default: this one alone.
+            processes: Those that take part; the first of them writes.
 
         Raises:
             ValueError: If the folder holds another run (it says where they differ), or another process is writing
                 there.
         """
-        processes = processes or Processes.alone()
         with processes.together():
             if processes.rank == 0:
                 self._start(fingerprint)
@@ -227,7 +226,7 @@ class _NoJournal(Journal):
     def remove(self) -> None:
         pass
 
-    def start(self, fingerprint: Mapping[str, Any], processes: Processes | None = None) -> None:
+    def start(self, fingerprint: Mapping[str, Any], processes: Processes) -> None:
         pass
 
     @property
