@@ -159,6 +159,19 @@ def test_what_needs_the_dense_layers_is_refused(settings):
     assert "does not call each of its layers once and in turn" in error
 
 
+def test_a_second_list_that_is_called_several_times_is_refused_before_the_first_changes():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.ModuleList([Pair(), Pair()]) for name in ("early", "late")})
+
+    def forward(model, x):
+        for layer in [*model["early"], *model["late"], *model["late"]]:
+            x = layer(x)
+
+    batches = [torch.randn(2, 8, 16) for _ in range(3)]
+    error = error_of(model, batches, forward=forward, dense_target=True)
+    assert "does not call each of its layers once and in turn" in error
+
+
 def test_batches_for_which_the_order_is_another_are_refused():
     model = looped(IN_TURN)
     model.model.register_forward_pre_hook(lambda model, args, kwargs: longer(model, kwargs), with_kwargs=True)

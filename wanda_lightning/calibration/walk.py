@@ -78,43 +78,60 @@ def walk(
         # Where the layers are on disk all of them are read for this: only to see in which order they are called.
         if not (probed and (number or is_offloaded(model))):
             calls[number:] = _look(stacks[number:], feed, first, probed)
-        order = calls[number]
-        in_turn = order == [*range(len(stack))]
-        if not in_turn and (with_dense or with_dense_inputs):
+        if (with_dense or with_dense_inputs) and not all(map(_are_in_turn, calls)):
             raise ValueError(
                 "the model does not call each of its layers once and in turn: what the dense layers give is not "
                 "known layer by layer, and reconstruction and dense_target need that; leave them out"
             )
         with ExitStack() as streams:
             stream: Stream
-            if probed is None or not in_turn:
-                stream = Waiting(feed, modules, batches, activations, order)
-            else:
+            if probed and _are_in_turn(calls[number]):
                 stream = dry_run(feed, modules, batches, activations, probed.given)
+            else:
+                stream = Waiting(feed, modules, batches, activations, calls[number])
             streams.enter_context(closing(stream))
             dense = None
             if with_dense or with_dense_inputs:
                 dense = streams.enter_context(closing(DenseStream(stream.twin())))
-            earlier: dict[int, dict[str, InputStatistic]] = {}
-            for call, index in enumerate(order):
-                layer, is_last = stack[index], call + 1 == len(order)
-                memory = sum(p.nbytes for p in layer.module.parameters()) if is_offloaded(layer.module) else None
-                dense_BTD = dense.hidden_BTD if dense else None
-                seen = DenseInputs(layer, activations) if with_dense_inputs else None
-                step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen, earlier.pop(index, None))
-                with in_memory(layer.module):
-                    if dense:
-                        dense.advance(layer, seen)
-                    if index not in order[call + 1 :]:
-                        yield step
-                    elif statistic is not None and layer.linears:
-                        earlier[index] = step.collect(statistic, advance=True)
-                    if seen:
-                        seen.drop()
-                    if not is_last:
-                        step.advance()
-                if not is_last:
-                    stream.go_on()
+            yield from _visits(
+                stack, calls[number], stream, dense, activations if with_dense_inputs else None, statistic
+            )
+
+
+def _visits(
+    stack: Sequence[DecoderLayer],
+    calls: Sequence[int],
+    stream: Stream,
+    dense: DenseStream | None,
+    keep_dense_inputs: Place | None,
+    statistic: type[InputStatistic] | None,
+) -> Iterator[CalibratedLayer]:
+    """Take a stream through the calls of a stack, and show each layer at its last."""
+    earlier: dict[int, dict[str, InputStatistic]] = {}
+    for call, index in enumerate(calls):
+        layer, is_last = stack[index], call + 1 == len(calls)
+        memory = sum(p.nbytes for p in layer.module.parameters()) if is_offloaded(layer.module) else None
+        dense_BTD = dense.hidden_BTD if dense else None
+        seen = DenseInputs(layer, keep_dense_inputs) if keep_dense_inputs else None
+        step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen, earlier.pop(index, None))
+        with in_memory(layer.module):
+            if dense:
+                dense.advance(layer, seen)
+            if index not in calls[call + 1 :]:
+                yield step
+            elif statistic is not None and layer.linears:
+                earlier[index] = step.collect(statistic, advance=True)
+            if seen:
+                seen.drop()
+            if not is_last:
+                step.advance()
+        if not is_last:
+            stream.go_on()
+
+
+def _are_in_turn(calls: Sequence[int]) -> bool:
+    """Whether each layer of a stack is called once, one after another."""
+    return calls == sorted({*calls})
 
 
 def in_stacks(layers: Sequence[DecoderLayer]) -> list[list[DecoderLayer]]:
@@ -136,7 +153,7 @@ def _look(stacks: Sequence[Sequence[DecoderLayer]], feed: Feed, first: Batch, pr
     """
     few, modules = feed.first(first), [layer.module for layer in stacks[0]]
     seen = look(stacks, feed, few)
-    if probed and seen.calls[0] == [*range(len(modules))]:
+    if probed and _are_in_turn(seen.calls[0]):
         check_one_by_one(modules, probed, seen.hidden_BTD, seen.behind_BTD)
     elif not is_offloaded(feed.model):
         check_calls_between(modules, len(seen.calls[0]), feed, few, seen.behind_BTD)
