@@ -246,6 +246,28 @@ def test_a_report_of_a_deeper_model_disagrees(llama):
     assert disagreements(smaller, report) == dict.fromkeys(missing, "the model has no such linear")
 
 
+@pytest.mark.parametrize(
+    ("rows", "value", "wrong"),
+    [
+        (2, 0.0, None),  # 51.56 %: some more by chance
+        (8, 0.0, "56.25% of its weights are zero, the report says 50.00%"),
+        (1, 1.0, "49.22% of its weights are zero, the report says 50.00%"),
+    ],
+)
+@torch.no_grad()
+def test_a_report_is_wrong_where_other_weights_are_zero(llama, batches, rows, value, wrong):
+    report = prune_model(llama, batches, Wanda(), Unstructured(0.5))
+    llama.model.layers[1].mlp.up_proj.weight[:rows] = value
+    assert disagreements(llama, report) == ({"model.layers.1.mlp.up_proj": wrong} if wrong else {})
+
+
+def test_a_report_is_wrong_where_a_matrix_has_another_shape(llama):
+    report = prune_model(llama, None, Magnitude(), Unstructured(0.5))
+    llama.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 60)
+    wrong = {"model.layers.1.mlp.up_proj": "its shape is (60, 32), the report says (64, 32)"}
+    assert disagreements(llama, report) == wrong
+
+
 @pytest.mark.parametrize("exact_error", [False, True])
 def test_a_matrix_of_zeros_loses_nothing(llama, batches, exact_error):
     llama.model.layers[1].mlp.down_proj.weight.data.zero_()

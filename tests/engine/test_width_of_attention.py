@@ -193,3 +193,13 @@ def test_a_number_of_heads_that_the_family_refuses_is_refused():
 def test_a_config_that_says_nothing_of_heads_is_refused():
     with pytest.raises(ValueError, match=r"MambaConfig says num_attention_heads=None|no MLP of a known coupling"):
         prune_width(build("Mamba"), BATCHES, 1.0, attention_keep=0.5)
+
+
+def test_an_mlp_as_wide_as_all_heads_together_keeps_a_number_of_its_own():
+    model = tiny_llama(intermediate_size=32)
+    report = prune_width(model, BATCHES, 0.25, multiple=1, attention_keep=0.5)
+    assert report.sizes == {
+        "intermediate_size": (32, 8),
+        "num_attention_heads": (4, 2),
+        "num_key_value_heads": (2, 1),
+    }
