@@ -103,7 +103,7 @@ def _begin(weight_OI: Tensor, factor: Factor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _remove_some(w_OI: Tensor, inverse_II: Tensor, mask_I: Tensor, number: int) -> None:
-    """Remove the cheapest inputs one by one; weights, inverse and mask change in place."""
+    """Remove the cheapest inputs one by one, in place; what is left in the columns of removed ones is never read."""
     p_I, norm_I = inverse_II.diagonal().clone(), w_OI.square().sum(0)
     u_IB, v_OB = w_OI.new_zeros(w_OI.shape[1], number), w_OI.new_zeros(w_OI.shape[0], number)
     for b in range(number):
