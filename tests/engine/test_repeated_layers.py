@@ -125,6 +125,39 @@ def test_linears_that_share_their_input_in_the_last_call_only(true_sequential):
     assert torch.equal(pair.other.weight == 0, lowest)
 
 
+class Messages(Pair):
+    """A linear that only some calls reach."""
+
+    def forward(self, x, seen=None):
+        return x + self.one(x) if seen is None else x + self.one(x) * self.other(seen)
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+@pytest.mark.parametrize("calls", [[0, 1], [1, 0], [0, 1, 0], [1, 0, 1]], ids=str)
+@torch.no_grad()
+def test_linears_that_only_some_calls_reach(calls, true_sequential):
+    """As those for the messages of one pass to the next in Inkling 2 Loop, which the first pass has no use for."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Messages()])})
+    pair, (x, seen) = model["blocks"][0], torch.randn(2, 50, 16)
+    score_OI = pair.other.weight.abs() * seen.norm(dim=0)
+
+    def forward(model, x):
+        for call in calls:
+            x = pair(x, seen if call else None)
+
+    report = prune_model(model, [x], "wanda", 0.5, forward=forward, true_sequential=true_sequential)
+    assert [row.tokens for row in report.linears] == [50 * len(calls), 50 * sum(calls)]
+    lowest = torch.zeros_like(score_OI, dtype=torch.bool).scatter(1, score_OI.argsort(1)[:, :8], True)
+    assert torch.equal(pair.other.weight == 0, lowest)
+
+
+def test_linears_that_no_call_reaches_are_refused():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Messages()])})
+    error = error_of(model, [torch.randn(4, 16)], forward=lambda m, x: m["blocks"][0](m["blocks"][0](x)))
+    assert "does not call blocks.0.other" in error
+
+
 @torch.no_grad()
 def test_albert_calls_one_layer_for_all():
     torch.manual_seed(0)

@@ -128,6 +128,7 @@ class CalibratedLayer:
         linears: list[PrunableLinear] | None = None,
         batches: int | None = None,
         advance: bool = False,
+        is_last_call: bool = True,
     ) -> dict[str, InputStatistic]:
         """Run the layer and gather a statistic of every pruned linear's inputs; padding does not count.
 
@@ -136,6 +137,7 @@ class CalibratedLayer:
             linears: Those of the layer whose inputs are wanted. Default: all that are pruned.
             batches: Use the first so many only. Default: all.
             advance: Whether nobody changes the layer, so that what it gives here is what enters the next one.
+            is_last_call: Whether the model does not call the layer again, with linears that it passes by here.
 
         Returns:
             The statistics by linear name. Linears fed by the same tensor share one object. The statistic of an expert
@@ -152,7 +154,7 @@ class CalibratedLayer:
             if advance:
                 self.hidden_BTD[batch] = self._stream.take(batch, out)
         self.has_advanced = self.has_advanced or advance
-        statistics = collector.statistics()
+        statistics = collector.statistics(is_last_call)
         check_statistics(statistics)
         return statistics
 

@@ -64,10 +64,13 @@ class Collector:
             yield
         self._inputs.clear()
 
-    def statistics(self) -> dict[str, InputStatistic]:
+    def statistics(self, is_last_call: bool = True) -> dict[str, InputStatistic]:
         """Return the statistics by name, in the order of the linears.
 
         The statistic of an expert that got no tokens is empty.
+
+        Args:
+            is_last_call: Whether the layer is not called again. Else a linear that it passed by has an empty statistic.
 
         Returns:
             The statistics.
@@ -75,10 +78,12 @@ class Collector:
         Raises:
             ValueError: If a linear was never called, though no router could have passed it by.
         """
-        called = {linear.experts for linear in self._linears if linear.name in self._statistics}
         unseen = [linear for linear in self._linears if linear.name not in self._statistics]
-        refuse_uncalled([linear.name for linear in unseen if linear.experts is None])
-        refuse_unreached([linear.name for linear in unseen if linear.experts not in called])
+        if is_last_call:
+            called = {linear.experts for linear in self._linears if linear.name in self._statistics}
+            never = [linear for linear in unseen if not self._new.has_begun(linear)]
+            refuse_uncalled([linear.name for linear in never if linear.experts is None])
+            refuse_unreached([linear.name for linear in never if linear.experts not in called])
         for linear in unseen:
             self._statistics[linear.name] = self._new.of(linear)
         return {linear.name: self._statistics[linear.name] for linear in self._linears}

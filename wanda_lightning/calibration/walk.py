@@ -120,7 +120,7 @@ def _visits(
             if index not in calls[call + 1 :]:
                 yield step
             elif statistic is not None and layer.linears:
-                earlier[index] = step.collect(statistic, advance=True)
+                earlier[index] = step.collect(statistic, advance=True, is_last_call=False)
             if seen:
                 seen.drop()
             if not is_last:
