@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from helpers import tiny_llama
 from safetensors.torch import load_file, save_file, save_model
 
@@ -127,6 +128,16 @@ def test_the_clone_of_a_repository_is_not_replaced(tmp_path, llama):
 def test_what_is_saved_is_the_model_in_a_wrapper(tmp_path, llama, wrap):
     save_pretrained(wrap(llama), None, tmp_path / "model")
     assert torch.equal(load_model(tmp_path / "model").lm_head.weight, llama.lm_head.weight)
+
+
+def test_a_weight_may_have_changed_its_place_among_others(tmp_path):
+    """As torch.nn.utils.prune leaves it: behind the bias, in front of which transformers builds it."""
+    model = tiny_llama(attention_bias=True)
+    query = model.model.layers[1].self_attn.q_proj
+    torch.nn.utils.prune.l1_unstructured(query, "weight", 0.5)
+    torch.nn.utils.prune.remove(query, "weight")
+    save_pretrained(model, None, tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model").model.layers[1].self_attn.q_proj.weight, query.weight)
 
 
 def test_a_failed_save_leaves_the_older_model(tmp_path, llama, monkeypatch):

@@ -93,9 +93,8 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, part in model.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                hook = _hook(part) if parameter.is_meta else None
-                values = parameter.detach() if hook is None else hook.weights_map[name]
-                yield f"{prefix}.{name}" if prefix else name, values
+                full = f"{prefix}.{name}".removeprefix(".")
+                yield full, stored_tensor(model, full)
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -103,6 +102,15 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from stored_parameters(model)
     persistent = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def stored_tensor(model: nn.Module, name: str) -> Tensor:
+    """Return the values of a parameter or buffer, wherever they are."""
+    prefix, _, own = name.rpartition(".")
+    part = model.get_submodule(prefix)
+    values = getattr(part, own).detach()
+    hook = _hook(part) if values.is_meta else None
+    return values if hook is None else hook.weights_map[own]
 
 
 def _hook(part: nn.Module) -> Any:
