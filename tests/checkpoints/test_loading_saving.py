@@ -130,6 +130,11 @@ def test_what_is_saved_is_the_model_in_a_wrapper(tmp_path, llama, wrap):
     assert torch.equal(load_model(tmp_path / "model").lm_head.weight, llama.lm_head.weight)
 
 
+def test_a_name_is_no_model_to_save(tmp_path):
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, .* got 'me/model'"):
+        save_pretrained("me/model", None, tmp_path / "model")
+
+
 def test_a_weight_may_have_changed_its_place_among_others(tmp_path):
     """As torch.nn.utils.prune leaves it: behind the bias, in front of which transformers builds it."""
     model = tiny_llama(attention_bias=True)

@@ -18,9 +18,10 @@ def find_language_model(module: nn.Module) -> nn.Module:
         The outermost model; if it is compiled, or set up by Lightning's Fabric, its original.
 
     Raises:
-        ValueError: If there is none, or more than one side by side.
+        ValueError: If there is none, or more than one side by side, or it is no module.
     """
-    found = {uncompiled(child): name for name, child in module.named_modules() if is_of_transformers(child)}
+    every = uncompiled(module).named_modules()
+    found = {uncompiled(child): name for name, child in every if is_of_transformers(child)}
     held = {model: set(model.parameters()) for model in found}
     model = _that_holds_all(held)
     if model is None:
