@@ -62,7 +62,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         model, info = auto_class(config).from_pretrained(folder, dtype=wanted or "auto", **settings)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
-    if missing := sorted(info["missing_keys"] & {name for name, _ in model.named_parameters()}):
+    if missing := sorted({name for name, _ in model.named_parameters()}.intersection(info["missing_keys"])):
         raise ValueError(
             f"{pretrained} lacks {len(missing)} of the weights that its config describes, which would be random: "
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
