@@ -252,7 +252,7 @@ def edited(tmp_path, old: str, new: str) -> Path:
         ("sparsity: 0.5", "sparsity: 1.5", "sparsity must be a number in [0, 1), got 1.5"),
         ("source: builtin", "source: missing.txt", "the file 'missing.txt' does not exist"),
         ("num_samples: 128", "num_samples: 0", "num_samples must be"),
-        ("class_path: WandaPruning", "class_path: WandaPrunin", "WandaPrunin"),
+        ("class_path: WandaPruning", "class_path: WandaPrunin", "did you mean WandaPruning?"),
     ],
 )
 def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, small, tmp_path, old, new, message):
@@ -277,6 +277,11 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
         (["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.sparsty=1"], "did you mean --trainer.callbacks.sparsity?"),
         (["prune", "MODEL", "--sparsty", "0.6"], "did you mean --sparsity?"),
         (["fit", "MODEL", "--lr", "1e-4"], "did you mean --model.optimizer.lr?"),
+        (
+            ["prune", MODEL, "--trainer.callbacks+=WandaPrunin"],
+            'error: Parser key "trainer.callbacks":\n    Expected a dot import path string: WandaPrunin\n',
+        ),
+        (["prune", MODEL, "--trainer.callbacks+=mine.yaml"], "Expected a path but mine.yaml"),
         (
             ["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.activations=gpu"],
             "activations must be one of device, cpu, disk, got 'gpu'",
@@ -304,6 +309,11 @@ def test_mistakes_on_the_command_line(wanda_lightning_command, arguments, messag
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) <= 8
+
+
+def test_the_class_that_was_meant_is_named_once(wanda_lightning_command):
+    done = wanda_lightning_command("prune", "-c", RECIPE, MODEL, "--trainer.callbacks.allocation=OWLL")
+    assert done.stderr.count("did you mean OWL?") == 1
 
 
 def test_a_missing_model_says_what_was_tried(wanda_lightning_command, small):

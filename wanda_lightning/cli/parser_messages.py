@@ -14,7 +14,8 @@ from wanda_lightning.cli.short_options import closest, no_method
 
 # jsonargparse tells every type it tried in turn; only the lines that name the user's mistake are of use.
 NOISE = re.compile(
-    r"\s*((- )?Does not validate against|Subtypes: |Errors:|- Expected a (<class 'NoneType'>|typing.Literal\['magn)|"
+    r"\s*($|(- )?Does not validate against|Subtypes: |Errors:|- Expected a path but (?!\S*(/|\.ya?ml))|"
+    r"- Expected a (<class 'NoneType'>|typing.Literal\['magn)|"
     r"- Not a valid subclass of|Subclass types expect|- a (class path|dict)|Given value type|"
     r"Given value: (\S*[\[({]|.{60}))"
 )
@@ -28,6 +29,7 @@ OPTIONS_OF = {
 }
 """The classes whose arguments are options, by the part of the command line that they are under."""
 OTHER_TYPE = re.compile(r"\s*- Problem with given class_path 'lightning\.")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)$", re.MULTILINE)
 UNRECOGNIZED = r"unrecognized arguments: (-\S*?)(=| |$)"
 LISTS = {
     "methods": "such as '[wanda, sparsegpt]'",
@@ -94,6 +96,8 @@ def with_hint(message: str, options: Iterable[str]) -> str:
     """
     import wanda_lightning
 
+    if no_class := NO_CLASS.search(message):
+        return _meant(message, no_class[1], wanda_lightning.__all__)
     part = re.search(r'Parser key "(\S+)"', message)
     unknown = re.search(rf"{UNRECOGNIZED}|Option '(\w+)' is not accepted", message)
     if not unknown or (part is None and unknown[3]):  # the parser within says this first, the one around it then where
@@ -109,7 +113,8 @@ def with_hint(message: str, options: Iterable[str]) -> str:
 
 def _meant(message: str, unknown: str, known: Iterable[str]) -> str:
     meant = closest(unknown, known)
-    return f"{message}\n  did you mean {meant}?" if meant else message
+    hint = f"did you mean {meant}?"
+    return f"{message}\n  {hint}" if meant and hint not in message else message
 
 
 def _without_noise(message: str) -> str:
