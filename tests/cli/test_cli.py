@@ -283,6 +283,10 @@ def test_mistakes_in_a_recipe_are_one_short_message(wanda_lightning_command, sma
         ),
         (["prune", MODEL, "--trainer.callbacks+=mine.yaml"], "Expected a path but mine.yaml"),
         (
+            ["prune", MODEL, "--trainer.callbacks.sparsity=0.6"],
+            "error: there is no callback that sparsity is an option of",
+        ),
+        (
             ["prune", "-c", RECIPE, MODEL, "--trainer.callbacks.activations=gpu"],
             "activations must be one of device, cpu, disk, got 'gpu'",
         ),

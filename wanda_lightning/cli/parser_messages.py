@@ -78,7 +78,11 @@ def shortened(message: str) -> str:
     if found := NO_METHOD.search(message):
         return no_method("--methods", found[1])
     if "Does not validate against" in message:
-        message = _without_noise(message)
+        option, message = re.search(r"NestedArg\(key='(\w+)'", message), _without_noise(message)
+        if option and "\n" not in message:  # it was held against no class but that of all callbacks
+            message = (
+                f"there is no callback that {option[1]} is an option of: name one, --trainer.callbacks+=WandaPruning"
+            )
     if unknown := UNKNOWN_OPTION.search(message):
         message += f"\n  what is accepted: --{unknown[1]}.help {unknown[2]}"
     return message
