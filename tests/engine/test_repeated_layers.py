@@ -8,7 +8,7 @@ from helpers import tiny_llama, tiny_mixtral, token_batches
 from torch import nn
 from transformers import AlbertConfig, AlbertModel
 
-from wanda_lightning import OWL, InputHessian, Reconstruction, SemiStructured, SparseGPT, Wanda, prune_model
+from wanda_lightning import OWL, InputHessian, Journal, Reconstruction, SemiStructured, SparseGPT, Wanda, prune_model
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.experts import expert_inputs
 
@@ -184,6 +184,22 @@ def test_sparsity_is_split_by_what_enters_in_all_calls():
 
 def owl(calls):
     return prune_model(looped(calls), BATCHES, "wanda", 0.5, allocation=OWL(factor=2.0))
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(tmp_path):
+    """Layers that are finished are dense in the earlier calls of those that are not."""
+    whole, cut, again = (looped(IN_TURN) for _ in range(3))
+    prune_model(whole, BATCHES, "sparsegpt", 0.5)
+
+    def first_alone(layers, _):
+        yield next(iter(layers))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(cut, BATCHES, "sparsegpt", 0.5, journal=Journal(tmp_path), progress=first_alone)
+    report = prune_model(again, BATCHES, "sparsegpt", 0.5, journal=Journal(tmp_path))
+    assert all(map(torch.equal, again.parameters(), whole.parameters()))
+    assert len(report.linears) == 21
 
 
 @pytest.mark.parametrize("settings", [{"dense_target": True}, {"reconstruction": Reconstruction(epochs=1)}])
