@@ -1,12 +1,12 @@
-"""Whole prunings of a model by every method: seconds by phase, peak memory, and ratios to Wanda done the plain way.
+"""Whole prunings of a model by every method: seconds by phase, peak memory, and ratios to those done the plain way.
 
     python benchmarks/prune.py MODEL [CALIBRATION.txt] [--order one two] [--device cuda] [--repeat 3]
         [--forward float32 bfloat16]
 
 The plain way is that of the published code: one sample a call, every layer forwarded twice in full, a hook on every
-linear. Ours visit each layer in two passes over the calibration set, or in one (``true_sequential``). With
-``--forward bfloat16`` the model runs under autocast. Runs take turns, and ratios are those of the medians of one run.
-Prints a Markdown table.
+linear, each with a statistic of its own. "plain" is Wanda, "plain SparseGPT" has the loop of solver.py. Ours visit each
+layer in two passes over the calibration set, or in one (``true_sequential``). With ``--forward bfloat16`` the model
+runs under autocast. Runs take turns, and ratios are those of the medians of one run. Prints a Markdown table.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
+from solver import plain_sparsegpt
+from torch import Tensor, nn
 
 from wanda_lightning import (
     Ablate,
@@ -47,6 +48,7 @@ METHODS = {
 }
 
 
+PLAIN = ("plain", "plain SparseGPT")
 ORDERS = {"two": "two passes", "one": "one pass"}
 
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("calibration", nargs="?", default="builtin")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "plain"], default=["plain", *METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*PLAIN, *METHODS], default=["plain", *METHODS])
     parser.add_argument("--order", nargs="+", choices=ORDERS, default=["two", "one"], help="how many passes a layer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -87,8 +89,8 @@ def main() -> None:
             pruned = copy.deepcopy(model)
             in_half = torch.autocast(model.device.type, torch.bfloat16, enabled=forward == "bfloat16")
             with in_half, phases(pruned) as seconds:
-                if name == "plain":
-                    prune_the_plain_way(pruned, samples)
+                if name in PLAIN:
+                    prune_the_plain_way(pruned, samples, PlainSparseGPT if name == "plain SparseGPT" else PlainWanda)
                 else:
                     one_pass = calibrated and order == "one"
                     report = prune_model(pruned, batches, METHODS[name], PATTERN, true_sequential=one_pass)
@@ -102,7 +104,7 @@ def main() -> None:
         name: {phase: statistics.median(run.get(phase, 0.0) for run in repeats) for phase in repeats[0]}
         for name, repeats in runs.items()
     }
-    bases = [base for base in ("plain", "Wanda, two passes") if base in medians]
+    bases = [base for base in (*PLAIN, "Wanda, two passes") if base in medians]
     header = ["method", "total", "forward and rest", "statistics", "solve", "peak MiB", *(f"/ {b}" for b in bases)]
     print("\n| " + " | ".join(header) + " |\n| --- |" + " ---: |" * (len(header) - 1))
     for name, median in medians.items():
@@ -153,24 +155,54 @@ def phases(model: nn.Module) -> Iterator[dict[str, float]]:
     seconds["MiB"] = peak  # with the two models: the dense one and the copy that is pruned
 
 
+class PlainWanda:
+    """What is gathered of a linear, and how it is then pruned."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI
+        self.norm = InputNorm(weight_OI.shape[1], weight_OI.device)
+
+    def update(self, x_1TI: Tensor) -> None:
+        self.norm.update(x_1TI)
+
+    def prune(self) -> None:
+        score_OI = self.weight_OI.abs() * self.norm.compute()
+        lowest_OP = score_OI.sort(dim=1, stable=True).indices[:, : score_OI.shape[1] // 2]
+        self.weight_OI.scatter_(1, lowest_OP, 0)
+
+
+class PlainSparseGPT:
+    """The Hessian is a mean that goes on from sample to sample, as in the published code."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.weight_OI = weight_OI
+        self.hessian_II = weight_OI.new_zeros(weight_OI.shape[1], weight_OI.shape[1], dtype=torch.float32)
+        self.samples = 0
+
+    def update(self, x_1TI: Tensor) -> None:
+        self.hessian_II *= self.samples / (self.samples + 1)
+        self.samples += 1
+        x_TI = (2 / self.samples) ** 0.5 * x_1TI.flatten(0, -2).float()
+        self.hessian_II += x_TI.t() @ x_TI
+
+    def prune(self) -> None:
+        self.weight_OI.copy_(plain_sparsegpt(self.weight_OI, self.hessian_II, PATTERN))
+
+
 @torch.no_grad()
-def prune_the_plain_way(model: nn.Module, samples: list[torch.Tensor]) -> None:
+def prune_the_plain_way(model: nn.Module, samples: list[Tensor], kind: type[PlainWanda | PlainSparseGPT]) -> None:
     for step in walk(model, decoder_layers(model), samples):
-        norms = {
-            linear.name: InputNorm(linear.weight_OI.shape[1], linear.weight.device) for linear in step.layer.linears
-        }
+        gathered = [kind(linear.weight_OI) for linear in step.layer.linears]
         hooks = [
-            linear.module.register_forward_hook(lambda _, args, out, norm=norms[linear.name]: norm.update(args[0]))
-            for linear in step.layer.linears
+            linear.module.register_forward_hook(lambda _, args, out, each=each: each.update(args[0]))
+            for linear, each in zip(step.layer.linears, gathered, strict=True)
         ]
         for _ in step.outputs():
             pass
         for hook in hooks:
             hook.remove()
-        for linear in step.layer.linears:
-            score_OI = linear.weight_OI.abs() * norms[linear.name].compute()
-            lowest_OP = score_OI.sort(dim=1, stable=True).indices[:, : score_OI.shape[1] // 2]
-            linear.weight_OI.scatter_(1, lowest_OP, 0)
+        for each in gathered:
+            each.prune()
     for _ in step.outputs():  # the published code forwards the last layer again too
         pass
 
