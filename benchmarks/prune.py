@@ -48,7 +48,6 @@ METHODS = {
 }
 
 
-PLAIN = ("plain", "plain SparseGPT")
 ORDERS = {"two": "two passes", "one": "one pass"}
 
 
@@ -90,7 +89,7 @@ def main() -> None:
             in_half = torch.autocast(model.device.type, torch.bfloat16, enabled=forward == "bfloat16")
             with in_half, phases(pruned) as seconds:
                 if name in PLAIN:
-                    prune_the_plain_way(pruned, samples, PlainSparseGPT if name == "plain SparseGPT" else PlainWanda)
+                    prune_the_plain_way(pruned, samples, PLAIN[name])
                 else:
                     one_pass = calibrated and order == "one"
                     report = prune_model(pruned, batches, METHODS[name], PATTERN, true_sequential=one_pass)
@@ -187,6 +186,9 @@ class PlainSparseGPT:
 
     def prune(self) -> None:
         self.weight_OI.copy_(plain_sparsegpt(self.weight_OI, self.hessian_II, PATTERN))
+
+
+PLAIN = {"plain": PlainWanda, "plain SparseGPT": PlainSparseGPT}
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ class ShapePruning(Callback):
         before_setup(
             trainer,
             partial(_prune_all, callbacks, trainer, pl_module, prunes=stage == "fit"),
-            partial(_reshape_all, callbacks, pl_module),
+            partial(reshape_all, callbacks, pl_module),
         )
 
     def begin_anew(self) -> None:
@@ -193,7 +193,7 @@ def _prune_all(callbacks: list[ShapePruning], trainer: Trainer, module: Lightnin
     save(trainer, module)
 
 
-def _reshape_all(callbacks: list[ShapePruning], module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def reshape_all(callbacks: list[ShapePruning], module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Give the module the shapes that a checkpoint has, as far as its callbacks tell."""
     model: Any = find_language_model(module)
     states = checkpoint.get("callbacks", {})

@@ -51,14 +51,15 @@ class MatrixFinder:
 
     def __init__(self, model: nn.Module, layers: Sequence[DecoderLayer]) -> None:
         self._renamed = _renamed(model, layers)
-        self._first = {layer.list_name: number for number, layer in reversed([*enumerate(layers)])}
-        ends = "|".join(re.escape(name.rpartition(".")[2]) for name in self._first)
-        self._pattern = re.compile(rf"((?:.*?\.)?(?:{ends}))\.(\d+)\.(.+)")
+        self._first: dict[str, int] = {}  # number of the first layer, by list
         self._linears: dict[tuple[int, str], list[PrunableLinear]] = {}
         for number, layer in enumerate(layers):
+            self._first.setdefault(layer.list_name, number)
             self._linears |= {(number, name): [] for name, _ in layer.module.named_parameters()}
             for linear in layer.linears:
                 self._linears[number, linear.parameter_name.removeprefix(f"{layer.name}.")].append(linear)
+        ends = "|".join(re.escape(name.rpartition(".")[2]) for name in self._first)
+        self._pattern = re.compile(rf"((?:.*?\.)?(?:{ends}))\.(\d+)\.(.+)")
 
     def place(self, name: str) -> tuple[int, str] | None:
         """Return the layer's number and the tensor's name in it; None for what is not in a decoder layer."""

@@ -103,7 +103,7 @@ class CausalLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the model the shapes that the checkpoint has: that of a run which made it smaller says which."""
-        take_shapes(self.model, checkpoint)
+        take_shapes(self, checkpoint)
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot be trained, before it is pruned; ``fit`` without training steps prunes it."""
