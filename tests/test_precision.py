@@ -6,6 +6,7 @@ from least_squares import hessian_of, random
 from torch import Tensor
 
 from wanda_lightning.calibration.input_drift import InputDrift
+from wanda_lightning.precision import full_float32
 from wanda_lightning.solvers import factorize, prune_with_admm, prune_with_mask
 from wanda_lightning.solvers.neurons import fit_to_all_inputs, remove_inputs
 from wanda_lightning.sparsity import Unstructured
@@ -63,3 +64,14 @@ def test_autocast_changes_nothing(compute):
     plain = compute()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(compute(), plain)
+
+
+def test_an_error_leaves_what_the_user_allows():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ZeroDivisionError), full_float32(torch.device("cpu")):
+            raise ZeroDivisionError
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
