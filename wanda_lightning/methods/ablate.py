@@ -6,7 +6,6 @@ The Wanda paper's ablation of pruning metric and weight update (section 5). Shap
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.methods.refinement import refined
@@ -49,7 +48,6 @@ class Ablate(SecondOrderMethod):
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
 
     @refined
-    @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune and update one weight in place and return the mask (True = kept)."""
         assert isinstance(statistic, InputHessian)

@@ -5,7 +5,6 @@ A method never sees a model. Shapes: O out features, I in features.
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.arguments import plain_fields, whole_number
@@ -88,7 +87,6 @@ class ScoreMethod(PruningMethod):
         return pattern.mask(score_OI)
 
     @refined
-    @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Remove the lowest-scored weights in place and return the mask (True = kept)."""
         mask_OI = self.mask(self.score(weight_OI, statistic), pattern)

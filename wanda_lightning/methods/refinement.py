@@ -18,7 +18,7 @@ Prune = Callable[[Any, Tensor, InputStatistic | None, Pattern], Tensor]
 
 
 def refined(prune: Prune) -> Prune:
-    """Let ``self.refine`` steps of conjugate gradients follow a method's ``prune``; nothing follows where it is 0."""
+    """Let ``self.refine`` steps of conjugate gradients follow a method's ``prune``, all of it without gradients."""
 
     @wraps(prune)
     @torch.no_grad()

@@ -5,7 +5,6 @@ Shapes: O out features, I in features.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from wanda_lightning.arguments import number_not_below_0
@@ -55,7 +54,6 @@ class SparseGPT(SecondOrderMethod):
         number_not_below_0("shrinkage", self.shrinkage)
 
     @refined
-    @torch.no_grad()
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
         """Prune and update one weight in place and return the mask (True = kept)."""
         assert isinstance(statistic, InputHessian)
