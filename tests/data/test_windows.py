@@ -44,7 +44,8 @@ def test_random_windows_of_the_shortest_text():
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "seed", "most"), [(0, 7, 0, 5), (6, 7, 1, 100), (20, 7, 2, 4), (9, 16, 3, 9)]
+    ("samples", "length", "seed", "most"),
+    [(0, 7, 0, 5), (6, 7, 1, 100), (20, 7, 2, 4), (9, 16, 3, 9), (1, 3, 0, 100), (3, 4, 3, 100)],
 )
 def test_windows_between_overlap_nothing_and_miss_no_room(samples, length, seed, most):
     tokens = torch.arange(211)
@@ -80,7 +81,8 @@ def test_consecutive_windows_drop_the_rest():
 
 
 def test_document_windows_skip_short_documents(tokenizer):
-    documents = ["short", "a" * 100, "too short", "b" * 200, "never read"]
+    as_long = tokenizer.decode(tokenize(tokenizer, "c" * 100)[:10])  # as a window: longer ones are asked for
+    documents = ["short", as_long, "a" * 100, "too short", "b" * 200, "never read"]
     reader = iter(documents)
     windows = document_windows(reader, tokenizer, num_samples=2, sequence_length=10, seed=0)
     assert windows.shape == (2, 10)
