@@ -40,6 +40,15 @@ def test_the_loss_is_its_definition(alpha, temperature):
     assert loss.item() == pytest.approx(loss_by_definition(student, teacher, labels, alpha, temperature), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_of_half_precision_is_not_rounded_to_it(dtype):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 7, 11).to(dtype), (torch.randn(2, 7, 11) * 3).to(dtype)
+    labels = torch.randint(0, 11, (2, 7))
+    loss = Distillation(0.5, 2.0).loss(student, teacher, labels)
+    assert loss.item() == pytest.approx(loss_by_definition(student, teacher, labels, 0.5, 2.0), rel=1e-5)
+
+
 def test_alpha_0_is_the_models_own_loss():
     model, ids = tiny_llama(), token_batches()[0]
     out = model(ids, labels=ids)

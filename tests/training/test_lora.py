@@ -88,6 +88,12 @@ def test_defaults_are_the_reference_set_up(tiny_model_folder):
     assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
 
 
+def test_dropout_is_that_of_the_settings():
+    model = tiny_llama()
+    add_adapters(model, LoraSettings(dropout=0.25))
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.25}
+
+
 def test_masked_merge_is_its_formula():
     model = tiny_llama()
     prune_model(model, token_batches(), Wanda(), Unstructured(0.6))
