@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def test_what_a_finite_number_is(value, is_one):
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [(np.int64(8), 8), (np.float32(0.7), 0.7), (np.float16(0.7), 0.7), (np.float64(0.1), 0.1),
+    [(np.int64(8), 8), (np.float32(0.7), 0.7), (np.float16(0.7), 0.7), (np.float64(0.1), 0.1), (Fraction(1, 4), 0.25),
      ({"q_proj": np.float32(0.2), "up_proj": "2:4"}, {"q_proj": 0.2, "up_proj": "2:4"})],
 )  # fmt: skip
 def test_numpys_numbers_are_made_plain(given, meant):
