@@ -39,9 +39,18 @@ class Layer(nn.Module):
 class Decoder(PreTrainedModel, GenerationMixin):
     config_class = PretrainedConfig
 
-    def __init__(self, first_values=False, previous_values=False, change=lambda x: x, between=lambda x: x, times=1):
+    def __init__(
+        self,
+        first_values=False,
+        previous_values=False,
+        change=lambda x: x,
+        between=lambda x: x,
+        times=1,
+        by_name=False,
+    ):
         super().__init__(PretrainedConfig(vocab_size=64))
         self.first_values, self.previous_values, self.times = first_values, previous_values, times
+        self.by_name = by_name
         self.change, self.between = change, between
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, 32)
@@ -56,7 +65,9 @@ class Decoder(PreTrainedModel, GenerationMixin):
         values, seen = [], []
         for layer in [*self.layers] * self.times:
             earlier = values[:1] if self.first_values else values[-1:] if self.previous_values else seen[:1]
-            out = layer(hidden_BTD, *map(self.change, earlier))
+            handed_on = [*map(self.change, earlier)] if self.change else []
+            named = {"earlier_BTD": handed_on.pop()} if self.by_name and handed_on else {}
+            out = layer(hidden_BTD, *handed_on, **named)
             hidden_BTD = self.between(out[0] if isinstance(out, tuple) else out)
             seen.append(hidden_BTD)
             values += out[1:] if isinstance(out, tuple) else []
@@ -67,10 +78,12 @@ KINDS = {
     "values of the first layer": {"first_values": True},
     "values of the layer before": {"previous_values": True},
     "hidden states behind the first layer": {},
+    "the same by name": {"by_name": True},
     "normed": {"change": lambda x: nn.functional.layer_norm(x, (32,))},
     "the largest": {"previous_values": True, "change": lambda x: nn.functional.one_hot(x.argmax(-1), 32).float()},
     "differences of tokens": {"change": lambda x: x - x.roll(1, 1)},
     "hidden states that are changed on their way": {"between": lambda x: 0.7 * x.roll(1, 1)},
+    "nothing but what happens on their way": {"between": lambda x: 0.7 * x.roll(1, 1), "change": None},
 }
 BATCHES = token_batches(2, vocab=64) + token_batches(1, batch_size=1, length=7, vocab=64)
 
