@@ -1,9 +1,11 @@
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from wanda_lightning.data.windowed_text import windowed_text
 from wanda_lightning.data.windows import (
     consecutive_windows,
     document_windows,
@@ -78,6 +80,31 @@ def test_consecutive_windows_drop_the_rest():
     assert consecutive_windows(torch.arange(8), 4, max_windows=1).tolist() == [[0, 1, 2, 3]]
     with pytest.raises(ValueError, match=r"3 tokens.*sequence_length=4"):
         consecutive_windows(torch.arange(3), 4)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "usual", "windows", "last"),
+    [
+        (11, None, None, 2, [8, 9, 10]),
+        (10, None, None, 2, [8, 9]),
+        (9, None, None, 2, None),  # one token predicts nothing
+        (8, None, None, 2, None),
+        (11, None, 256, 2, [8, 9, 10]),
+        (19, None, 3, 3, None),
+        (15, None, 3, 3, None),
+        (19, 4, 3, 4, None),
+        (19, 5, 3, 4, [16, 17, 18]),
+    ],
+)
+def test_a_text_is_evaluated_to_its_end_or_as_far_as_is_usual(found, asked, usual, windows, last):
+    def tokenizer(text, verbose):
+        return {"input_ids": [*map(int, text.split())]}
+
+    source = SimpleNamespace(text=lambda *_: " ".join(map(str, range(found))), max_evaluation_windows=usual)
+    settings = {"num_samples": 1, "seed": 0, "max_evaluation_windows": asked, "keep_last_window": True}
+    whole, rest = windowed_text(source, "evaluation", tokenizer, 4, **settings)
+    assert whole.flatten().tolist() == [*range(4 * windows)]
+    assert (rest if rest is None else rest.tolist()) == last
 
 
 def test_document_windows_skip_short_documents(tokenizer):

@@ -55,8 +55,8 @@ def windowed_text(
     most = max_evaluation_windows or source.max_evaluation_windows
     windows_NT = consecutive_windows(token_ids_L, sequence_length, most)
     rest = token_ids_L[len(windows_NT) * sequence_length :]
-    # One token alone has nothing to predict; and more than a window is left where windows are limited.
-    kept = keep_last_window and 2 <= len(rest) < sequence_length and len(windows_NT) != most
+    # One token alone has nothing to predict; and what is left where windows are limited is not wanted.
+    kept = keep_last_window and len(rest) >= 2 and len(windows_NT) != most
     return windows_NT, rest if kept else None
 
 
