@@ -277,6 +277,18 @@ def test_slopes_are_measured_half_a_step_around_what_is_pruned(monkeypatch, aske
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("asked", "span"), [(0.5, 0.25), (0.1, 0.225)])
+def test_the_growth_of_the_loss_is_reported_for_all_of_a_linear(monkeypatch, asked, span):
+    task = task_of(tiny_llama(layers=1), token_batches(), asked)
+    grows = {linear.name: number / 100 for number, linear in enumerate(task.linears)}
+    monkeypatch.setattr(
+        Trials, "slopes", lambda *_: grows
+    )  # from half a step less to half a step more, but not below 0
+    found = LeastLoss(choices=["dense", "2:4"], step=0.25).allocate(task).reasons
+    assert found == pytest.approx({name: growth / span for name, growth in grows.items()})
+
+
+@torch.no_grad()
 def test_an_expert_that_no_token_reached_is_tried_by_size():
     task = task_of(tiny_llama(layers=1))
     name, weight = task.linears[0].name, task.linears[0].weight_OI.clone()
