@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AlbertConfig, AlbertModel
 
 from wanda_lightning import OWL, InputHessian, Journal, Reconstruction, SemiStructured, SparseGPT, Wanda, prune_model
+from wanda_lightning.calibration.call_order import CallOrder
 from wanda_lightning.model.decoder import decoder_layers
 from wanda_lightning.model.experts import expert_inputs
 
@@ -226,6 +227,17 @@ def test_batches_for_which_the_order_is_another_are_refused():
     model.model.register_forward_pre_hook(lambda model, args, kwargs: longer(model, kwargs), with_kwargs=True)
     error = error_of(model, [*BATCHES, torch.zeros(1, 20, dtype=torch.long)])
     assert "calls decoder layer 2 where layer 0 would be next" in error
+
+
+def test_calls_that_are_missing_or_too_many_are_told():
+    order = CallOrder([0, 1])
+    order.called(0)
+    with pytest.raises(ValueError, match="makes 1 of 2 calls of its decoder layers"):
+        order.ended()
+    order.called(1)
+    order.ended()
+    with pytest.raises(ValueError, match="calls decoder layer 0 where layer none would be next"):
+        order.called(0)
 
 
 def longer(model, kwargs):
