@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextvars import ContextVar
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,19 @@ def test_each_has_its_own_gradients_and_autocast():
         first.resume()
     assert inside == [(True, True), (True, True), (False, False)]
     second.give_up()
+
+
+def test_each_has_its_own_data_type_of_autocast():
+    def within(dtype):
+        with torch.autocast("cpu", dtype):
+            pause(None)
+            return torch.ones(2, 2).mm(torch.ones(2, 2)).dtype
+
+    dtypes = [torch.float16, torch.bfloat16]
+    calls = [Resumable(partial(within, dtype)) for dtype in dtypes]
+    for call in [*calls, *calls]:
+        call.resume()
+    assert [call.take_result() for call in calls] == dtypes
 
 
 def test_variables_of_the_context_are_those_of_who_made_it():
