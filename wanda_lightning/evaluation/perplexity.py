@@ -61,7 +61,7 @@ class Perplexity(Metric):
             for given, labels in zip(given_TV.split(CHUNK), labels_T.split(CHUNK), strict=True):
                 logits = given if head is None else head(given[None])[0].to(labels.device)
                 nll = F.cross_entropy(logits.float(), labels, reduction="sum")
-                self.nll += nll.to(self.nll.device).double()
+                self.nll += nll.to(self.nll.device)
         self.tokens += (labels_BT != -100).sum()
 
     @torch.no_grad()
