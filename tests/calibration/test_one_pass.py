@@ -179,6 +179,30 @@ def test_experts_behind_the_first_matrix_see_it_pruned():
     assert differing(ours, plain) == []
 
 
+class Named(nn.Module):
+    """May pass by name what enters its linears."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        torch.manual_seed(1)
+        self.up_proj, self.down_proj, self.by_name = nn.Linear(32, 32), nn.Linear(32, 32), by_name
+
+    def forward(self, hidden):
+        if self.by_name:
+            return self.down_proj(input=self.up_proj(input=hidden))
+        return self.down_proj(self.up_proj(hidden))
+
+
+def test_inputs_of_linears_may_be_passed_by_name():
+    models = []
+    for by_name in (True, False):
+        models.append(built("llama"))
+        models[-1].model.layers[0].mlp = Named(by_name).eval()
+        report = prune_model(models[-1], BATCHES, Wanda(), Unstructured(0.5))
+        assert {row.passes for row in report.linears} == {1}
+    assert differing(*models) == []
+
+
 class Chunked(nn.Module):
     """Calls its first linear once for every 16 tokens."""
 
