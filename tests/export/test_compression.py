@@ -51,6 +51,16 @@ def test_the_size_is_known_before(tmp_path, dtype, sparsity):
     assert compress(str(tmp_path / "model"), str(tmp_path / "small")).written == expected
 
 
+def test_the_size_of_a_model_that_has_more_zeros_already_is_known_before(tmp_path):
+    model = tiny_llama()
+    prune_model(model, token_batches(1), "wanda", 0.7)
+    linears = [linear for layer in decoder_layers(model) for linear in layer.linears]
+    expected = CompressedSize(model).expected((linear, Unstructured(0.5)) for linear in linears)
+    prune_model(model, token_batches(1), "wanda", 0.5)
+    model.save_pretrained(tmp_path)
+    assert compressed_size(tmp_path) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip_of_a_folder(tmp_path, dtype):
     folder = pruned(tmp_path / "model", dtype, max_shard_size="20KB")
