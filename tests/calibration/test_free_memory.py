@@ -50,7 +50,7 @@ def old_group(folder, most, taken, files=0):
 
 
 IN = {"proc/self/cgroup": "0::/slurm/job/step\n"}
-OLD = {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc\n0::/\n"}
+OLD = {"proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ OLD = {"proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/docker/abc\n0::/\n"}
         ({"proc/self/cgroup": "0::/\n"} | group("", 500, 300), 200),  # in a container
         (OLD | old_group("", 500, 300, files=100), 300),  # in a container
         (OLD | old_group("/docker/abc", 500, 300) | old_group("", 2**43, 900), 200),
+        (OLD | old_group("/docker/abc", 500, 300) | old_group("/other", 100, 90), 200),
     ],
 )
 def test_control_groups_limit_what_is_left(system, files, left):

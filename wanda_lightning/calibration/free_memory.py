@@ -54,11 +54,9 @@ def _left_of_groups(root: Path) -> Iterator[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        group = top / path.lstrip("/")
+        group = root / "sys/fs/cgroup" / ("memory" if controllers else "") / path.lstrip("/")
         for folder in (group, *group.parents):
-            if folder.is_relative_to(top):
-                yield from _left_of_group(folder, *(OLD_GROUP if controllers else GROUP))
+            yield from _left_of_group(folder, *(OLD_GROUP if controllers else GROUP))
 
 
 def _left_of_group(folder: Path, limit: str, usage: str, forgettable: str) -> Iterator[int]:
