@@ -28,7 +28,7 @@ def questions() -> list[dict[str, Any]]:
     places = [place for place, passage in enumerate(passages) if passage is not None]
     rows = []
     for place in places:
-        context, right = passages[place - 1] if place else None, passages[place]
+        context, right = passages[place - 1], passages[place]  # before the first is the last, which is None
         if context is None or right is None:  # the first passage of a paragraph continues nothing
             continue
         others = draw.sample([other for other in places if abs(other - place) > 1], CHOICES - 1)
