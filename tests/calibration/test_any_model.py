@@ -280,10 +280,26 @@ class Counts(nn.Module):
         return self.linear(x) * self.calls
 
 
+class Notes(nn.Module):
+    """A layer that reads what another one has noted down, or notes down what enters it."""
+
+    def __init__(self, notes, reads):
+        super().__init__()
+        self.linear, self.notes, self.reads = nn.Linear(4, 4), notes, reads
+
+    def forward(self, x):
+        if self.reads:
+            return self.linear(x) + self.notes["x"]
+        self.notes["x"] = x
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "layers", [lambda: [Counts(), Counts()], lambda: [Notes(notes := {}, reads=False), Notes(notes, reads=True)]]
+)
 @torch.no_grad()
-def test_layers_that_do_not_repeat_themselves_are_refused():
-    model = nn.Sequential(Counts(), Counts())
-    model = nn.ModuleDict({"layers": model})
+def test_layers_that_do_not_repeat_themselves_are_refused(layers):
+    model = nn.ModuleDict({"layers": nn.Sequential(*layers())})
     feed = Feed(model, lambda m, batch: m["layers"](batch))
     with pytest.raises(ValueError, match="give something else when they are called for other batches"):
         next(walk(model, decoder_layers(model, layers=["layers"]), [torch.randn(2, 4)], feed=feed))
