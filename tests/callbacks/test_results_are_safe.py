@@ -139,11 +139,18 @@ def test_every_page_names_the_model(tmp_path, tiny_model_folder):
     module = CausalLM(tiny_model_folder)
     report = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer).prune(module, data())
     count = sum(p.numel() for p in module.model.parameters())
-    assert report.model == {"name": str(tiny_model_folder), "parameters": count}
+    assert report.model == {"name": str(tiny_model_folder), "parameters": count, "dtype": "float32"}
     for page in ("pruning.md", "report.html", "pruning.json"):
         assert str(tiny_model_folder) in (tmp_path / page).read_text()
     assert f"{count:,} parameters" in (tmp_path / "model/README.md").read_text()
     assert f"{count:,} parameters" in (tmp_path / "pruning.md").read_text()
+
+
+def test_results_in_another_precision_are_not_replaced(tmp_path):
+    run(tmp_path, sparsity=0.5, save=False)
+    half = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer, precision="bf16-true")
+    with pytest.raises(ValueError, match="dtype: 'float32' there, 'bfloat16' now"):
+        half.prune(SomebodysModule(), SomebodysData(), save=False)
 
 
 def test_a_report_of_an_older_version_loads_and_is_compared_by_what_it_says(tmp_path):

@@ -37,7 +37,7 @@ class PruningReport:
         method: The method and its settings, such as ``"Wanda(variant=False)"``.
         pattern: ``"unstructured"`` or ``"n:m"``.
         target_sparsity: The fraction asked for.
-        model: Which model: its ``name`` or path as given, ``revision`` if one was, and number of ``parameters``.
+        model: Which model: its ``name`` or path as given, ``revision`` if one was, number of ``parameters``, ``dtype``.
         settings: What was asked for, to know the same run again.
         linears: A row for each pruned linear.
         allocation: How the sparsity was split by an allocator; None where it was not.

@@ -90,7 +90,7 @@ class Shrinking:
 
     Attributes:
         steps: What was done, in order.
-        model: Which model: its ``name`` or path as given, and number of ``parameters`` now.
+        model: Which model: its ``name`` or path as given, number of ``parameters`` now, and ``dtype``.
         evaluations: Metrics by stage, such as ``{"dense": {"val/perplexity": 29.3}}``.
         calibration: Where the calibration set came from.
         environment: Versions, machine and date.

@@ -26,17 +26,19 @@ def describe_model(module: LightningModule) -> dict[str, Any]:
         module: The LightningModule that holds it.
 
     Returns:
-        Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; and the number of
-        its ``parameters``, where shared ones count once and those of adapters do not.
+        Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; the number of its
+        ``parameters``, where shared ones count once and those of adapters do not; and their ``dtype``, or several.
     """
     model = find_model(module)
     config: Any = getattr(model, "config", None)
     asked = getattr(module, "model_kwargs", None) or {}
     revision = asked.get("revision") or getattr(config, "_commit_hash", None)
+    parameters = own_parameters(model)
     return {
         "name": name_of(module) or getattr(config, "_name_or_path", "") or type(model).__name__,
         **({"revision": str(revision)} if revision else {}),
-        "parameters": sum(parameter.numel() for parameter in own_parameters(model)),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
     }
 
 
