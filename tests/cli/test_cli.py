@@ -214,6 +214,8 @@ def test_the_short_way(wanda_lightning_command, tiny_model_folder, tmp_path):
     [
         ("fit", "-c", "wanda_finetune", "--max_steps=1"),
         ("search", "--method=magnitude", "--step=0.5", "--max_perplexity_increase=9"),
+        ("prune", "-c=magnitude", "--trainer.enable_model_summary=true"),
+        ("prune", "-c=magnitude", "--trainer.callbacks+=RichProgressBar", "--trainer.callbacks+=ModelSummary"),
     ],
 )
 def test_quiet(wanda_lightning_command, small, command):

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import lightning
 from jsonargparse import ActionConfigFile, ActionYesNo
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
@@ -116,7 +116,6 @@ class PruningCLI(LightningCLI):
         settings = self.config_init[self.subcommand]
         chosen = [*(settings.trainer.callbacks or [])]  # a copy: Lightning adds to the list
         if settings.quiet:
-            kwargs["enable_progress_bar"] = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         if self.subcommand in EVALUATING and not settings.trainer.logger:  # files that nobody asked for
             kwargs["logger"], self.save_config_callback = False, None
@@ -124,6 +123,7 @@ class PruningCLI(LightningCLI):
         trainer.callbacks[:] = [
             StageBar() if isinstance(each, RichProgressBar) and each not in chosen else each
             for each in trainer.callbacks
+            if not (settings.quiet and isinstance(each, ProgressBar | ModelSummary))
         ]
         return trainer
 
