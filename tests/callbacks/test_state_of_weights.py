@@ -147,6 +147,25 @@ def test_two_callbacks_in_one_trainer(tmp_path, second, named):
     assert sum("Pruning" in key for key in saved) == 2
 
 
+@pytest.mark.parametrize("how", ["prune", "fit"])
+def test_two_callbacks_for_the_same_linears_are_refused(tmp_path, how):
+    one = module()
+    run = trainer(tmp_path, WandaPruning(), SparseGPTPruning(pattern="2:4", targets=MLP), cls=PruningTrainer)
+    with pytest.raises(
+        ValueError, match=r"Wanda\(.* and SparseGPT\(.*, prune model\.layers\.0\.mlp\.gate_proj: give each"
+    ):
+        getattr(run, how)(one, datamodule=SomebodysData())
+    assert (zeros(one), [*tmp_path.rglob("pruning.json")]) == (0, [])
+
+
+@pytest.mark.parametrize("second", [{"schedule": Gradual(0, 2, initial=0.5)}, {"allocation": {"*": 0.0}}])
+def test_a_second_callback_may_prune_further_later_or_not_at_all(tmp_path, second):
+    one = module()
+    run = trainer(tmp_path, WandaPruning(sparsity=0.5), WandaPruning(sparsity=0.75, **second), **LONG)
+    run.fit(one, SomebodysData())
+    assert zeros(one) == (0.75 if "schedule" in second else 0.5)
+
+
 @pytest.mark.parametrize("bare_first", [True, False])
 @pytest.mark.parametrize("form", ["compiled", "adapted", "its decoder", "the same"])
 def test_another_form_of_the_model_beside_it_is_no_second_model(form, bare_first):

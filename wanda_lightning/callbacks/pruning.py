@@ -14,7 +14,7 @@ from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.callbacks.plumbing.calibration_batches import CalibrationBatches
 from wanda_lightning.callbacks.plumbing.pruning_run import PruningRun
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
-from wanda_lightning.callbacks.plumbing.settings_check import check_settings, will_train
+from wanda_lightning.callbacks.plumbing.settings_check import check_apart, check_settings, will_train
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
 from wanda_lightning.engine.permuting import check_permute
@@ -39,7 +39,8 @@ class PruningCallback(SparseFinetuning):
 
     A model may come with zeros of an earlier pruning. The log says so, and the report calls its first evaluation ``as
     loaded`` rather than ``dense``. Where it has all the zeros that are asked for, they are kept, and the report says
-    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first.
+    that they were found. Where more is asked for, it is pruned further: zeros score lowest, so they go first. Methods
+    that update weights before they choose among them, such as SparseGPT, may bring some back.
 
     Args:
         method: The pruning method, such as ``Wanda()``, or the name of one.
@@ -126,6 +127,7 @@ class PruningCallback(SparseFinetuning):
         """Prune, unless the strategy restores checkpoints only after this hook: then when training starts."""
         if self.schedule is not None and not will_train(trainer):
             raise ValueError("a gradual schedule prunes while a model trains, and this run has no training steps")
+        check_apart(pruning_callbacks(trainer), find_model(pl_module))
         self.run.files.begin(trainer, pl_module)
         if not (trainer.strategy.restore_checkpoint_after_setup and will_train(trainer)):
             self.run.prune(trainer, pl_module)

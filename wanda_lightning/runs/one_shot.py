@@ -9,10 +9,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from wanda_lightning.callbacks.plumbing.settings_check import steps_are_known
+from wanda_lightning.callbacks.plumbing.settings_check import check_apart, steps_are_known
 from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.callbacks.shape_pruning import check_folder, due_callbacks, shape_callbacks, shrinking_of
-from wanda_lightning.model.language_model import find_language_model
+from wanda_lightning.model.language_model import find_language_model, find_model
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.model_folder import check_model_folder, save_pretrained
@@ -137,6 +137,7 @@ class _ChecksFirst(Callback):
             model = find_language_model(pl_module)
             for each in due_callbacks(shaping, model):
                 each.check(model)
+        check_apart(pruning_callbacks(trainer), find_model(pl_module))
         for callback in pruning_callbacks(trainer):
             callback.run.files.check_folder(trainer, pl_module)  # whose results may be of other data
             callback.run.stage(pl_module)  # which looks for all targets

@@ -1,14 +1,17 @@
-"""What a pruning callback refuses of its settings, before there is a model, and what is known of training by then."""
+"""What pruning callbacks refuse of their settings, and what is known of training before it begins."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.hidden_states import check_place
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.model.stacks import lists_in
 
 if TYPE_CHECKING:
     from wanda_lightning.callbacks.pruning import PruningCallback
@@ -31,6 +34,28 @@ def check_settings(asked: "PruningCallback") -> None:
     instance_or_none("schedule", asked.schedule, Gradual, "Gradual(start=0, end=100)")
     if asked.schedule is not None:
         asked.schedule.check(asked.method, asked.pattern, asked.allocation, asked.dense_target)
+
+
+def check_apart(callbacks: Sequence["PruningCallback"], model: nn.Module) -> None:
+    """Refuse callbacks that prune the same linears at the same moment: the report of the first would be wrong.
+
+    Args:
+        callbacks: Those of a Trainer. Schedules prune at other moments, and what they find is their matter.
+        model: What they prune.
+
+    Raises:
+        ValueError: Names such a linear.
+    """
+    at_once = [each for each in callbacks if each.schedule is None]
+    taken: dict[str, PruningCallback] = {}
+    for each in at_once if len(at_once) > 1 else ():
+        selection = Selection(each.targets, each.ignore, lists_in(model, each.layers), each.allocation)
+        for name, pattern in selection.choose(model, each.pattern)[1].items():
+            if pattern.sparsity and taken.setdefault(name, each) is not each:
+                raise ValueError(
+                    f"two pruning callbacks, with {taken[name].method} and {each.method}, prune {name}: give each its "
+                    "own targets, or prune with one after the other"
+                )
 
 
 def will_train(trainer: Trainer) -> bool:
