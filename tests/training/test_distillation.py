@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.callbacks import WandaPruning
+from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.runs import teacher as teachers
 from wanda_lightning.runs.causal_lm import CausalLM
@@ -102,6 +103,15 @@ def test_another_teacher_may_be_named(tmp_path, tiny_model_folder):
     module = distilled(tiny_model_folder, teacher=str(tmp_path / "teacher"))
     trainer(tmp_path).fit(module, loader())
     assert len(module.teacher.model.model.layers) == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_teacher_that_was_pruned_itself_is_named(tmp_path, tiny_model_folder, named, caplog):
+    pruned = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    prune_model(pruned, None, "magnitude", 0.5)
+    pruned.save_pretrained(tmp_path)
+    teachers.load_teacher(Distillation(teacher=str(tiny_model_folder) if named else None), str(tmp_path))
+    assert (f"the teacher {tmp_path} was pruned itself" in caplog.text) is not named
 
 
 @pytest.mark.parametrize(("name", "asked"), [(None, {"revision": "step3000"}), ("other", {})])

@@ -1,12 +1,16 @@
 """The dense model that a pruned one learns from, by its name."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from wanda_lightning.checkpoints.loading import load_config, load_model
 from wanda_lightning.checkpoints.quiet import quiet_if_small
+from wanda_lightning.engine.measured_sparsity import NOTABLE, measure_whole_model
 from wanda_lightning.model.language_model import vocabulary_size
 from wanda_lightning.training.distillation import Distillation, Teacher, check_vocabulary
+
+log = logging.getLogger(__name__)
 
 OF_ONE_MODEL = ("revision", "code_revision", "subfolder", "variant")
 """Arguments of ``from_pretrained`` that say where in its repository a model is, and nothing of another one."""
@@ -49,4 +53,11 @@ def load_teacher(
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_MODEL}
     with quiet_if_small(teacher):
         dense = load_model(teacher, **kwargs)
+    if (zeros := measure_whole_model(dense)) >= NOTABLE:  # as where training goes on from a pruned model
+        log.warning(
+            "the teacher %s was pruned itself, %.2f %% of its weights are zero: Distillation(teacher=...) names the "
+            "dense model (--model.distillation.teacher on the command line)",
+            teacher,
+            100 * zeros,
+        )
     return Teacher(dense, distillation, kept)
