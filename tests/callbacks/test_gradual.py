@@ -266,6 +266,12 @@ def test_a_schedule_that_cannot_end_is_refused(tmp_path):
         trainer(tmp_path, pruning, cls=PruningTrainer).prune(SomebodysModule(), SomebodysData())
 
 
+def test_how_long_epochs_of_a_stream_are_nobody_knows(tmp_path):
+    module, pruning = SomebodysModule(), WandaPruning(sparsity=0.5, schedule=Gradual(0, 4, 2))
+    trainer(tmp_path, pruning, max_steps=-1, max_epochs=1).fit(module, (batch for batch in batches()))
+    assert sparsities(module) == {0.5}
+
+
 def test_a_fast_dev_run_prunes_as_at_the_end_of_the_schedule(tmp_path, caplog):
     module = SomebodysModule()
     pruning = WandaPruning(sparsity=0.5, schedule=Gradual(4, 100, 8))

@@ -120,10 +120,10 @@ class Gradual:
         """Refuse a training that ends before the schedule does.
 
         Args:
-            steps: Its optimizer steps.
+            steps: Its optimizer steps; below 0 where nobody knows, as where epochs of a stream are trained.
 
         Raises:
             ValueError: If they are too few.
         """
-        if steps < self.end:
+        if 0 <= steps < self.end:
             raise ValueError(f"the gradual schedule ends at step {self.end}, training at step {steps:g}")
