@@ -1,10 +1,11 @@
 """Pruning callbacks on somebody's LightningModule around a model that is no language model."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import trainer
+from helpers import loader, tiny_llama, trainer
 from huggingface_hub import ModelCard
 from kinds_of_models import build, t5, transformer_encoder, vit, whisper
 from lightning.pytorch import LightningModule
@@ -137,6 +138,33 @@ class ValidatesTwoLoaders(Theirs):
 class CalibratesByItself(Theirs):
     def calibration_step(self, batch, i):
         return self.net(**batch)
+
+
+@dataclass
+class Texts:
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+class ReadsDataclasses(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = tiny_llama(layers=2)
+
+    def calibration_step(self, batch, batch_idx):
+        return self.net(batch.input_ids, batch.attention_mask)
+
+    training_step, configure_optimizers = calibration_step, Theirs.configure_optimizers
+
+
+def test_a_step_may_read_dataclasses(tmp_path):
+    module, padded = ReadsDataclasses(), loader(masked=True).dataset
+    plain = copy.deepcopy(module.net)
+    prune_model(plain, padded, "wanda", 0.5)
+    trainer(tmp_path, WandaPruning(0.5), max_steps=0).fit(
+        module, DataLoader([Texts(**batch) for batch in padded], None)
+    )
+    assert all(map(torch.equal, module.net.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("kind", [NamesNoIndex, ValidatesTwoLoaders, CalibratesByItself])

@@ -1,6 +1,7 @@
 """Batches of a calibration set, as a model takes them. Shapes: B batch, T tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -78,6 +79,8 @@ def tensors_in(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(batch, tuple | list):
         for index, value in enumerate(batch):
             yield from tensors_in(value, f"{name}.{index}" if name else str(index))
+    elif is_dataclass(batch):
+        yield from tensors_in({each.name: getattr(batch, each.name) for each in fields(batch)}, name)
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:

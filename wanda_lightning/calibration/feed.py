@@ -54,7 +54,7 @@ class Feed:
         """Return what is in a batch, by name.
 
         Args:
-            batch: Tensors, in mappings, tuples and lists.
+            batch: Tensors, in mappings, tuples, lists and dataclasses.
 
         Returns:
             The tensors.
@@ -65,7 +65,7 @@ class Feed:
         found = dict(tensors_in(batch))
         if not any(tensor.numel() for tensor in found.values()):
             raise ValueError(
-                "a calibration batch must hold tensors that are not empty, in mappings, tuples or lists; "
+                "a calibration batch must hold tensors that are not empty, in mappings, tuples, lists or dataclasses; "
                 f"got {batch!r:.200}"
             )
         return found
