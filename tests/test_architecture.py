@@ -21,6 +21,7 @@ ROOMS = {
     "lowest_scores": set(),
     "sparsity": {"arguments", "lowest_scores"},
     "atomic_files": set(),
+    "json_files": {"atomic_files"},
     "terminal": set(),
     "precision": set(),
     "solvers": {"precision", "sparsity"},
@@ -28,7 +29,7 @@ ROOMS = {
     "methods": {"arguments", "precision", "sparsity", "statistics", "solvers"},
     "model": {"precision", "sparsity"},
     "calibration": {"model", "precision", "solvers", "statistics"},
-    "report": {"model", "atomic_files"},
+    "report": {"model", "atomic_files", "json_files"},
     "allocation": {"arguments", "calibration", "model", "methods", "precision", "report", "sparsity", "statistics"},
     "training": {"arguments", "model", "sparsity"},
     "engine": {
@@ -37,23 +38,23 @@ ROOMS = {
     },
     "checkpoints": {"arguments", "model", "training", "atomic_files"},
     "export": {"checkpoints", "model", "sparsity", "atomic_files"},
-    "inspection": {"arguments", "checkpoints", "export", "model", "report", "sparsity"},
+    "inspection": {"arguments", "checkpoints", "export", "json_files", "model", "report", "sparsity"},
     "data": {"arguments", "checkpoints", "model"},
     "evaluation": {"arguments", "checkpoints", "data", "model", "precision", "terminal"},
     "callbacks": {
-        "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "methods",
-        "model", "report", "sparsity", "terminal", "training",
+        "allocation", "arguments", "atomic_files", "calibration", "checkpoints", "engine", "evaluation", "json_files",
+        "methods", "model", "report", "sparsity", "terminal", "training",
     },
     "runs": {
         "allocation", "arguments", "atomic_files", "callbacks", "checkpoints", "engine", "evaluation", "export",
-        "methods", "model", "report", "sparsity", "training",
+        "json_files", "methods", "model", "report", "sparsity", "training",
     },
     "cli": {"arguments", "callbacks", "checkpoints", "data", "export", "inspection", "runs", "sparsity"},
     "recipes": set(),
 }  # fmt: skip
 TORCH_ONLY = [
-    "arguments", "lowest_scores", "sparsity", "atomic_files", "precision", "solvers", "statistics", "methods", "model",
-    "calibration", "allocation", "report", "training", "engine", "export",
+    "arguments", "lowest_scores", "sparsity", "atomic_files", "json_files", "precision", "solvers", "statistics",
+    "methods", "model", "calibration", "allocation", "report", "training", "engine", "export",
 ]  # fmt: skip
 HEAVY = {"lightning", "pytorch_lightning", "transformers", "datasets", "lm_eval", "peft", "rich", "torchmetrics"}
 

@@ -1,11 +1,12 @@
 """The page of a report, read back by an HTML parser."""
 
+import math
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from wanda_lightning.report.html.charts import breakable
+from wanda_lightning.report.html.charts import breakable, lines
 from wanda_lightning.report.html.page import to_html
 from wanda_lightning.report.linear_report import LinearReport
 from wanda_lightning.report.pruning_report import PruningReport
@@ -123,6 +124,12 @@ def test_lines_are_drawn_to_scale(report):
     for (first, second), (low, high) in zip(heights, ((0.005, 0.105), (0.02, 0.12)), strict=True):
         assert first / second == pytest.approx(low / high, rel=0.01)
     assert heights[0][1] / heights[1][1] == pytest.approx(0.105 / 0.12, rel=0.01)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_not_finite_is_a_gap_in_a_line(value):
+    with_gap = lines({"error": [1.0, None, 2.0]}, ["0", "1", "2"], "{:g}".format)
+    assert lines({"error": [1.0, value, 2.0]}, ["0", "1", "2"], "{:g}".format) == with_gap
 
 
 def test_kept_and_pruned_weights_by_magnitude(report):

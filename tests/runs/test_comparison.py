@@ -1,6 +1,7 @@
 """The table and the picture over several runs."""
 
 import json
+import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -272,6 +273,18 @@ def test_no_point_is_outside_of_the_picture(tmp_path):
     for x, y in places:
         assert min(c[0] for c in corners) < x < max(c[0] for c in corners)
         assert min(c[1] for c in corners) < y < max(c[1] for c in corners)
+
+
+@pytest.mark.parametrize("perplexity", [math.inf, math.nan])
+def test_what_is_not_finite_is_counted_beside_the_picture(tmp_path, perplexity):
+    runs = [run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", sparsity=0.7, pruned=perplexity)]
+    plot(Comparison(runs), tmp_path / "p.svg")
+    assert "<!-- (1 of 3 are not finite) -->" in (tmp_path / "p.svg").read_text()
+
+
+def test_a_picture_without_a_finite_value_is_empty(tmp_path):
+    plot(Comparison([run(tmp_path / "a", dense=math.inf, pruned=math.nan)]), tmp_path / "p.svg")
+    assert "<!-- (2 of 2 are not finite) -->" in (tmp_path / "p.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Pruning that changes the shapes of a model: before there are optimizers, and again before a checkpoint is loaded."""
 
-import json
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from wanda_lightning.callbacks.plumbing.unfinished_layers import keeping_layers
 from wanda_lightning.callbacks.plumbing.weights_only import keep_states
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.json_files import read_json
 from wanda_lightning.model.configuration import says
 from wanda_lightning.model.language_model import find_language_model
 from wanda_lightning.report.shrinking import SHRINKING, Shrinking, ShrinkReport
@@ -237,7 +237,7 @@ def check_folder(trainer: Trainer) -> None:
     if file is None or not file.exists() or any(callback.overwrite for callback in callbacks):
         return
     try:
-        there = [step["settings"] for step in json.loads(file.read_text(encoding="utf-8"))["steps"]]
+        there = [step["settings"] for step in read_json(file)["steps"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report of a run ({error!r}): choose another folder") from error
     now = [callback.settings for callback in callbacks]

@@ -1,6 +1,5 @@
 """Zero-shot tasks as part of validation."""
 
-import json
 import logging
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks, stage_of_shapes
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
 from wanda_lightning.evaluation.zero_shot import ZeroShotResult, checked_settings, evaluate_zero_shot
+from wanda_lightning.json_files import to_json
 from wanda_lightning.model.language_model import find_language_model
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class ZeroShotEvaluation(Callback):
         for name, value in self.result.metrics.items():
             pl_module.log(f"{prefix}/zero_shot/{name}", value, sync_dist=True)  # the same on all processes
         folder = run_folder(trainer)  # every process must ask for it
-        details = json.dumps(self.result.details, indent=2) + "\n"
+        details = to_json(self.result.details)
         file = folder / "zero_shot" / f"{_stage(trainer, pl_module)}.json"
         callbacks = pruning_callbacks(trainer)
         if callbacks:

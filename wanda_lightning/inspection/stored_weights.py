@@ -3,7 +3,6 @@
 Files are read tensor by tensor, so the model need not fit into memory. Shapes: O out features, I in features.
 """
 
-import json
 import logging
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from torch import nn
 from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_files
 from wanda_lightning.inspection.load_check import LoadCheck, load_check
 from wanda_lightning.inspection.stored_linears import MatrixFinder, StoredLinear, measure
+from wanda_lightning.json_files import read_json
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.report.pruning_report import REPORT, PruningReport
 from wanda_lightning.report.tables import Table, terminal_table
@@ -188,7 +188,7 @@ def _report(folder: Path) -> PruningReport | None:
     for beside in (folder, *([folder.parent] if folder.name == "model" else [])):
         if (beside / REPORT).is_file():
             try:
-                return PruningReport.from_dict(json.loads((beside / REPORT).read_text(encoding="utf-8")))
+                return PruningReport.from_dict(read_json(beside / REPORT))
             except (ValueError, KeyError, TypeError) as error:
                 log.warning("%s is no report of a pruning: %r", beside / REPORT, error)
     return None

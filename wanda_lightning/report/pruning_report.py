@@ -1,6 +1,5 @@
 """What a pruning did, linear by linear, as JSON, Markdown and a table on the terminal."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.json_files import write_json
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.notebook import to_notebook
@@ -131,7 +131,7 @@ class PruningReport:
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json``, ``pruning.md`` and ``report.html`` into a folder."""
         plain, markdown, page = (Path(folder) / name for name in REPORT_FILES)
-        write_text(plain, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(plain, self.to_dict())
         write_text(markdown, self.to_markdown())
         write_text(page, to_html(self))
 

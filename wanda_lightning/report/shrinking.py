@@ -1,12 +1,12 @@
 """What was taken out of a model so that it is truly smaller, as JSON and Markdown."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.json_files import write_json
 from wanda_lightning.report.environment import environment
 from wanda_lightning.report.html.shrinking_page import to_html
 from wanda_lightning.report.pruning_report import name_of_model
@@ -177,7 +177,7 @@ class Shrinking:
     def save(self, folder: str | Path) -> None:
         """Write ``shrinking.json``, ``shrinking.md`` and ``shrinking.html`` into a folder."""
         plain, markdown, page = (Path(folder) / name for name in SHRINKING_FILES)
-        write_text(plain, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(plain, self.to_dict())
         write_text(markdown, self.to_markdown())
         write_text(page, to_html(self))
 

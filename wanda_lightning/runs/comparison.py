@@ -1,6 +1,5 @@
 """``wanda-lightning compare RUN RUN ...``: what several runs gave, as one table and one picture."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from wanda_lightning.arguments import several
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.json_files import read_json, write_json
 from wanda_lightning.report.pruning_report import REPORT, name_of_model
 from wanda_lightning.report.shrinking import SHRINKING, Shrinking
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
@@ -153,7 +153,7 @@ class Comparison:
         """Write ``comparison.md`` and ``comparison.json`` into a folder."""
         plain = {"notes": self.notes(), "rows": self.rows()}
         write_text(Path(folder) / "comparison.md", self.to_markdown())
-        write_text(Path(folder) / "comparison.json", json.dumps(plain, indent=2) + "\n")
+        write_json(Path(folder) / "comparison.json", plain)
 
 
 def _asked(run: Run) -> tuple[object, ...]:
@@ -172,7 +172,7 @@ def _read(folder: Path) -> Run:
     if folder.is_dir() and not file.exists() and (folder / SHRINKING).exists():
         file = folder / SHRINKING
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        plain = read_json(file)
         if file.name == SHRINKING:
             plain = _as_of_a_pruning(Shrinking.from_dict(plain))
         return Run(
@@ -201,7 +201,7 @@ def _tasks_asked(folder: Path, evaluations: dict[str, dict[str, float]]) -> dict
     """Say how a run was asked zero-shot tasks, as lm-eval's results beside its report have it."""
     stages = [stage for stage, metrics in evaluations.items() if any("zero_shot/" in name for name in metrics)]
     files = [file for stage in stages if (file := folder / f"zero_shot/{stage}.json").exists()]
-    settings = [json.loads(file.read_text(encoding="utf-8"))["settings"] for file in files]
+    settings = [read_json(file)["settings"] for file in files]
     return {
         what: " and ".join(dict.fromkeys(str(each[name]) for each in settings))
         for what, name in TASK_SETTINGS.items()

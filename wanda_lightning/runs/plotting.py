@@ -1,5 +1,6 @@
 """A picture of a comparison: a metric against sparsity, one line for each method (matplotlib, the extra ``[plot]``)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,8 @@ def plot(comparison: Comparison, file: str | Path, metric: str | None = None) ->
     """Draw a metric of several runs against their sparsity, one line for each method.
 
     Every point is at the sparsity that was reached. N:M patterns are squares; fine-tuned models have hollow markers and
-    dashed lines; dense models are levels. Runs of other models or with other data are other lines, and named.
+    dashed lines; dense models are levels. Runs of other models or with other data are other lines, and named. Values
+    that are NaN or infinite are counted beside the axis.
 
     Args:
         comparison: The runs.
@@ -91,19 +93,21 @@ def plot(comparison: Comparison, file: str | Path, metric: str | None = None) ->
         ValueError: If no run has that metric, the file is neither PNG nor SVG, or matplotlib is not installed.
     """
     metric = metric_of(comparison, metric)
-    rows = [row for row in comparison.rows() if metric in row["metrics"]]
+    found = [row for row in comparison.rows() if metric in row["metrics"]]
+    rows = [row for row in found if math.isfinite(row["metrics"][metric])]
     with picture(file, (7, 4.5)) as figure:
         axes = figure.add_subplot()
         log_scale_if_wide(axes, [row["metrics"][metric] for row in rows])
         _draw_dense(axes, rows, metric)
         _draw_pruned(axes, [row for row in rows if row["method"]], metric)
         axes.set_xlabel("sparsity of the pruned linears (%)")
-        axes.set_ylabel(metric.removeprefix("val/"))
+        absent = f"\n({len(found) - len(rows)} of {len(found)} are not finite)" if len(rows) < len(found) else ""
+        axes.set_ylabel(metric.removeprefix("val/") + absent)
         axes.grid(alpha=0.3)
         _, names = axes.get_legend_handles_labels()
-        if max(map(len, names)) <= LONG:
+        if names and max(map(len, names)) <= LONG:
             axes.legend(fontsize="small")
-        else:  # it would cover the curves
+        elif names:  # it would cover the curves
             figure.set_figheight(4.5 + 0.2 * len(names))
             figure.legend(fontsize="x-small", loc="outside lower left")
         if models := comparison.models():
@@ -149,7 +153,7 @@ def log_scale_if_wide(axes: Any, levels: Sequence[float]) -> None:
     """Make the vertical axis logarithmic if the values are positive and far apart."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    if min(levels) > 0 and max(levels) > 8 * min(levels):
+    if levels and min(levels) > 0 and max(levels) > 8 * min(levels):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

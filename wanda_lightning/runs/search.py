@@ -1,6 +1,5 @@
 """The sparsity that a budget allows: trials on held-out windows, and the model that comes of them."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import at_sparsity, pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
+from wanda_lightning.json_files import read_json
 from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.runs import plotting, search_plot
 from wanda_lightning.runs.bisection import last_within
@@ -135,7 +135,7 @@ def _begun(folder: Path, result: SearchResult, overwrite: bool) -> SearchResult:
     """
     file = folder / "search.json"
     if file.exists():
-        before = SearchResult.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        before = SearchResult.from_dict(read_json(file))
         other = other_settings(before.settings, result.settings)
         if other and not overwrite:
             raise ValueError(f"{folder} holds another search, choose another folder; {'; '.join(other)}")

@@ -1,12 +1,12 @@
 """What a search found: every sparsity that was tried, the budget, and the model that came of it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.json_files import write_json
 from wanda_lightning.report.tables import markdown_table, terminal_table, with_errors
 from wanda_lightning.runs.budget import Budget
 
@@ -149,7 +149,7 @@ class SearchResult:
 
     def save(self, folder: str | Path) -> None:
         """Write ``search.json`` and ``search.md`` into a folder."""
-        write_text(Path(folder) / "search.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(folder) / "search.json", self.to_dict())
         write_text(Path(folder) / "search.md", self.to_markdown())
 
 

@@ -1,6 +1,5 @@
 """What was measured of the speed of models, and what may be said of it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
@@ -9,6 +8,7 @@ from statistics import quantiles
 from typing import Any
 
 from wanda_lightning.atomic_files import write_text
+from wanda_lightning.json_files import write_json
 from wanda_lightning.report.tables import in_bytes, markdown_table, terminal_table
 
 CHANCE = 0.05
@@ -199,7 +199,7 @@ class SpeedReport:
 
         plot_speed(self, Path(folder) / "speed.png")
         write_text(Path(folder) / "speed.md", self.to_markdown())
-        write_text(Path(folder) / "speed.json", json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(folder) / "speed.json", self.to_dict())
 
     def _lines(self) -> list[str]:
         return [*self.findings(), *self.notes()]

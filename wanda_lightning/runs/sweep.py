@@ -1,6 +1,5 @@
 """Several methods and sparsities on one model: one dense evaluation, a folder for each run, one table and picture."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.arguments import several
-from wanda_lightning.atomic_files import write_text
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
+from wanda_lightning.json_files import read_json, write_json
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.methods.named import MethodName, as_method
 from wanda_lightning.report.pruning_report import REPORT
@@ -57,7 +56,7 @@ def sweep(
         dense = evaluate(trainer, model, datamodule)
         if not dense:
             raise ValueError("a sweep has nothing to compare: validation logs no metric, or is limited to no batches")
-        write_text(folder / "sweep.json", json.dumps({"settings": settings, "dense": dense}, indent=2) + "\n")
+        write_json(folder / "sweep.json", {"settings": settings, "dense": dense})
     weights = DenseWeights()
     for number, callback in enumerate(callbacks, start=1):
         name = f"run {number} of {len(callbacks)}, {Path(str(callback.output_dir)).name}"
@@ -124,7 +123,7 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
     """Read the dense evaluation of an earlier start of this sweep; refuse the folder of another sweep."""
     if not file.exists():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     if other := other_settings(found["settings"], settings):
         raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(other)}")
     return found["dense"]
@@ -132,7 +131,7 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
 
 def _done_before(folder: Path, dense: dict[str, float]) -> list[Path]:
     """Find the runs of earlier sweeps in this folder: what is compared with the same dense evaluation."""
-    reports = {file.parent: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob(f"*/{REPORT}"))}
+    reports = {file.parent: read_json(file) for file in sorted(folder.glob(f"*/{REPORT}"))}
     evaluations = {run: report["evaluations"] for run, report in reports.items()}
     return [run for run, stages in evaluations.items() if "pruned" in stages and stages.get("dense") == dense]
 
@@ -140,4 +139,4 @@ def _done_before(folder: Path, dense: dict[str, float]) -> list[Path]:
 def _is_done(callback: PruningCallback) -> bool:
     """Whether a run has been evaluated, which comes last; that its settings are these was seen before."""
     file = Path(str(callback.output_dir)) / REPORT
-    return file.exists() and "pruned" in json.loads(file.read_text(encoding="utf-8"))["evaluations"]
+    return file.exists() and "pruned" in read_json(file)["evaluations"]

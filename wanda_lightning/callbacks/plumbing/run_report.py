@@ -13,6 +13,7 @@ from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, lo
 from wanda_lightning.callbacks.plumbing.stage import Stage
 from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.engine.measured_sparsity import FOUND, Lists, disagreements, has_zeros_at, linears_of, sample_zeros
+from wanda_lightning.json_files import read_json
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.loss_curve import Point, add_point, is_wanted
 from wanda_lightning.report.pruning_report import REPORT, PruningReport
@@ -170,7 +171,7 @@ def keeps_files(trainer: Trainer) -> bool:
 
 def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
     try:
-        there = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        there = read_json(folder / REPORT)
         before = {"method": there["method"], "pattern": there["pattern"], "sparsity": there["target_sparsity"]}
         before["method"] = before["method"].removeprefix(FOUND)
     except (ValueError, KeyError, TypeError) as error:

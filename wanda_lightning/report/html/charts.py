@@ -7,6 +7,7 @@ Marks are drawn in stretched SVGs and text is HTML, so that text keeps its size 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeGuard
 
 from markupsafe import Markup, escape
 
@@ -64,8 +65,9 @@ def heat_map(
 
 
 def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], level: Show, low: float = 0) -> Markup:
-    """Draw a line for each series over the same labels, from ``low`` up; None leaves a gap."""
-    top, levels = _levels(max(value - low for values in series.values() for value in values if value is not None))
+    """Draw a line for each series over the same labels, from ``low`` up; None, NaN and infinity leave a gap."""
+    drawn = [value - low for values in series.values() for value in values if _is_drawn(value)]
+    top, levels = _levels(max(drawn, default=0.0))
     marks = "".join(f'<path class="rule" d="M0 {_y(mark, top)}H{len(labels)}"/>' for mark in levels)
     legend = ""
     for number, (name, values) in enumerate(series.items()):
@@ -73,7 +75,7 @@ def lines(series: Mapping[str, Sequence[float | None]], labels: Sequence[str], l
         style = f'stroke="var(--c{color})"' + (f' stroke-dasharray="{2 * dashed + 2} {3 + dashed}"' if dashed else "")
         path, dots, pen = "", "", "M"
         for place, value in enumerate(values):
-            if value is None:
+            if not _is_drawn(value):
                 pen = "M"
                 continue
             path, pen = f"{path}{pen}{place + 0.5} {_y(value - low, top)}", "L"
@@ -185,6 +187,10 @@ def _shares(counts: Magnitudes) -> dict[int, tuple[float, float]]:
 def _shade(value: float, top: float) -> float:
     """Let differences among small values show: they are most of an error map."""
     return math.sqrt(min(1.0, max(0.0, value / top))) if top else 0.0
+
+
+def _is_drawn(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def _levels(most: float) -> tuple[float, list[float]]:
