@@ -42,6 +42,10 @@ class ZeroShotResult:
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shown = [f"{name} {value:.4g}" for name, value in self.metrics.items() if not name.endswith("_stderr")]
+        return ", ".join(shown) or "no metrics"
+
 
 def evaluate_zero_shot(
     model: "PreTrainedModel",

@@ -33,7 +33,7 @@ class Conversion:
     converted: list[str]
     skipped: dict[str, str]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         reasons = "".join(f"; {number} not: {why}" for why, number in Counter(self.skipped.values()).items())
         return f"{len(self.converted)} linears are computed by 2:4 sparse kernels{reasons}"
 

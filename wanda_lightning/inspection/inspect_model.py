@@ -52,6 +52,17 @@ class Inspection:
     timed_for: str
     weights: StoredWeights | None = None
 
+    @property
+    def summary(self) -> str:
+        """The kind of model and its size."""
+        return (
+            f"{self.model}: {self.parameters:,} parameters, {len(self.layers)} decoder layers "
+            f"({self.layers[0]} to {self.layers[-1]})"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.summary}; {self.coverage:.2%} of their matrix weights are prunable"
+
     def to_table(self) -> Any:
         """Return tables for a rich console."""
         from rich.console import Group
@@ -66,8 +77,7 @@ class Inspection:
         ]
         dense = ", ".join(f"{number} {reason}" for reason, number in self.left_dense.items()) or "none"
         return Group(
-            f"{self.model}: {self.parameters:,} parameters, {len(self.layers)} decoder layers "
-            f"({self.layers[0]} to {self.layers[-1]})",
+            self.summary,
             terminal_table(["prunable linear", "out x in", "number", "input"], linears, left=(0, 1, 3)),
             "Linears with the same letter share one input, and so one statistic and one factorisation.",
             f"{self.coverage:.2%} of the matrix weights of the decoder layers are prunable; left dense: {dense}",

@@ -74,6 +74,14 @@ class StoredWeights:
         reported = {row.name: row.sparsity for row in self.report.linears} if self.report else {}
         return [str(x) for x in self.linears if x.sparsity < reported.get(x.name, 0) - 0.001]
 
+    @property
+    def summary(self) -> str:
+        """One sentence of totals."""
+        return f"{self.sparsity:.2%} of the weights of {len(self.linears)} prunable matrices are zero."
+
+    def __repr__(self) -> str:
+        return self.summary
+
     def to_table(self) -> Any:
         """Return findings for a rich console, and a table where there is anything to show in it."""
         from rich.console import Group
@@ -101,7 +109,7 @@ class StoredWeights:
     def _findings(self) -> Iterator[str]:
         from rich.markup import escape
 
-        yield f"{self.sparsity:.2%} of the {len(self.linears)} prunable matrices are zeros."
+        yield self.summary
         if not self.linears:
             yield "[red]None was found[/red]: the files have other names for them than the model."
         elif self.pattern is None:

@@ -141,6 +141,9 @@ class Comparison:
 
     __str__ = to_markdown
 
+    def __repr__(self) -> str:
+        return "runs: " + "; ".join(dict.fromkeys(map(self.label, self.runs)))
+
     def to_table(self) -> Any:
         """Return the table for a rich console."""
         from rich.console import Group

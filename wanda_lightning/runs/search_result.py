@@ -48,6 +48,11 @@ class SearchResult:
     found: float | None = None
     final: dict[str, Metrics] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        found = None if self.found is None else self.trial(self.found)
+        said = self.describe(found) if found else f"nothing found yet; the budget is {self.budget}"
+        return f"{said}; trials: {len(self.trials)}"
+
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "SearchResult":
         """Undo :meth:`to_dict`."""

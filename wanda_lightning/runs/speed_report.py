@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from wanda_lightning.atomic_files import write_text
@@ -38,6 +38,10 @@ class ModelSpeed:
     file: int
     memory: int = 0
     tokens_per_second: dict[str, list[float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        medians = [f"{what} {median(speeds):,.4g} tokens/s" for what, speeds in self.tokens_per_second.items()]
+        return f"{self.name}: {', '.join(medians)}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ class SpeedReport:
     models: list[ModelSpeed]
     settings: dict[str, int]
     machine: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return "; ".join(map(repr, self.models))
 
     def gains(self, model: ModelSpeed) -> dict[str, Gain]:
         """Compare a model with the first, by quantity."""
