@@ -163,7 +163,7 @@ def test_the_folder_of_another_search_is_refused(trained, tmp_path):
         (WandaPruning(), 1, r"data\.seed: 0 there, 1 now"),
         (WandaPruning(ignore=["o_proj"]), 0, r"pruning\.ignore: None there, \['o_proj'\] now"),
     ):
-        with pytest.raises(ValueError, match=f"holds another search.*{what}"):
+        with pytest.raises(ValueError, match=f"holds another search.*{what}.*--overwrite"):
             trainer(tmp_path, callback).search(CausalLM(trained), data(seed=seed), **asked)
 
 

@@ -136,7 +136,7 @@ def test_runs_that_no_sweep_made_or_that_broke_off_are_left_out(tiny_model_folde
 def test_the_folder_of_another_sweep_is_refused(tiny_model_folder, tmp_path):
     trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude()], [0.5])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"holds another sweep.*data\.seed: 0 there, 1 now"):
+    with pytest.raises(ValueError, match=r"holds another sweep.*data\.seed: 0 there, 1 now.*or delete this one"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(seed=1), [Magnitude()], [0.5])
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
@@ -154,9 +154,9 @@ def test_a_sweep_evaluated_in_another_way_is_another_sweep(tiny_model_folder, tm
     """Figures of two data types, or with and without zero-shot tasks, must not end in one table."""
     asked = [Magnitude()], [0.5]
     trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), *asked)
-    with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now$"):
+    with pytest.raises(ValueError, match=r"another sweep.*model\.dtype: 'auto' there, 'bfloat16' now\. Choose"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder, dtype="bfloat16"), data(), *asked)
-    with pytest.raises(ValueError, match=r"another sweep.*trainer\.limit_val_batches: None there, 1 now$"):
+    with pytest.raises(ValueError, match=r"another sweep.*trainer\.limit_val_batches: None there, 1 now\. Choose"):
         trainer(tmp_path, limit_val_batches=1).sweep(CausalLM(tiny_model_folder), data(), *asked)
     callback = ZeroShotEvaluation(["builtin_continuation"], limit=2)
     with pytest.raises(ValueError, match=r"another sweep.*zero_shot\.tasks: None there, \['builtin_con.* now"):

@@ -50,6 +50,8 @@ def refuse_at_once(arguments: Sequence[str]) -> None:
         for command, options in OF_RUNS.items():
             if arguments[0] != command and any(f"--{name}" in options for name in settings):
                 raise ValueError(f"{recipe} is a recipe for `wanda-lightning {command}`, not for {arguments[0]}")
+    if arguments[0] == "sweep" and "--overwrite" in others:
+        raise ValueError("sweep has no --overwrite: it keeps the runs of one model side by side; name a new --output")
     for name in (word.partition("=")[0] for word in others):
         plain = name.startswith("--") and "." not in name and not name.endswith("+") and name not in PLAIN
         if plain and (meant := closest(name, PLAIN)):

@@ -33,6 +33,12 @@ from wanda_lightning.runs.trials import (
 )
 from wanda_lightning.sparsity import Unstructured
 
+ADVICE = (
+    "Choose another folder (--output on the command line), or say overwrite=True to the pruning callback (--overwrite) "
+    "to replace them"
+)
+"""What to do where results are in the way."""
+
 
 def search(
     trainer: Trainer,
@@ -138,16 +144,13 @@ def _begun(folder: Path, result: SearchResult, overwrite: bool) -> SearchResult:
         before = SearchResult.from_dict(read_json(file))
         other = other_settings(before.settings, result.settings)
         if other and not overwrite:
-            raise ValueError(f"{folder} holds another search, choose another folder; {'; '.join(other)}")
+            raise ValueError(f"{folder} holds another search: {'; '.join(other)}. {ADVICE}")
         if not other and before.budget.is_of_size == result.budget.is_of_size:
             result.dense, result.trials = before.dense, before.trials
             if before.budget == result.budget:
                 return result
     if (folder / REPORT).exists() and not overwrite:
-        raise ValueError(
-            f"{folder} holds the results of another run or of another budget: choose another folder, or say "
-            "overwrite=True to the pruning callback (--overwrite on the command line) to replace them"
-        )
+        raise ValueError(f"{folder} holds the results of another run or of another budget. {ADVICE}")
     return result
 
 

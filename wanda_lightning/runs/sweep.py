@@ -125,7 +125,10 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
         return None
     found = read_json(file)
     if other := other_settings(found["settings"], settings):
-        raise ValueError(f"{file.parent} holds another sweep, choose another folder; {'; '.join(other)}")
+        raise ValueError(
+            f"{file.parent} holds another sweep: {'; '.join(other)}. Choose another folder (--output on the command "
+            "line), or delete this one"
+        )
     return found["dense"]
 
 
