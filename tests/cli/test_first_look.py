@@ -57,6 +57,7 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["compare", "RUN", "--plt=a.png"], 2, "did you mean --plot?"),
         (["compare"], 2, "are required: runs"),
         (["compare", "--help"], 0, "RUN [RUN ...]"),
+        (["compare", "--help"], 0, "type: Path)"),
         (["compress", "model"], 2, "are required: output"),
         (["decompress", "--help"], 0, "decompress to-ship model"),
         (["inspect"], 2, "are required: pretrained"),

@@ -11,7 +11,7 @@ import yaml
 from wanda_lightning import callbacks
 from wanda_lightning.cli.first_look import refuse_at_once
 from wanda_lightning.cli.help import description
-from wanda_lightning.cli.recipes import recipes
+from wanda_lightning.cli.recipes import recipes, settings_of
 from wanda_lightning.cli.short_options import LONG, METHODS, OF_CALLBACK, RECIPES, closest, written_out
 from wanda_lightning.methods.named import METHODS as METHODS_IN_PYTHON
 
@@ -40,6 +40,29 @@ def test_help_names_every_short_option():
     for name in ("validate", "test", "sweep"):
         assert not any(f"\n  {option} " in description(name) for option in (*OF_CALLBACK, "--max_steps"))
     assert set(RECIPES.values()) <= set(recipes())
+
+
+def test_defaults_in_help_are_those_of_the_recipes():
+    recipe = settings_of(RECIPES["fit"])
+    length = recipe["data"]["init_args"]["sequence_length"]
+    assert f" training steps, by default {recipe['trainer']['max_steps']}\n" in description("fit")
+    assert f" tokens in a window, by default {length}\n" in description("fit")
+    for command, name in RECIPES.items():
+        folder = settings_of(name)["trainer"]["default_root_dir"].replace("wanda", "METHOD")
+        assert re.search(rf"  --output DIR .* by default {folder}(,|$)", description(command), re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("commands", "option"),
+    [
+        (("prune", "sweep", "search", "validate", "test"), "to calibrate and train with"),
+        (("validate", "test"), "to calibrate"),
+        (("validate", "test", "sweep"), "-v"),
+        (("validate", "test", "sweep"), "--overwrite"),
+    ],
+)
+def test_help_says_nothing_of_what_has_no_effect(commands, option):
+    assert [command for command in commands if f" {option}" in description(command)] == []
 
 
 def given_by(arguments: list[str]) -> dict[str, str]:

@@ -4,22 +4,23 @@ from wanda_lightning.cli.commands import COMMANDS
 from wanda_lightning.cli.short_options import METHODS
 
 ALL = "--help-all"
+_SOURCES = "builtin (default), .txt, .jsonl, c4, wikitext2, any data set"
 
 _OPTIONS = {
     "MODEL": "a hub name, a folder or a .gguf file",
     "--method NAME": f"{', '.join(METHODS)}; by default wanda",
-    "--sparsity FRACTION": "how many of the weights go, in [0, 1); by default 0.5",
+    "--sparsity FRACTION": "the share of the weights that goes, in [0, 1); by default 0.5",
     "--pattern N:M": "keep N of every M consecutive inputs, such as 2:4",
     "--methods LIST": "such as '[wanda, sparsegpt]'",
     "--sparsities LIST": "such as '[0.4, 0.6]'",
     "--patterns LIST": "such as '[\"2:4\"]'",
-    "--max_perplexity_increase X": "how much worse it may get: the most sparsity within that is searched for",
+    "--max_perplexity_increase X": "by which fraction the perplexity may be higher, such as 0.05",
     "--max_bytes N": "instead: how large the compressed weights may be",
     "--metric NAME --max_drop X": "instead: how much lower a metric may be; --max_rise X: how much higher",
-    "--max_steps N": "training steps",
-    "--data TEXT": "to calibrate and train with: a .txt or .jsonl file, c4, wikitext2, any data set",
-    "--eval TEXT": "to evaluate with, named alike; by default a part of the other",
-    "--output DIR": "where model and report go",
+    "--max_steps N": "training steps, by default 100",
+    "--data TEXT": f"to calibrate with: {_SOURCES}",
+    "--eval TEXT": "to evaluate on, named alike; by default a part of that",
+    "--output DIR": "where model and report go; by default results/METHOD, or what the recipe says",
     "--num_samples N": "calibration windows, by default 128",
     "--sequence_length N": "tokens in a window, by default up to 2048",
     "--dtype NAME": "float32, bfloat16 or float16; by default the checkpoint's",
@@ -29,18 +30,38 @@ _OPTIONS = {
     "--overwrite": "replace other results that are there",
     "-c RECIPE": "start from a recipe, see `wanda-lightning recipes`; options override it",
     "-v, -q": "show also what was done to every layer; show nothing but warnings",
+    "-q": "show the figures alone",
     ALL: "every option, also of the Trainer",
 }
+_EVALUATING = {
+    "--data TEXT": f"to evaluate on a part of: {_SOURCES}",
+    "--eval TEXT": "to evaluate on instead, named alike",
+}
+_OTHERWISE = {
+    "fit": {
+        "--data TEXT": f"to calibrate and train with: {_SOURCES}",
+        "--output DIR": "where model and report go; by default results/METHOD_finetune, or what the recipe says",
+        "--sequence_length N": "tokens in a window, by default 512",
+    },
+    "validate": _EVALUATING,
+    "test": _EVALUATING,
+    "sweep": {
+        "-q": "show nothing but warnings",
+        "--output DIR": "where the table, the picture and a report of each run go; by default results/sweep",
+    },
+    "search": {"--output DIR": "where trials, model and report go; by default results/search"},
+}
+"""What is said in other words of an option of these sub-commands."""
 _SAVING = ("--push_to_hub ME/NAME",)
 _PRUNING = ("--method NAME", "--sparsity FRACTION", "--pattern N:M", "--prompt TEXT")
 _SEARCHING = ("--max_perplexity_increase X", "--max_bytes N", "--metric NAME --max_drop X")
 _SWEEPING = ("--methods LIST", "--sparsities LIST", "--patterns LIST")
 _TRAINING = ("--max_steps N",)
 _LEFT_OUT = {
-    "prune": (*_SWEEPING, *_SEARCHING, *_TRAINING),
-    "fit": (*_SWEEPING, *_SEARCHING),
-    "sweep": (*_PRUNING, *_SEARCHING, *_TRAINING, *_SAVING),
-    "search": (*_PRUNING[1:], *_SWEEPING, *_TRAINING, *_SAVING),
+    "prune": (*_SWEEPING, *_SEARCHING, *_TRAINING, "-q"),
+    "fit": (*_SWEEPING, *_SEARCHING, "-q"),
+    "sweep": (*_PRUNING, *_SEARCHING, *_TRAINING, *_SAVING, "--overwrite", "-v, -q"),
+    "search": (*_PRUNING[1:], *_SWEEPING, *_TRAINING, *_SAVING, "-q"),
     "validate": (
         *_PRUNING,
         *_SWEEPING,
@@ -50,6 +71,7 @@ _LEFT_OUT = {
         "--num_samples N",
         "--output DIR",
         "--overwrite",
+        "-v, -q",
     ),
 }
 _LEFT_OUT["test"] = _LEFT_OUT["validate"]
@@ -73,7 +95,8 @@ def description(name: str) -> str:
     Returns:
         What its help says below the usage.
     """
-    shown = {option: text for option, text in _OPTIONS.items() if option not in _LEFT_OUT[name]}
+    said = _OPTIONS | _OTHERWISE.get(name, {})
+    shown = {option: text for option, text in said.items() if option not in _LEFT_OUT[name]}
     width = max(map(len, shown))
     options = [f"  {option:{width}}  {text}" for option, text in shown.items()]
     listed = "\n".join(["The options that matter most:", *options])

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -46,7 +46,11 @@ NO_METHOD = re.compile(
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of descriptions as they are."""
+    """Leaves the lines of descriptions as they are, and names types as users do."""
+
+    @override
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r"<class '([\w.]+)'>", r"\1", super()._expand_help(action))
 
 
 class FunctionParser(ArgumentParser):

@@ -21,9 +21,9 @@ def speed(
 
     Args:
         models: Models, the dense one first.
-        prompt: Tokens of the prompt.
-        new_tokens: Tokens that are decoded.
-        batch_sizes: Sequences that are decoded at once.
+        prompt: How many tokens the prompt has.
+        new_tokens: How many tokens are decoded.
+        batch_sizes: How many sequences are decoded at once; each is measured.
         rounds: How often each model has its turn; at least 6 to call a difference one.
         dtype: Data type of the weights. Default: the checkpoint's; many processors are slow in half precision.
         device: Where it computes, such as cpu or cuda:0. Default: the GPU, if there is one.
