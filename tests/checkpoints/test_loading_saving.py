@@ -13,6 +13,7 @@ from wanda_lightning.checkpoints.folders import check_place, place_for
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
 from wanda_lightning.checkpoints.saving import save_pretrained, save_weights
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.inspection.inspect_model import inspect_model
 from wanda_lightning.methods import Wanda
 from wanda_lightning.sparsity import Unstructured
 from wanda_lightning.training.lora import LoraSettings, add_adapters
@@ -198,6 +199,12 @@ def test_what_is_there_is_not_refused(tmp_path, llama, named):
     (tmp_path / "model.gguf").touch()
     llama.save_pretrained(tmp_path / "model")
     check_place(tmp_path / named)
+
+
+@pytest.mark.parametrize("load", [load_model, load_streamed, load_tokenizer, inspect_model])
+def test_a_model_is_no_name_of_one(llama, load):
+    with pytest.raises(ValueError, match="a model's name or folder is needed, got a LlamaForCausalLM"):
+        load(llama)
 
 
 def test_missing_models_are_explained(tmp_path):

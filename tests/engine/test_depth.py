@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_llama, token_batches
+from helpers import SomebodysModule, tiny_llama, token_batches
 from sizes import LAYER_TYPES, SIZE, VOCABULARY
 from test_families import FAMILIES
 
@@ -211,6 +211,13 @@ def test_bad_input_is_refused(llama, settings, message):
     with pytest.raises(ValueError, match=message):
         prune_depth(llama, **{"calibration": BATCHES, "layers": 1, **settings})
     assert len(llama.model.layers) == llama.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("shrink", [prune_depth, prune_width])
+def test_the_module_around_a_model_is_told_from_it(shrink):
+    module = SomebodysModule()
+    with pytest.raises(ValueError, match=r"SomebodysModule is no model of transformers.* such as module\.model"):
+        shrink(module, BATCHES)
 
 
 @pytest.mark.parametrize("shrink", [prune_depth, prune_width])

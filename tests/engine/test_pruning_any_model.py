@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers import SomebodysModule, token_batches
 from kinds_of_models import STACKS, Keywords, build, convnext, swin, t5, transformer_encoder, vit
 from torch import nn
 
@@ -49,6 +50,32 @@ def test_every_linear_of_every_list_has_the_zeros_asked_for_and_a_copy_loads(kin
         save_weights(model, tmp_path)
         load_model(fresh, str(tmp_path / "model.safetensors"))
     assert torch.equal(output(fresh.eval(), batches[0]), output(model, batches[0]))
+
+
+class WithNames(SomebodysModule):
+    """Is called with names alone, as a CausalLM is."""
+
+    def forward(self, **inputs):
+        return self.net(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(SomebodysModule, "has no forward to be called with a batch"), (WithNames, "too many positional arguments")],
+)
+def test_what_to_do_with_a_module_that_no_batch_fits_is_said(kind, why):
+    module = kind()
+    before = deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.*{why}.*prune the model that it holds"):
+        prune_model(module, token_batches(), Wanda(), 0.5)
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+
+
+def test_an_error_within_a_model_is_not_taken_for_one_of_its_call():
+    model, batches = transformer_encoder()
+    model.register_forward_pre_hook(lambda *_: torch.ones(1).sum("no dimension"))
+    with pytest.raises(TypeError, match="sum"):
+        prune_model(model, batches, Wanda(), 0.5)
 
 
 @pytest.mark.parametrize("kind", [t5, swin, convnext, transformer_encoder], ids=lambda kind: kind.__name__)

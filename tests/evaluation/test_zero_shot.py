@@ -160,6 +160,14 @@ def test_a_wildcard_finds_tasks_of_every_kind(model, tokenizer, folder):
     assert result.metrics["mean/acc"] == result.metrics["local_choice/acc"]  # what has no accuracy is not in the mean
 
 
+def test_the_model_in_a_module_is_asked(model, tokenizer, folder):
+    asked = {"tasks": ["local_choice"], "limit": 3, "include_path": str(folder)}
+    inner, outer = (
+        evaluate_zero_shot(each, tokenizer, **asked).metrics for each in (model, torch.nn.ModuleDict({"of": model}))
+    )
+    assert inner == outer
+
+
 def test_details_are_json_with_versions_and_seeds(model, tokenizer, folder):
     result = evaluate_zero_shot(model, tokenizer, ["local_choice"], limit=0.1, include_path=str(folder))
     details = json.loads(json.dumps(result.details))

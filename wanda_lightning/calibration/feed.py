@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -166,10 +167,32 @@ def _masks(batch: Any) -> dict[str, Tensor]:
 
 
 def call_with(model: nn.Module, batch: Any) -> Any:
-    """Call a module with a batch: a mapping's values by name, a tensor, or the first element of a tuple or list."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) and batch else batch)
+    """Call a module with a batch: a mapping's values by name, a tensor, or the first element of a tuple or list.
+
+    Args:
+        model: The module.
+        batch: The batch.
+
+    Returns:
+        What the module gives.
+
+    Raises:
+        ValueError: If it cannot be called so.
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    arguments = [] if isinstance(batch, Mapping) else [first]
+    advice = "say how with forward, or a calibration_step; or prune the model that it holds, such as module.model"
+    try:
+        signature(model.forward).bind(*arguments, **named)
+    except TypeError as error:
+        raise ValueError(f"{type(model).__name__} cannot be called with a batch alone ({error}): {advice}") from error
+    try:
+        return model(*arguments, **named)
+    except NotImplementedError as error:
+        if "forward" not in str(error):  # which says that there is none
+            raise
+        raise ValueError(f"{type(model).__name__} has no forward to be called with a batch: {advice}") from error
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

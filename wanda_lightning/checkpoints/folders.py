@@ -1,6 +1,7 @@
 """Where the model is in a folder that is named, and whether one may go there."""
 
 import json
+from os import PathLike
 from pathlib import Path
 
 OF_A_MODEL = {".bin", ".jinja", ".json", ".md", ".model", ".py", ".safetensors", ".spm", ".tiktoken", ".txt"}
@@ -17,7 +18,12 @@ def model_folder(pretrained: str | Path) -> str:
 
     Returns:
         The folder of the saved model, if it is one of a run; else what was given.
+
+    Raises:
+        ValueError: If it is neither text nor a path, but, for example, a model.
     """
+    if not isinstance(pretrained, str | PathLike):
+        raise ValueError(f"a model's name or folder is needed, got a {type(pretrained).__name__}")
     run = Path(pretrained).expanduser()
     of_run = (run / "model/config.json").is_file() and not (run / "config.json").exists()
     return str(run / "model") if of_run else str(pretrained)

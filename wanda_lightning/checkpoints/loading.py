@@ -41,7 +41,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
         ValueError: If there is no such model, it is no causal language model, it is quantised in another way, its files
             are damaged or lack some of its weights, or there is no such dtype.
     """
-    wanted, run, pretrained = checked_dtype(dtype), Path(pretrained).expanduser(), model_folder(pretrained)
+    wanted, pretrained, run = checked_dtype(dtype), model_folder(pretrained), Path(pretrained).expanduser()
     if pretrained == str(run / "model") and (run / "adapter").is_dir():
         log.warning("%s is loaded without %s, which peft.PeftModel.from_pretrained adds", pretrained, run / "adapter")
     if any(Path(pretrained).expanduser().glob(f"*{COMPRESSED}")):

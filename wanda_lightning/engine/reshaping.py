@@ -27,7 +27,10 @@ def check_can_change_shape(model: nn.Module, keeps: str = "its shapes") -> None:
             modules of the decoder.
     """
     if not is_of_transformers(model):
-        raise ValueError(f"{type(model).__name__} is no model of transformers, and keeps {keeps}")
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers, and keeps {keeps}: if it holds one, give "
+            "that, such as module.model"
+        )
     refuse_sharded(model)
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import distributed
 
 from wanda_lightning.arguments import is_whole, plain, whole_number
 from wanda_lightning.evaluation.tasks import DEFAULT_TASKS, TaskSet, load_tasks
-from wanda_lightning.model.language_model import max_sequence_length
+from wanda_lightning.model.language_model import find_language_model, max_sequence_length
 from wanda_lightning.model.modes import in_eval_mode
 from wanda_lightning.model.replaced import replaced
 
@@ -43,8 +43,7 @@ class ZeroShotResult:
     details: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        shown = [f"{name} {value:.4g}" for name, value in self.metrics.items() if not name.endswith("_stderr")]
-        return ", ".join(shown) or "no metrics"
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items() if not name.endswith("_stderr"))
 
 
 def evaluate_zero_shot(
@@ -67,7 +66,7 @@ def evaluate_zero_shot(
     The model, the tokenizer and the random state are left as they were found. No chat template is applied.
 
     Args:
-        model: A causal language model, on its device.
+        model: A causal language model, on its device, or a module that holds one.
         tokenizer: The tokenizer that belongs to it.
         tasks: Names of lm-eval's tasks, groups or tags, with wildcards; ``builtin_continuation``; or what
             :func:`load_tasks` gave. Default: the seven of the Wanda paper.
@@ -91,6 +90,7 @@ def evaluate_zero_shot(
         ConnectionError: If the data of a task can neither be found on this machine nor downloaded.
     """
     settings = checked_settings(num_fewshot, limit, batch_size, max_length)
+    model = cast("PreTrainedModel", find_language_model(model))
     _check_fit(model, tokenizer, settings["max_length"])
     loaded = tasks if isinstance(tasks, TaskSet) else load_tasks(tasks, include_path)
     from lm_eval.evaluator import evaluate
