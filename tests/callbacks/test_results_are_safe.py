@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,3 +178,64 @@ def test_a_run_of_another_kind_does_not_replace_the_model_unless_asked(tmp_path,
         prune(kinds[1])
     assert contents(tmp_path) == before
     assert not {*prune(kinds[1], overwrite=True)} & {name for name in before if "/" not in name}
+
+
+USERS_OWN = ("zero_shot/notes.json", "trials/mine/pruning.json", "search.txt")
+"""Files of the user, beside those of a search with zero-shot tasks."""
+LEFT = ("zero_shot/pruned.json", "zero_shot/step-3.json",
+        "trials/0.25/pruning.json", "trials/0.25/zero_shot/dense.json",
+        "trials/0.5/report.html", "search.json", "search.md", "search.png")  # fmt: skip
+
+
+def leave_files(folder) -> None:
+    for name in (*USERS_OWN, *LEFT):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def names(folder) -> set[str]:
+    return {name for name in contents(folder) if name in (*USERS_OWN, *LEFT)}
+
+
+def test_what_an_earlier_run_left_goes_with_its_report(tmp_path):
+    run(tmp_path, sparsity=0.25)
+    leave_files(tmp_path)
+    run(tmp_path, sparsity=0.5, overwrite=True)
+    assert names(tmp_path) == {*USERS_OWN}
+    assert not (tmp_path / "trials/0.25").exists()
+
+
+def test_a_run_that_is_done_again_keeps_what_lies_beside_it(tmp_path):
+    for _ in range(2):
+        run(tmp_path, sparsity=0.5, overwrite=True)
+        leave_files(tmp_path)
+    run(tmp_path, sparsity=0.5, overwrite=True)
+    assert names(tmp_path) == {*USERS_OWN, *LEFT}
+
+
+def test_a_run_that_fails_keeps_what_an_earlier_one_left(tmp_path, monkeypatch):
+    run(tmp_path, sparsity=0.25)
+    leave_files(tmp_path)
+    monkeypatch.setattr(one_shot, "save_pretrained", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        run(tmp_path, sparsity=0.5, overwrite=True)
+    assert names(tmp_path) == {*USERS_OWN, *LEFT}
+
+
+def test_a_smaller_model_takes_the_place_of_a_search(tmp_path):
+    run(tmp_path, sparsity=0.25)
+    leave_files(tmp_path)
+    smaller = trainer(tmp_path, WidthPruning(keep=0.5, overwrite=True), cls=PruningTrainer)
+    smaller.prune(SomebodysModule(), SomebodysData())
+    assert {name for name in names(tmp_path) if "zero_shot/" not in name} == {*USERS_OWN[1:]}
+
+
+def test_zero_shot_results_of_a_run_stay_where_it_replaces_another(tmp_path, tiny_model_folder):
+    run(tmp_path, sparsity=0.25)
+    leave_files(tmp_path)
+    tasks = ZeroShotEvaluation(["builtin_continuation"], limit=2)
+    two = trainer(tmp_path, WandaPruning(sparsity=0.5, overwrite=True), tasks, cls=PruningTrainer)
+    two.validate(CausalLM(tiny_model_folder), data(), verbose=False)
+    two.prune(two.lightning_module, data(), evaluate=False)
+    two.validate(two.lightning_module, data(), verbose=False)
+    assert {file.stem for file in (tmp_path / "zero_shot").iterdir()} == {"dense", "pruned", "notes"}

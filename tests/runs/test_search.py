@@ -167,6 +167,14 @@ def test_the_folder_of_another_search_is_refused(trained, tmp_path):
             trainer(tmp_path, callback).search(CausalLM(trained), data(seed=seed), **asked)
 
 
+def test_trials_of_another_search_do_not_stay(trained, tmp_path):
+    (tmp_path / "trials/0.75").mkdir(parents=True)
+    (tmp_path / "trials/0.75/pruning.json").write_text("{}")
+    asked = {"max_perplexity_increase": 0.5, "step": 0.5}
+    found = trainer(tmp_path, WandaPruning()).search(CausalLM(trained), data(), **asked)
+    assert [trial.name for trial in (tmp_path / "trials").iterdir()] == [f"{found.trials[0].sparsity:g}"]
+
+
 def test_a_trial_has_all_settings_but_the_sparsity():
     settings = {"targets": ["q_proj"], "allocation": {"*.0.*": 0.25}, "true_sequential": True, "activations": "cpu"}
     callback = WandaPruning(0.25, variant=True, **settings)

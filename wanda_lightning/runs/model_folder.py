@@ -9,6 +9,7 @@ from torch import nn
 
 from wanda_lightning.atomic_files import whole_folder, write_text
 from wanda_lightning.callbacks import SparseFinetuning
+from wanda_lightning.callbacks.plumbing.leftovers import remove_search
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
@@ -94,8 +95,10 @@ def _write(trainer: Trainer, module: LightningModule, language_model: Any, folde
             save_adapter(language_model, unfinished, base=(folder / "model").resolve())
     elif (folder / "adapter/adapter_config.json").is_file():  # of an earlier run, on top of the model that was there
         shutil.rmtree(folder / "adapter")
-    for report in _reports_of_others(trainer, folder):  # of the model that was there
-        report.unlink()
+    if others := _reports_of_others(trainer, folder):  # of the model that was there
+        for report in others:
+            report.unlink()
+        remove_search(folder)
 
 
 def _push(trainer: Any, folder: Path) -> None:

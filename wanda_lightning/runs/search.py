@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from wanda_lightning.allocation.allocator import CannotSplitError
 from wanda_lightning.arguments import plain, positive_up_to, whole_number
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
+from wanda_lightning.callbacks.plumbing.leftovers import remove_trials
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.pruning import at_sparsity, pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
@@ -57,6 +58,7 @@ def search(
     pruning = {name: value for name, value in describe_settings(callback).items() if name != "sparsity"}
     settings = settings_of(trainer, model, datamodule, pruning=pruning)
     weights = DenseWeights(callback.layers)
+    callback.run.results.searched = True
     if budget.is_of_size:
         result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
         prune_to_size(trainer, model, datamodule, callback, weights, result, grid)
@@ -70,7 +72,9 @@ def search(
         weights.bring_back(model)
         result.final = dict(prune(trainer, model, datamodule).evaluations)
     _save(trainer, result, folder)
+    callback.run.results.searched = False
     if trainer.is_global_zero:
+        remove_trials(folder, [f"{trial.sparsity:g}" for trial in result.trials])
         search_plot.plot(result, folder / "search.png")
     return result
 

@@ -62,8 +62,8 @@ class RunFiles:
             now = {"model": describe_model(module), "calibration": describe_calibration(trainer)}
         else:
             now = {"model": {"name": name} if (name := name_of(module)) else {}}
-        if not self.asked.overwrite and keeps_files(trainer):
-            self.results.check_folder(folder, settings=describe_settings(self.asked), **now)
+        if keeps_files(trainer):
+            self.results.check_folder(folder, self.asked.overwrite, settings=describe_settings(self.asked), **now)
 
     def end_fit(self, trainer: Trainer, module: LightningModule) -> None:
         """End ``fit``: forget the finished layers, unless they are wanted until a save, and write the results.

@@ -9,6 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from wanda_lightning.callbacks.plumbing.leftovers import remove_search, remove_zero_shot
 from wanda_lightning.callbacks.plumbing.report_logging import log_evaluation, log_report, log_totals
 from wanda_lightning.callbacks.plumbing.stage import Stage
 from wanda_lightning.engine.fingerprint import differences
@@ -31,7 +32,10 @@ class RunReport:
         training: The loss since the pruning, by step.
         trained: How many batches the weights were trained on since they were pruned.
         came_with_zeros: Whether they had zeros of an earlier pruning.
+        searched: Whether the run ends a search, so that the files of one in its folder are its own.
     """
+
+    searched = False
 
     def __init__(self) -> None:
         self.report: PruningReport | None = None
@@ -42,6 +46,7 @@ class RunReport:
         self._zeros: dict[str, Tensor] = {}  # samples of them, to know the weights again
         self._begun = 0
         self._held: dict[Path, Callable[[], None]] | None = None  # what is to be written in the end
+        self._replaced: Path | None = None  # the folder of another run, whose results are to go
 
     def is_of(self, model: nn.Module, layers: Lists) -> bool:
         """Whether there is a report, and the weights are those that it was made of, trained or not."""
@@ -91,18 +96,25 @@ class RunReport:
         if report is not None:
             self.write(folder / REPORT, lambda: report.save(folder), trainer)
 
-    def check_folder(self, folder: Path, **now: dict[str, Any]) -> None:
+    def check_folder(self, folder: Path, overwrite: bool = False, **now: dict[str, Any]) -> None:
         """Refuse a folder with results of another model or of other settings.
 
         Args:
             folder: Folder of the results.
+            overwrite: Whether such results are to be replaced.
             now: The ``model``, ``settings`` and ``calibration`` of this run, as far as they are known yet.
 
         Raises:
-            ValueError: If the folder holds such results.
+            ValueError: If the folder holds such results, and they are not to be replaced.
         """
-        if (folder / REPORT).exists():
+        if not (folder / REPORT).exists():
+            return
+        try:
             _refuse_others(folder, now)
+        except ValueError:
+            if not overwrite:
+                raise
+            self._replaced = folder
 
     def begin(self, folder: Path) -> None:
         """Write nothing until this run is through, if the folder has results of an earlier one.
@@ -121,11 +133,17 @@ class RunReport:
         held, self._held = self._held or {}, None
         for write in held.values():
             write()
+        folder, self._replaced = self._replaced, None
+        if folder is not None and folder / REPORT in held:  # which one process holds
+            stages = [stage for stage, metrics in self.evaluations.items() if any("zero_shot/" in x for x in metrics)]
+            remove_zero_shot(folder, [*stages, *(file.stem for file in held)])
+            if not self.searched:
+                remove_search(folder)
         return True
 
     def drop(self) -> None:
         """Leave the results of the earlier run as they are: this one failed."""
-        self._begun, self._held = 0, None
+        self._begun, self._held, self._replaced = 0, None, None
 
     def write(self, file: Path, write: Callable[[], None], trainer: Trainer) -> None:
         """Write a file on the first process, now or in the end; in the end only the last version is written."""
