@@ -207,6 +207,16 @@ def test_a_model_is_no_name_of_one(llama, load):
         load(llama)
 
 
+@pytest.mark.parametrize(("name", "value"), [("dtype", "zork"), ("quantization_config", "zork")])
+@pytest.mark.parametrize("load", [load_model, load_streamed, inspect_model])
+def test_a_config_of_nonsense_is_named(tmp_path, llama, load, name, value):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=f"config of '{tmp_path}'"):
+        load(tmp_path)
+
+
 def test_missing_models_are_explained(tmp_path):
     with pytest.raises(ValueError, match="no such GGUF file"):
         load_model(str(tmp_path / "model.gguf"))

@@ -158,6 +158,8 @@ def load_config(pretrained: str | Path, **kwargs: Any) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(folder, **kwargs)
     except OSError as error:
         raise _not_found("config", pretrained, error) from error
+    except (AttributeError, KeyError, TypeError) as error:  # as of a data type that torch does not have
+        raise ValueError(f"cannot read the config of {pretrained!r}: {error} ({type(error).__name__})") from error
     dense_settings(config, pretrained, kwargs.get("quantization_config"))
     return config
 
