@@ -53,6 +53,12 @@ def test_positions_in_images_say_nothing_of_where_sequences_begin():
     assert inputs["position_ids"].shape == (3, 2, 4)
 
 
+def test_a_mask_of_who_sees_whom_is_refused():
+    mask_B1TT = torch.ones(2, 1, 4, 4).tril().bool()
+    with pytest.raises(ValueError, match=r"shape .*\(2, 4\), 0 where there is padding, got \(2, 1, 4, 4\)"):
+        inputs_and_labels({"input_ids": torch.ones(2, 4).long(), "attention_mask": mask_B1TT})
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_the_losses_of_tokens_are_those_of_each_sequence_alone(llama, side):
     rows = sequences()

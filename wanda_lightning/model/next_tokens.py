@@ -24,7 +24,7 @@ def inputs_and_labels(batch: Mapping[str, Tensor] | Tensor | Sequence[Tensor]) -
         token before it, as transformers has them; -100 = not to be counted.
 
     Raises:
-        ValueError: If the batch is something else.
+        ValueError: If the batch is something else, or its mask of another shape.
     """
     if isinstance(batch, tuple | list) and len(batch) == 1:
         batch = batch[0]
@@ -37,8 +37,14 @@ def inputs_and_labels(batch: Mapping[str, Tensor] | Tensor | Sequence[Tensor]) -
     positions = batch.get("position_ids")
     if positions is not None and positions.shape == labels_BT.shape:  # those of images have three dimensions
         labels_BT = labels_BT.masked_fill(positions == 0, NOT_PREDICTED)
-    if batch.get("attention_mask") is None:
+    mask_BT = batch.get("attention_mask")
+    if mask_BT is None:
         return inputs, labels_BT
-    real_BT = batch["attention_mask"] != 0
+    if mask_BT.shape != labels_BT.shape:  # as of (B, 1, T, T), which does not tell what is padding
+        raise ValueError(
+            f"attention_mask must have the shape of the labels, or of input_ids, {tuple(labels_BT.shape)}, 0 where "
+            f"there is padding, got {tuple(mask_BT.shape)}; position_ids tell sequences in one row apart"
+        )
+    real_BT = mask_BT != 0
     follows_real_BT = F.pad(real_BT[:, :-1], (1, 0), value=True)
     return inputs, labels_BT.masked_fill(~(real_BT & follows_real_BT), NOT_PREDICTED)
