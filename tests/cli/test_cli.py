@@ -101,6 +101,13 @@ def small(tiny_model_folder, tmp_path) -> list[str]:
     ]
 
 
+def test_the_model_of_an_earlier_run_is_not_named_among_results(wanda_lightning_command, small):
+    saved = wanda_lightning_command("prune", "-c", RECIPE, *small)
+    assert saved.stdout.splitlines()[-1].endswith(": report.html, model")
+    other = wanda_lightning_command("prune", "-c", RECIPE, *small, "--save=false")
+    assert other.stdout.splitlines()[-1].endswith(": report.html")
+
+
 def test_prune_twice_into_the_same_folder(wanda_lightning_command, small, tmp_path):
     for _ in range(2):
         done = wanda_lightning_command("prune", "-c", RECIPE, *small)

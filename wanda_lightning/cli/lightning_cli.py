@@ -200,14 +200,14 @@ class PruningCLI(LightningCLI):
 
     def _show_report(self) -> None:
         folder = run_folder(self.trainer)  # all processes must ask for it
-        shrinking = shrinking_of(self.trainer, self.model)
-        reports: list[Any] = [shrinking, *(callback.report for callback in pruning_callbacks(self.trainer))]
-        reports = [report for report in reports if report is not None]
+        pruned: list[Any] = [callback.report for callback in pruning_callbacks(self.trainer)]
+        reports = [each for each in (shrinking_of(self.trainer, self.model), *pruned) if each is not None]
         if reports and self._is_to_tell:
             for report in reports:
                 Console().print(report.to_table(self.config_init[self.subcommand].details))
             searched = ["search.png"] * bool(self.trainer.search_result)  # not that of an earlier run
-            names = ["report.html", *searched, "shrinking.html", "model", "adapter"]
+            saved = ["model", "adapter"] if self.config_init[self.subcommand].get("save", True) else []
+            names = ["report.html", *searched, "shrinking.html", *saved]
             if keeps_files(self.trainer):
                 there = ", ".join(name for name in names if (folder / name).exists())
                 Console().print(f"Results are in {folder}: {there}", markup=False, soft_wrap=True)
