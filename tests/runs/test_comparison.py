@@ -275,6 +275,20 @@ def test_no_point_is_outside_of_the_picture(tmp_path):
         assert min(c[1] for c in corners) < y < max(c[1] for c in corners)
 
 
+def test_folders_of_one_name_are_told_apart_by_their_places(tmp_path):
+    comparison = Comparison([run(tmp_path / place / "wanda", pruned=20.0) for place in "ab"])
+    assert [comparison.label(r) for r in comparison.runs] == [
+        f"Wanda in {tmp_path / place / 'wanda'}" for place in "ab"
+    ]
+
+
+def test_the_folder_one_is_in_has_a_name(tmp_path, monkeypatch):
+    other = run(tmp_path / "b", pruned=20.0)
+    monkeypatch.chdir(run(tmp_path / "a", pruned=20.0))
+    comparison = Comparison([".", other])
+    assert [comparison.label(r) for r in comparison.runs] == ["Wanda in a", "Wanda in b"]
+
+
 @pytest.mark.parametrize("perplexity", [math.inf, math.nan])
 def test_what_is_not_finite_is_counted_beside_the_picture(tmp_path, perplexity):
     runs = [run(tmp_path / "a", pruned=20.0), run(tmp_path / "b", sparsity=0.7, pruned=perplexity)]

@@ -66,7 +66,9 @@ class Comparison:
         """Name a run's method: with its model and data where others have other ones, else its folder if need be."""
         named = ", ".join(filter(None, (title_of(run.method), title_of(run.allocation), self.distinction(run))))
         alike = [r for r in self.runs if _asked(r) == _asked(run) and self.distinction(r) == self.distinction(run)]
-        return named if len(alike) == 1 else f"{named} in {run.folder.name}"
+        names = [r.folder.resolve().name for r in alike]  # also where one is named as "."
+        name = run.folder.resolve().name
+        return named if len(alike) == 1 else f"{named} in {name if names.count(name) == 1 else run.folder}"
 
     def distinction(self, run: Run) -> str:
         """Say what tells a run's model and data from those of others; empty where all have the same."""
