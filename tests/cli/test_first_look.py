@@ -66,6 +66,7 @@ def answer(arguments, folder) -> tuple[int, str, set[str]]:
         (["inspect", "--help"], 0, "--num_samples"),
         (["prune", "MODEL", "--sparsity", "50"], 2, "in [0, 1), got '50'; write 0.5 to prune 50 %"),
         (["prune", "MODEL", "--dtype=bf16"], 2, "--dtype must be one of auto, float32, bfloat16, float16, float64"),
+        (["speed", "MODEL", "--batch_sizes", "1"], 2, "--batch_sizes must be a list such as '[1, 8]'; got 1"),
         (["sweep", "MODEL", "--overwrite"], 2, "sweep has no --overwrite"),
         (["recipes", "wanda"], 2, "action must be one of list, show, copy, got 'wanda'"),
     ],

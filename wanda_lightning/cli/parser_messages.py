@@ -36,8 +36,9 @@ LISTS = {
     "sparsities": "such as '[0.4, 0.6]'",
     "patterns": "such as '[\"2:4\"]', with these quotes: a bare 2:4 is the number 124 in YAML",
     "allocations": "such as '[OWL]'",
+    "batch_sizes": "such as '[1, 8]'",
 }
-"""The lists that a sweep takes."""
+"""The options that take lists."""
 NO_LIST = re.compile(rf"Parser key \"({'|'.join(LISTS)})\":\s+Expected a <class '[\w.]+'>. Got value: (.*)")
 ONE_OF = re.compile(r"Parser key \"(\S+)\":\s+Expected a typing.Literal\[(.*)\]. Got value: (.*)")
 NO_METHOD = re.compile(
