@@ -89,13 +89,19 @@ def test_other_processes_hear_of_a_model_that_cannot_be_written(tmp_path, told, 
         ({"targets": ["nosuch"]}, True, "'nosuch' matches no linear"),
         ({"ignore": ["nosuch"]}, True, "'nosuch' matches no linear"),
         ({"allocation": {"nosuch": 0.3}}, True, "'nosuch' matches no linear"),
+        (
+            {"sparsity": None, "pattern": "2:3"},
+            True,
+            "q_proj has 32 input features, which do not divide into groups of 3",
+        ),
+        ({"allocation": {"o_proj": "1:5"}}, True, "o_proj has 32 input features, which do not divide into groups of 5"),
         ({"schedule": Gradual(0, 4)}, False, "schedule ends at step 4, training at step 3"),
         ({"schedule": Gradual(0, 3)}, True, "a gradual schedule prunes while a model trains"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_evaluation(tmp_path, monkeypatch, asked, save, message):
     monkeypatch.setattr(SomebodysModule, "validation_step", lambda *_: pytest.fail("it was evaluated"))
-    pruning = trainer(tmp_path, WandaPruning(sparsity=0.5, **asked), cls=PruningTrainer, max_epochs=-1)
+    pruning = trainer(tmp_path, WandaPruning(**{"sparsity": 0.5} | asked), cls=PruningTrainer, max_epochs=-1)
     with pytest.raises(ValueError, match=message):
         pruning.prune(SomebodysModule(), train_dataloaders=batches(), val_dataloaders=batches(), save=save)
 
