@@ -248,6 +248,23 @@ def test_a_model_without_all_of_its_weights_is_refused(tmp_path, llama, load):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("load", [load_model, load_streamed])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"intermediate_size": 96}, r"9 weights .*: .*\.0\.mlp\.down_proj\.weight is \(32, 64\) .* \(32, 96\)"),
+        ({"vocab_size": 320}, r"2 weights .*: lm_head\.weight is \(300, 32\) .* \(320, 32\) by its config"),
+    ],
+)
+def test_a_config_that_is_not_of_the_weights_is_refused(tmp_path, llama, load, setting, said):
+    """Of layers that stay on disk it was not seen, and they were pruned in the shapes of the files."""
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | setting
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path)
+
+
 def test_a_weight_that_is_not_a_number_is_saved_as_it_is(tmp_path):
     """It was left out of the pruning, which refuses it; saving is no place to complain of it."""
     model = tiny_llama(layers=1)

@@ -17,6 +17,7 @@ from wanda_lightning.checkpoints.quantization import dense_settings, forget_quan
 from wanda_lightning.checkpoints.quiet import quiet
 from wanda_lightning.checkpoints.saving import save_pretrained
 from wanda_lightning.checkpoints.tensor_files import COMPRESSED, opened, weight_files
+from wanda_lightning.checkpoints.whole import check_whole
 from wanda_lightning.model.decoder import decoder_layers
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
 
     Raises:
         ValueError: If there is no such model, it is no causal language model, it is quantised in another way, its files
-            are damaged or lack some of its weights, or there is no such dtype.
+            are damaged, lack some of its weights or have them in other shapes, or there is no such dtype.
     """
     wanted, pretrained, run = checked_dtype(dtype), model_folder(pretrained), Path(pretrained).expanduser()
     if pretrained == str(run / "model") and (run / "adapter").is_dir():
@@ -57,16 +58,12 @@ def load_model(pretrained: str | Path, dtype: str | torch.dtype = "auto", **kwar
     for file in weight_files(Path(folder)) if Path(folder).is_dir() else []:
         with opened(file):  # whose error names the file; transformers' does not
             pass
-    settings = kwargs | dequantized | {"output_loading_info": True}
+    settings = kwargs | dequantized | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = auto_class(config).from_pretrained(folder, dtype=wanted or "auto", **settings)
     except OSError as error:
         raise _not_found("model", pretrained, error) from error
-    if missing := sorted({name for name, _ in model.named_parameters()}.intersection(info["missing_keys"])):
-        raise ValueError(
-            f"{pretrained} lacks {len(missing)} of the weights that its config describes, which would be random: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
+    check_whole(model, info, pretrained, any_size=kwargs.get("ignore_mismatched_sizes", False))
     forget_quantization(model)
     if dequantized and wanted is not None:
         for parameter in model.parameters():  # transformers de-quantises to bfloat16, whatever is asked for

@@ -113,6 +113,20 @@ def stored_tensor(model: nn.Module, name: str) -> Tensor:
     return values if hook is None else hook.weights_map[own]
 
 
+def shapes_on_disk(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield the name of every parameter that is kept in files, its shape in them, and the one that it should have."""
+    from safetensors import safe_open
+
+    for prefix, part in model.named_modules():
+        hook = _hook(part)
+        for name, parameter in _offloaded(part).items() if hook else ():
+            if _in_ram(hook, name) is None:
+                stored = hook.weights_map.dataset.index[f"{hook.weights_map.prefix}{name}"]
+                with safe_open(stored["safetensors_file"], "pt") as file:
+                    shape = file.get_slice(stored["weight_name"]).get_shape()
+                yield f"{prefix}.{name}".removeprefix("."), tuple(shape), tuple(parameter.shape)
+
+
 def _hook(part: nn.Module) -> Any:
     """Return the hook of accelerate that loads a module's own weights, or None."""
     hook = getattr(part, "_hf_hook", None)
