@@ -151,8 +151,8 @@ def test_each_layer_runs_once(llama, batches):
         layer.mlp.gate_proj.register_forward_hook(lambda *_, number=number: calls.append(number))
     prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True)
     # Before that a few tokens go: through the first to see what it gives, through all for overflows, and twice to see
-    # that each gives by itself what it gives in the model.
-    assert [calls.count(number) for number in range(3)] == [len(batches) + 4, len(batches) + 3, len(batches) + 3]
+    # that each gives by itself what it gives in the model; and a batch through the first to see what waits in it.
+    assert [calls.count(number) for number in range(3)] == [len(batches) + 5, len(batches) + 3, len(batches) + 3]
 
 
 def test_padding_does_not_count():
@@ -268,7 +268,7 @@ def test_what_is_used_without_a_call_is_seen_by_the_first_batch():
         prune_model(model, BATCHES, Wanda(), Unstructured(0.5), true_sequential=true_sequential)
         return len(calls)
 
-    assert calls_of_the_last(True) == calls_of_the_last(False)
+    assert calls_of_the_last(True) == calls_of_the_last(False) + 1  # one more shows what would wait
 
 
 def test_a_list_of_experts_is_visited_twice(batches):
@@ -402,10 +402,30 @@ def test_a_set_that_cannot_wait_is_refused_or_passed_twice(llama, batches, monke
     assert "every layer is passed twice: one pass holds" in caplog.text
     prune_model(asked, batches, Wanda(), Unstructured(0.5), true_sequential=False)
     assert differing(twice, asked) == []
-    prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations="disk")
     monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device: waiting)
+    prune_model(llama, batches, Wanda(), Unstructured(0.5), true_sequential=True, activations="disk")
     prune_model(before, batches, Wanda(), Unstructured(0.5), true_sequential=True)
     assert differing(llama, before) == []
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        # What entered the attention, queries, keys, values, and what enters its last linear.
+        ({"num_key_value_heads": 4}, 32 + 3 * 32 + 32),
+        # And for each of 4 heads the weights of 16 tokens, which are there up to down_proj.
+        ({"attn_implementation": "eager"}, 64 + 4 * 16 + 2 * 32),
+    ],
+)
+def test_what_waits_in_an_attention_is_counted(settings, numbers, place, monkeypatch):
+    """On disk is what enters a linear; but the hidden states, which were there, are read and wait, too."""
+    orders = []
+    for free in (4 * 2 * 16 * 4 * numbers - 1, 4 * 2 * 16 * 4 * numbers):
+        monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device, free=free: free)
+        report = prune_model(tiny_llama(**settings), token_batches(), Wanda(), Unstructured(0.5), activations=place)
+        orders.append(report.order)
+    assert orders == ["two passes", "one pass"]
 
 
 @pytest.mark.parametrize("model", [tiny_llama, mixtral], ids=["llama", "mixtral"])

@@ -121,8 +121,11 @@ def test_experts_that_are_called_in_a_way_of_their_own_are_watched(padding):
 
 
 def test_tokens_that_all_experts_see_wait_for_each(monkeypatch):
-    """Two sequences of 16 tokens in float32; 32 numbers for each of four experts, and two hidden states."""
-    waiting = 2 * 16 * 4 * (4 * 32 + 2 * 32)
+    """Two sequences of 16 tokens in float32; in the shared expert these wait: 32 numbers for each of four experts, that
+    enter them and that they give; what the router says, twice; what entered the layer, what its attention gave, what is
+    behind that, and that normed.
+    """
+    waiting = 2 * 16 * 4 * (2 * 4 * 32 + 2 * 4 + 4 * 32)
     orders = []
     for free in (waiting - 1, waiting):
         monkeypatch.setattr("wanda_lightning.engine.order.free_memory", lambda device, free=free: free)

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from wanda_lightning.calibration.calls import hidden_states_of
-from wanda_lightning.calibration.collector import Collector
+from wanda_lightning.calibration.collector import Collector, by_module
 from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.earlier_calls import NewStatistics
 from wanda_lightning.calibration.hidden_states import HiddenStates
 from wanda_lightning.calibration.parts_that_fit import parts_that_fit
 from wanda_lightning.calibration.stream import Stream
 from wanda_lightning.model.decoder import DecoderLayer
+from wanda_lightning.model.held import Held, held_before
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.statistics import InputHessian, InputNorm, InputStatistic
 
@@ -82,17 +83,17 @@ class CalibratedLayer:
                 self.hidden_BTD[batch] = self.passed_on(batch)
         self.has_advanced = True
 
-    def bytes_waiting(self, in_features: int) -> int:
-        """Count what is held where all batches wait before one linear: its inputs and two hidden states.
-
-        Args:
-            in_features: Of the linear.
+    def waiting(self) -> dict[str, Held]:
+        """Run the layer on the largest batch, and tell what is held where all batches wait before one linear.
 
         Returns:
-            Bytes.
+            Bytes by linear, beside the hidden states that are held anyway.
         """
-        shapes = self.hidden_BTD.shapes
-        return sum(x.numel() // x.shape[-1] * x.itemsize * (in_features + 2 * x.shape[-1]) for x in shapes)
+        sizes = [x.numel() for x in self.hidden_BTD.shapes]
+        largest, modules = sizes.index(max(sizes)), by_module(self.layer.linears)
+        times = sum(sizes) / sizes[largest]
+        found = held_before(modules, lambda: self.passed_on(largest))
+        return {modules[each][0].name: Held(*(round(times * size) for size in held)) for each, held in found.items()}
 
     def new_statistics(self, statistic: type[InputStatistic]) -> NewStatistics:
         """Return what makes statistics of a kind for the layer's linears."""

@@ -14,6 +14,7 @@ from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.experts import called_in_its_own_way, numbers_a_token
+from wanda_lightning.model.held import Held
 from wanda_lightning.report.tables import in_bytes
 
 log = logging.getLogger(__name__)
@@ -78,20 +79,36 @@ def _decide(plan: Plan, inputs: CalibratedLayer | None, processes: Processes) ->
 
 def _lack_of_memory(plan: Plan, inputs: CalibratedLayer) -> str | None:
     """Say what does not fit where; None if all of it fits, or nobody can tell."""
-    widest = max(plan.linears, key=numbers_a_token)
-    waiting, place = inputs.bytes_waiting(numbers_a_token(widest)), inputs.hidden_BTD.place
-    stays = place == "device" or called_in_its_own_way(widest)  # what waits before experts is not moved
-    if place == "disk" and not stays:
-        return None
-    devices = {torch.device("cpu")}
-    if stays:
-        weights = [linear.weight for linear in plan.linears if not linear.weight.is_meta]
-        devices = {inputs.hidden_BTD[0].device, *(weight.device for weight in weights)}
-    for device in devices:
+    place, cpu = inputs.hidden_BTD.place, torch.device("cpu")
+    weights = [linear.weight for linear in plan.linears if not linear.weight.is_meta]
+    devices = {inputs.hidden_BTD[0].device, *(weight.device for weight in weights)}
+    most: dict[torch.device, tuple[int, str]] = {}
+    for name, held in _waiting(plan, inputs):
+        moved = 0 if place == "device" else held.entering
+        needs = dict.fromkeys(devices, held.nbytes - moved)
+        if place == "cpu":
+            needs[cpu] = needs.get(cpu, 0) + moved
+        for device, needed in needs.items():
+            most[device] = max(most.get(device, (0, "")), (needed, name))
+    for device, (needed, name) in most.items():
         free = free_memory(device)
-        if free is not None and waiting > free:
+        if free is not None and needed > free:
             return (
-                f"one pass holds the whole calibration set before every linear, {in_bytes(waiting)} at {widest.name}, "
-                f"and {in_bytes(free)} are free on {device}"
+                f"one pass holds the whole calibration set before every linear, {in_bytes(needed)} at {name}, and "
+                f"{in_bytes(free)} are free on {device}"
             )
     return None
+
+
+def _waiting(plan: Plan, inputs: CalibratedLayer) -> Iterator[tuple[str, Held]]:
+    """Yield what is held before linears of the first layer, as measured, and before the widest, two hidden states."""
+    first = {linear.name: linear for linear in inputs.layer.linears}
+    for name, held in inputs.waiting().items():
+        stays = first[name].expert is not None  # what waits before experts is not moved
+        yield name, Held(held.nbytes, 0) if stays else held
+    widest = max(plan.linears, key=numbers_a_token)
+    if widest.name not in first:
+        width, stays = numbers_a_token(widest), called_in_its_own_way(widest)
+        tokens = sum(x.numel() // x.shape[-1] * x.itemsize for x in inputs.hidden_BTD.shapes)
+        hidden = 2 * inputs.hidden_BTD.shapes[0].shape[-1]
+        yield widest.name, Held(tokens * (width + hidden), 0 if stays else tokens * width)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from wanda_lightning.inspection.kinds import LinearKind
+from wanda_lightning.inspection.meta_runs import numbers_waiting
 from wanda_lightning.inspection.speed import product_rate, sorting_rate
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.experts import numbers_a_token
@@ -33,7 +34,8 @@ def estimate_memory(
     hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
     widths = sum(kind.count * kind.shape[1] for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
-    waiting = max(numbers_a_token(linear) for layer in layers for linear in layer.linears)
+    waiting = max(numbers_a_token(linear) for layer in layers for linear in layer.linears) + 2 * hidden
+    waiting = max(waiting, numbers_waiting(model, layers[0], tokens))
     largest = max(kind.shape[0] * kind.shape[1] for kind in kinds)
     factor = 4 * 2 * widest**2  # with scratch
     batch = size * 4 * tokens * widest
@@ -46,8 +48,8 @@ def estimate_memory(
         "weights of the model": weights,
         "weights of its largest layer": max(by_layer),
         "calibration activations": activations,
-        # Before the widest linear its inputs wait, and two hidden states: see CalibratedLayer.bytes_waiting.
-        "calibration activations, one pass": size * windows * tokens * (waiting + 2 * hidden),
+        # What entered the layer, and what waits before a linear: see CalibratedLayer.waiting.
+        "calibration activations, one pass": activations + size * windows * round(tokens * waiting),
         "SparseGPT, Ablate, besides": hessians + factor,
         "reconstruction, besides": activations + _training(kinds, size, tokens) // len(layers),
         # The dense stream, what enters its linears, and the residual stream twice; seven matrices as wide as the widest

@@ -3,19 +3,16 @@
 Shapes: O out features, I in features, B batch, T tokens.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from wanda_lightning.inspection.meta_runs import run_on_meta
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import kind_of
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,6 @@ def _input_groups(model: Any, layer: DecoderLayer) -> dict[str, int]:
         groups[module] = next(number for number, seen in enumerate(inputs) if seen is x)
 
     single = [linear for linear in layer.linears if linear.expert is None]
-    try:
-        with torch.no_grad(), before_calls({linear.module for linear in single}, see):
-            ids_BT = torch.zeros(1, 8, dtype=torch.long, device="meta")
-            # A mask that is ready-made spares the model a look at values, which meta tensors do not have.
-            mask_B1TT = torch.zeros(1, 1, 8, 8, dtype=model.dtype, device="meta")
-            model(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False)
-    except Exception as error:  # some models look all the same
-        log.info("which linears share an input is not known: %s", error)
+    with before_calls({linear.module for linear in single}, see):
+        run_on_meta(model, 8)
     return {linear.name: groups[linear.module] for linear in single if linear.module in groups}
