@@ -1,4 +1,5 @@
 import json
+import math
 from io import StringIO
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 from rich.console import Console
+from transformers import AutoModelForCausalLM, HrmTextConfig
 
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.inspection.inspect_model import inspect_model
@@ -76,6 +78,29 @@ def test_streaming_spares_all_layers_but_one(config_only):
     assert layer < 4 * (3 * 32**2 + 64**2)
     others = 4 * (3 * 32**2 + 64**2) - max(layer, 4 * 64**2)
     assert memory["SparseGPT in all, in memory"] - memory["SparseGPT in all, streamed"] == 3 * layer + others
+
+
+@pytest.mark.parametrize("cycles", [1, 2])
+def test_layers_that_are_called_again_take_time_and_memory_again(tmp_path, monkeypatch, cycles):
+    """HRM-Text goes through one list after each time through the other; Hessians of all wait for the last calls."""
+    config = HrmTextConfig(
+        hidden_size=32, intermediate_size=64, num_layers_per_stack=2, num_attention_heads=2, head_dim=16, vocab_size=64,
+        H_cycles=cycles, L_cycles=1,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model, calls = AutoModelForCausalLM.from_config(config), []
+    for layer in decoder_layers(model):
+        layer.module.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.zeros(1, 8, dtype=torch.long))
+    monkeypatch.setattr("wanda_lightning.inspection.estimates.product_rate", lambda *_: 1.0)
+    monkeypatch.setattr("wanda_lightning.inspection.estimates.sorting_rate", lambda _: math.inf)
+    inspection = inspect_model(tmp_path, num_samples=1, sequence_length=16)
+    once = 2 * 16 * sum(x.count * x.shape[0] * x.shape[1] for x in inspection.kinds) + 4 * 2 * 16**2 * 2 * 16
+    assert len(calls) == 4 * cycles
+    assert inspection.seconds["Wanda"] == cycles * once
+    # Of each of four layers: what enters the attention, its last linear, the MLP and its last linear; the factor.
+    hessians = 4 * (3 * 32**2 + 64**2) * (1 if cycles == 1 else 4)
+    assert inspection.memory["SparseGPT, Ablate, besides"] == hessians + 4 * 2 * 64**2
 
 
 def test_experts_see_a_share_of_the_tokens(tmp_path):

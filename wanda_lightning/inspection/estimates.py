@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from wanda_lightning.inspection.kinds import LinearKind
-from wanda_lightning.inspection.meta_runs import numbers_waiting
+from wanda_lightning.inspection.meta_runs import calls_a_layer, numbers_waiting
 from wanda_lightning.inspection.speed import product_rate, sorting_rate
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.experts import numbers_a_token
@@ -31,7 +31,8 @@ def estimate_memory(
     by_layer = [size * sum(p.numel() for p in layer.module.parameters()) for layer in layers]
     hidden = model.get_input_embeddings().weight.shape[1]
     activations = size * windows * tokens * hidden
-    hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds)) // len(layers)
+    hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
+    hessians //= len(layers) if calls_a_layer(model, layers) == 1 else 1  # which all wait for the last calls
     widths = sum(kind.count * kind.shape[1] for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
     waiting = max(numbers_a_token(linear) for layer in layers for linear in layer.linears) + 2 * hidden
@@ -80,11 +81,12 @@ def estimate_seconds(
     Returns:
         Seconds by method.
     """
-    dtype, seen = model.dtype, windows * tokens
+    dtype, calls = model.dtype, calls_a_layer(model, layers)
+    seen = windows * tokens * calls
     rate = product_rate(dtype, device)
     exact_rate = rate if dtype == torch.float32 else product_rate(torch.float32, device)
     linears = sum(2 * seen * kind.tokens * kind.count * kind.shape[0] * kind.shape[1] for kind in kinds)
-    forward = (linears + windows * _attention(model.config.get_text_config(), len(layers), tokens)) / rate
+    forward = (linears + calls * windows * _attention(model.config.get_text_config(), len(layers), tokens)) / rate
     # Scores are sorted; checking a mask, counting what it removes and measuring the error take as long again.
     masks = 2 * sum(kind.count * kind.shape[0] * kind.shape[1] for kind in kinds) / sorting_rate(device)
     # 1.13: nine sixteenths of the product, which has 2

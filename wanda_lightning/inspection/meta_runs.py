@@ -4,6 +4,7 @@ Shapes: B batch, T tokens.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -32,6 +33,22 @@ def run_on_meta(model: Any, tokens: int) -> None:
             model(input_ids=ids_BT, attention_mask=mask_B1TT, use_cache=False)
     except Exception as error:
         log.info("%s does not run to its end on the meta device: %s", type(model).__name__, error)
+
+
+def calls_a_layer(model: Any, layers: Sequence[DecoderLayer]) -> float:
+    """Count how often a model calls each of its layers, on the mean: HRM-Text goes through them several times.
+
+    Args:
+        model: The model, on the meta device.
+        layers: Its layers.
+
+    Returns:
+        At least 1, also where the model does not run to its end.
+    """
+    calls: list[nn.Module] = []
+    with before_calls([layer.module for layer in layers], lambda module, *_: calls.append(module)):
+        run_on_meta(model, 8)
+    return max(1.0, len(calls) / len(layers))
 
 
 def numbers_waiting(model: Any, layer: DecoderLayer, tokens: int) -> float:
