@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_llama, token_batches
@@ -382,3 +384,13 @@ def test_what_waits_on_disk_is_deleted_with_it(tmp_path, monkeypatch):
     assert len([*tmp_path.glob("*/*")]) == 1
     del states
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    states = HiddenStates("disk")
+    (folder,) = tmp_path.iterdir()
+    (folder / "0.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"cannot wait in {folder}: .*Errno 28.* No space left .* let TMPDIR name"):
+        states.append(torch.randn(1, 2, 3))

@@ -86,7 +86,14 @@ class HiddenStates:
         if self._folder is None:
             return values.cpu() if self.place == "cpu" else values
         file = self._folder.path / f"{name}.pt"
-        torch.save(values.cpu(), file)
+        try:
+            with file.open("wb") as out:
+                torch.save(values.cpu(), out)
+        except (OSError, RuntimeError) as error:  # torch's own comes after that of the file, and says nothing of it
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(
+                f"activations cannot wait in {file.parent}: {reason}. Make room, or let TMPDIR name another folder"
+            ) from error
         return file
 
     def set_aside(self, tensor: Tensor, name: str) -> Callable[[], None]:
