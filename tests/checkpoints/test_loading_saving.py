@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.utils.prune
-from helpers import tiny_llama
+from helpers import tiny_llama, tiny_mixtral
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file, save_model
 
 from wanda_lightning.checkpoints import saving
@@ -263,6 +264,18 @@ def test_a_config_that_is_not_of_the_weights_is_refused(tmp_path, llama, load, s
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=said):
         load(tmp_path)
+
+
+def test_a_disk_without_room_for_experts_is_named(tmp_path, monkeypatch):
+    """They are stored one by one, and written once more as the model has them."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    tiny_mixtral().save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.integrations.accelerate.save_file", full)
+    with pytest.raises(OSError, match=r"once more to .*streamed.*: .* No space left .*HF_ASSETS_CACHE"):
+        load_streamed(tmp_path)
 
 
 def test_a_weight_that_is_not_a_number_is_saved_as_it_is(tmp_path):

@@ -79,7 +79,8 @@ def load_streamed(
 
     Embeddings, norms and head are loaded. Calls of the model load its layers a linear at a time, by accelerate's hooks;
     :func:`wanda_lightning.prune_model` loads them a layer at a time. Where transformers stores the experts of a mixture
-    in another way than the files have them, they are written once more, to a temporary folder in the hub's cache.
+    in another way than the files have them, they are written once more, to a temporary folder in the hub's cache, or
+    where HF_ASSETS_CACHE says.
 
     Args:
         pretrained: See :func:`load_model`.
@@ -92,8 +93,10 @@ def load_streamed(
 
     Raises:
         ValueError: If there is no such model, or no decoder layers in it.
+        OSError: If there is no room for what is written once more.
     """
     from huggingface_hub import cached_assets_path
+    from safetensors import SafetensorError
 
     config = load_config(pretrained, **kwargs)
     skeleton = build_skeleton(config, trust_remote_code=kwargs.get("trust_remote_code", False))
@@ -108,8 +111,13 @@ def load_streamed(
                 offload_folder=converted.name,
                 **kwargs,
             )
-    except BaseException:
+    except BaseException as error:
         converted.cleanup()
+        if isinstance(error, SafetensorError):  # which does not say where it wrote
+            raise OSError(
+                f"{pretrained} cannot be written once more to {converted.name}: {error}. Make room there, or let "
+                "HF_ASSETS_CACHE name another folder"
+            ) from error
         raise
     weakref.finalize(model, converted.cleanup)
     return model
