@@ -9,11 +9,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.callbacks.plumbing.settings_check import check_apart, steps_are_known
-from wanda_lightning.callbacks.pruning import PruningCallback, pruning_callbacks
+from wanda_lightning.callbacks.plumbing.settings_check import check_apart, check_widths, steps_are_known
+from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.callbacks.shape_pruning import check_folder, due_callbacks, shape_callbacks, shrinking_of
-from wanda_lightning.model.language_model import find_language_model, find_model, is_language_model
+from wanda_lightning.model.language_model import find_language_model, find_model
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.model_folder import check_model_folder, save_pretrained
@@ -142,17 +141,7 @@ class _ChecksFirst(Callback):
         for callback in pruning_callbacks(trainer):
             callback.run.files.check_folder(trainer, pl_module)  # whose results may be of other data
             callback.run.stage(pl_module)  # which looks for all targets
-            _check_widths(callback, pl_module)
-
-
-def _check_widths(callback: PruningCallback, module: LightningModule) -> None:
-    """Refuse an N:M pattern that a language model's linears do not divide into; of other models not all are called."""
-    model = find_model(module)
-    if is_language_model(model):
-        selection = Selection(callback.targets, callback.ignore, callback.layers, callback.allocation)
-        decoder, patterns = selection.choose(model, callback.pattern)
-        for linear in (linear for layer in decoder for linear in layer.linears):
-            patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
+            check_widths(callback, find_model(pl_module))
 
 
 def _evaluate(

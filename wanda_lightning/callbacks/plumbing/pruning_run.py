@@ -12,7 +12,6 @@ from torch import nn
 
 from wanda_lightning.allocation.allocator import patterns_of
 from wanda_lightning.allocation.by_name import allocate
-from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks.plumbing.module_step import as_in_validation, forward_of
 from wanda_lightning.callbacks.plumbing.optimizers import copies_follow
 from wanda_lightning.callbacks.plumbing.progress import noticing_sigterm, progress
@@ -20,7 +19,7 @@ from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.samples import samples_of
-from wanda_lightning.callbacks.plumbing.settings_check import steps_are_known
+from wanda_lightning.callbacks.plumbing.settings_check import selection_of, steps_are_known
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
@@ -195,7 +194,7 @@ class PruningRun:
         if report.allocation is not None:
             return linears, patterns_of(report.allocation, linears)
         pattern = self.asked.pattern if self.asked.schedule is None else Unstructured(report.target_sparsity)
-        return linears, allocate(linears, pattern, _selection(model, self.asked).by_name)
+        return linears, allocate(linears, pattern, selection_of(self.asked, model).by_name)
 
     def _forget(self, trainer: Trainer) -> None:
         self.results.forget()
@@ -206,7 +205,7 @@ class PruningRun:
         asked, model, processes = self.asked, find_model(module), Processes()
         journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
         needs_batches = asks_for_batches(
-            asked.method, _selection(model, asked), asked.exact_error, asked.reconstruction, asked.dense_target
+            asked.method, selection_of(asked, model), asked.exact_error, asked.reconstruction, asked.dense_target
         )
         forward = forward_of(trainer, module)
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
@@ -239,11 +238,7 @@ class PruningRun:
 
 
 def _look_at(model: nn.Module, asked: "PruningCallback") -> tuple[PruningReport, bool]:
-    return report_as_found(model, asked.method, asked.pattern, _selection(model, asked))
-
-
-def _selection(model: nn.Module, asked: "PruningCallback") -> Selection:
-    return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
+    return report_as_found(model, asked.method, asked.pattern, selection_of(asked, model))
 
 
 def _was_pruned(found: PruningReport, met: bool) -> bool:

@@ -11,6 +11,7 @@ from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.hidden_states import check_place
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.stacks import lists_in
 
 if TYPE_CHECKING:
@@ -49,13 +50,33 @@ def check_apart(callbacks: Sequence["PruningCallback"], model: nn.Module) -> Non
     at_once = [each for each in callbacks if each.schedule is None]
     taken: dict[str, PruningCallback] = {}
     for each in at_once if len(at_once) > 1 else ():
-        selection = Selection(each.targets, each.ignore, lists_in(model, each.layers), each.allocation)
-        for name, pattern in selection.choose(model, each.pattern)[1].items():
+        for name, pattern in selection_of(each, model).choose(model, each.pattern)[1].items():
             if pattern.sparsity and taken.setdefault(name, each) is not each:
                 raise ValueError(
                     f"two pruning callbacks, with {taken[name].method} and {each.method}, prune {name}: give each its "
                     "own targets, or prune with one after the other"
                 )
+
+
+def check_widths(asked: "PruningCallback", model: nn.Module) -> None:
+    """Refuse an N:M pattern that a language model's linears do not divide into; of other models not all are called.
+
+    Args:
+        asked: Has the pattern.
+        model: What is to be pruned.
+
+    Raises:
+        ValueError: Names such a linear.
+    """
+    if is_language_model(model):
+        layers, patterns = selection_of(asked, model).choose(model, asked.pattern)
+        for linear in (linear for layer in layers for linear in layer.linears):
+            patterns[linear.name].check_in_features(linear.weight_OI.shape[1], linear.name)
+
+
+def selection_of(asked: "PruningCallback", model: nn.Module) -> Selection:
+    """Return which linears of a model a callback is to prune, and to what."""
+    return Selection(asked.targets, asked.ignore, lists_in(model, asked.layers), asked.allocation)
 
 
 def will_train(trainer: Trainer) -> bool:
