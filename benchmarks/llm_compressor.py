@@ -22,7 +22,6 @@ from quality import model_and_data, perplexity
 from torch import nn
 
 from wanda_lightning import TextDataModule, prune_model
-from wanda_lightning.sparsity import Unstructured, parse_pattern
 
 MODIFIERS = {"Wanda": WandaPruningModifier, "SparseGPT": SparseGPTModifier}
 
@@ -68,8 +67,7 @@ def main() -> None:
 
 
 def ours(model: nn.Module, data: TextDataModule, method: str, pattern: str) -> None:
-    pruned_to = parse_pattern(pattern) if ":" in pattern else Unstructured(float(pattern))
-    prune_model(model, data.calibration_dataloader(), method.lower(), pruned_to)
+    prune_model(model, data.calibration_dataloader(), method.lower(), pattern if ":" in pattern else float(pattern))
 
 
 def theirs(model: nn.Module, data: TextDataModule, method: str, pattern: str) -> None:

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 
 from wanda_lightning.inspection.kinds import LinearKind
-from wanda_lightning.inspection.meta_runs import calls_a_layer, numbers_waiting
+from wanda_lightning.inspection.meta_runs import numbers_waiting
 from wanda_lightning.inspection.speed import product_rate, sorting_rate
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.experts import numbers_a_token
 
 
 def estimate_memory(
-    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int
+    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, calls: float
 ) -> dict[str, int]:
     """Count the bytes that pruning takes. What is "in all" is on the device, and calibration activations come on top.
 
@@ -22,6 +22,7 @@ def estimate_memory(
         kinds: Its prunable linears.
         windows: Number of calibration windows.
         tokens: Length of a window.
+        calls: How often the model calls each of its layers.
 
     Returns:
         Bytes by purpose.
@@ -32,7 +33,7 @@ def estimate_memory(
     hidden = model.get_input_embeddings().weight.shape[1]
     activations = size * windows * tokens * hidden
     hessians = 4 * sum(kind.count * kind.shape[1] ** 2 for kind in _one_a_group(kinds))
-    hessians //= len(layers) if calls_a_layer(model, layers) == 1 else 1  # which all wait for the last calls
+    hessians //= len(layers) if calls == 1 else 1  # which all wait for the last calls
     widths = sum(kind.count * kind.shape[1] for kind in _one_a_group(kinds)) // len(layers)
     widest = max(kind.shape[1] for kind in kinds)
     waiting = max(numbers_a_token(linear) for layer in layers for linear in layer.linears) + 2 * hidden
@@ -64,7 +65,13 @@ def estimate_memory(
 
 
 def estimate_seconds(
-    model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, device: torch.device
+    model: Any,
+    layers: list[DecoderLayer],
+    kinds: list[LinearKind],
+    windows: int,
+    tokens: int,
+    calls: float,
+    device: torch.device,
 ) -> dict[str, float]:
     """Divide the operations of pruning by the rates of the device; loading, evaluating and saving are not counted.
 
@@ -76,13 +83,13 @@ def estimate_seconds(
         kinds: Its prunable linears.
         windows: Number of calibration windows.
         tokens: Length of a window.
+        calls: How often the model calls each of its layers.
         device: Where pruning would run; its rates are measured.
 
     Returns:
         Seconds by method.
     """
-    dtype, calls = model.dtype, calls_a_layer(model, layers)
-    seen = windows * tokens * calls
+    dtype, seen = model.dtype, windows * tokens * calls
     rate = product_rate(dtype, device)
     exact_rate = rate if dtype == torch.float32 else product_rate(torch.float32, device)
     linears = sum(2 * seen * kind.tokens * kind.count * kind.shape[0] * kind.shape[1] for kind in kinds)

@@ -15,6 +15,7 @@ from wanda_lightning.checkpoints.folders import model_folder
 from wanda_lightning.checkpoints.tensor_files import opened, weight_files
 from wanda_lightning.inspection.estimates import estimate_memory, estimate_seconds
 from wanda_lightning.inspection.kinds import LinearKind, linear_kinds
+from wanda_lightning.inspection.meta_runs import calls_a_layer
 from wanda_lightning.inspection.stored_weights import StoredWeights, stored_weights
 from wanda_lightning.model.decoder import coverage, decoder_layers
 from wanda_lightning.model.language_model import max_sequence_length
@@ -128,7 +129,7 @@ def inspect_model(
     dtype = wanted or _stored_dtype(folder, config)
     model = build_skeleton(config, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = decoder_layers(model)
-    kinds = linear_kinds(model, layers)
+    kinds, calls = linear_kinds(model, layers), calls_a_layer(model, layers)
     left_dense = Counter(reason for layer in layers for reason in layer.left_dense.values())
     return Inspection(
         model=type(model).__name__,
@@ -137,8 +138,8 @@ def inspect_model(
         left_dense=dict(left_dense),
         coverage=coverage(layers),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        memory=estimate_memory(model, layers, kinds, num_samples, tokens),
-        seconds=estimate_seconds(model, layers, kinds, num_samples, tokens, place),
+        memory=estimate_memory(model, layers, kinds, num_samples, tokens, calls),
+        seconds=estimate_seconds(model, layers, kinds, num_samples, tokens, calls, place),
         timed_for=f"{num_samples} windows of {tokens} tokens in {_name(model.dtype)} on {_described(place)}",
         weights=stored_weights(folder, model, layers) if folder.is_dir() else None,
     )

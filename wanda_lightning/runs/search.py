@@ -12,9 +12,11 @@ from wanda_lightning.arguments import plain, positive_up_to, whole_number
 from wanda_lightning.callbacks import PruningCallback, ZeroShotEvaluation
 from wanda_lightning.callbacks.plumbing.leftovers import remove_trials
 from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
+from wanda_lightning.callbacks.plumbing.run_report import ADVICE
 from wanda_lightning.callbacks.pruning import at_sparsity, pruning_callbacks, run_folder
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.json_files import read_json
+from wanda_lightning.model.replaced import replaced
 from wanda_lightning.report.pruning_report import REPORT
 from wanda_lightning.runs import plotting, search_plot
 from wanda_lightning.runs.bisection import last_within
@@ -34,12 +36,6 @@ from wanda_lightning.runs.trials import (
 )
 from wanda_lightning.sparsity import Unstructured
 
-ADVICE = (
-    "Choose another folder (--output on the command line), or say overwrite=True to the pruning callback (--overwrite) "
-    "to replace them"
-)
-"""What to do where results are in the way."""
-
 
 def search(
     trainer: Trainer,
@@ -58,21 +54,20 @@ def search(
     pruning = {name: value for name, value in describe_settings(callback).items() if name != "sparsity"}
     settings = settings_of(trainer, model, datamodule, pruning=pruning)
     weights = DenseWeights(callback.layers)
-    callback.run.results.searched = True
-    if budget.is_of_size:
-        result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
-        prune_to_size(trainer, model, datamodule, callback, weights, result, grid)
-    else:
-        held_out = HeldOut(datamodule, held_out_windows)
-        settings["held_out"] = {"windows": held_out_windows}
-        result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
-        _find(trainer, model, held_out, callback, weights, result, grid)
-        assert result.found is not None
-        callback.pattern = Unstructured(result.found)
-        weights.bring_back(model)
-        result.final = dict(prune(trainer, model, datamodule).evaluations)
+    with replaced(callback.run.results, "searched", True):
+        if budget.is_of_size:
+            result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
+            prune_to_size(trainer, model, datamodule, callback, weights, result, grid)
+        else:
+            held_out = HeldOut(datamodule, held_out_windows)
+            settings["held_out"] = {"windows": held_out_windows}
+            result = _begun(folder, SearchResult(budget, settings), callback.overwrite)
+            _find(trainer, model, held_out, callback, weights, result, grid)
+            assert result.found is not None
+            callback.pattern = Unstructured(result.found)
+            weights.bring_back(model)
+            result.final = dict(prune(trainer, model, datamodule).evaluations)
     _save(trainer, result, folder)
-    callback.run.results.searched = False
     if trainer.is_global_zero:
         remove_trials(folder, [f"{trial.sparsity:g}" for trial in result.trials])
         search_plot.plot(result, folder / "search.png")

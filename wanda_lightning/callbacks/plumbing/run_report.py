@@ -19,6 +19,12 @@ from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.loss_curve import Point, add_point, is_wanted
 from wanda_lightning.report.pruning_report import REPORT, PruningReport
 
+ADVICE = (
+    "Choose another folder (--output on the command line), or say overwrite=True to the pruning callback (--overwrite) "
+    "to replace them"
+)
+"""What to do where results are in the way."""
+
 
 class RunReport:
     """The report and the evaluations of one run; they belong to its weights, not to the callback that holds them.
@@ -205,7 +211,4 @@ def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
         if name in values and name in (there.get(part) or {})
     ]
     if other:
-        raise ValueError(
-            f"{folder} holds the results of another run: {'; '.join(other)}. Choose another folder (--output on "
-            "the command line), or say overwrite=True to the pruning callback (--overwrite) to replace them"
-        )
+        raise ValueError(f"{folder} holds the results of another run: {'; '.join(other)}. {ADVICE}")
