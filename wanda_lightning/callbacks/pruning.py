@@ -23,7 +23,6 @@ from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.language_model import find_model
-from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Unstructured, parse_pattern
 from wanda_lightning.training.masks import WeightMasks, masks_of
@@ -242,4 +241,4 @@ def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
     """Measure the fraction of zeros in the linears of a Trainer's callbacks that were pruned; 0 before that."""
     model, callbacks = find_model(module), pruning_callbacks(trainer)
     reports = [report for each in callbacks if (report := each.run.report_of(model)) is not None]
-    return sparsity_now(model, reports, lists_in(model, callbacks[0].layers))
+    return sparsity_now(model, reports, callbacks[0].layers)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from wanda_lightning.model.language_model import uncompiled
+from wanda_lightning.model.language_model import is_language_model, uncompiled
 from wanda_lightning.model.linears import PrunableLinear, is_linear, matrix_parameters, own_modules, prunable_linears
 from wanda_lightning.model.names import is_router, list_of, matches
 from wanda_lightning.model.quantized import refuse_quantized
@@ -105,9 +105,9 @@ def every_linear(model: nn.Module, layers: str | Sequence[str] | None = None) ->
         layers: See :func:`decoder_layers`.
 
     Returns:
-        All linears of the decoder; where ``layers`` names several lists, those of the whole model.
+        Those of a language model's decoder; of others, and where ``layers`` names several lists, of the whole model.
     """
-    if layers is None or isinstance(layers, str):
+    if (layers is None or isinstance(layers, str)) and is_language_model(model):
         return [linear for layer in decoder_layers(model, ["*"], layers=layers) for linear in layer.linears]
     return prunable_linears(uncompiled(model), "")
 

@@ -21,7 +21,6 @@ from wanda_lightning.engine.measured_sparsity import disagreements
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.model.language_model import find_model, is_language_model, is_of_transformers
 from wanda_lightning.model.offload import is_on_disk
-from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.model_card import Kind, Training, card_of_smaller, model_card
 from wanda_lightning.report.pruning_report import REPORT, REPORT_FILES
 from wanda_lightning.report.shrinking import SHRINKING, SHRINKING_FILES
@@ -125,9 +124,7 @@ def check_reports(trainer: Trainer, model: Any) -> None:
         RuntimeError: If a report is of other weights, with the linears and what is wrong.
     """
     for callback in pruning_callbacks(trainer):
-        if callback.report is not None and (
-            wrong := disagreements(model, callback.report, lists_in(model, callback.layers))
-        ):
+        if callback.report is not None and (wrong := disagreements(model, callback.report, callback.layers)):
             names = "; ".join(f"{name}: {what}" for name, what in list(wrong.items())[:3])
             raise RuntimeError(
                 f"the report is not of these weights, {len(wrong)} linears differ ({names}"

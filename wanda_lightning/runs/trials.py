@@ -14,7 +14,6 @@ from wanda_lightning.engine.fingerprint import differences
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.replaced import replaced
-from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.runs.one_shot import check_kinds, end_if_asked, prune, with_callbacks
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -46,9 +45,7 @@ class DenseWeights(Callback):
                 weight.copy_(self._dense[name])
 
     def _weights(self, module: LightningModule) -> dict[str, nn.Parameter]:
-        model = find_model(module)
-        linears = every_linear(model, lists_in(model, self.layers))
-        return {linear.parameter_name: linear.weight for linear in linears}
+        return {linear.parameter_name: linear.weight for linear in every_linear(find_model(module), self.layers)}
 
 
 def check_whole(trainer: Any, model: LightningModule, datamodule: LightningDataModule | None, what: str) -> None:

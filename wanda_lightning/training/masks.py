@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from wanda_lightning.model.decoder import every_linear
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.sparsity import Pattern, sparsity_of, zero_where_pruned
 
 log = logging.getLogger(__name__)
@@ -120,8 +119,7 @@ def masks_of_decoder(model: nn.Module, layers: str | Sequence[str] | None = None
     Returns:
         The masks; a warning says if there are none.
     """
-    held = find_model(model)
-    masks = masks_of(every_linear(held, lists_in(held, layers)))
+    masks = masks_of(every_linear(find_model(model), layers))
     if not masks.masks:
         log.warning("the model has no zeros to keep: it was not pruned, and is trained as a dense one")
     return masks

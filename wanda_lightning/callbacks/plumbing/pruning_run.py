@@ -38,7 +38,6 @@ from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
-from wanda_lightning.model.stacks import lists_in
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, Unstructured
 from wanda_lightning.training.lora import without_adapters
@@ -85,7 +84,7 @@ class PruningRun:
     def is_pruned(self, model: nn.Module) -> bool:
         """Whether the report is of these weights. While pruned weights may regrow, zeros do not tell."""
         own = self.results
-        return (self.regrows and own.report is not None) or own.is_of(model, lists_in(model, self.asked.layers))
+        return (self.regrows and own.report is not None) or own.is_of(model, self.asked.layers)
 
     def report_of(self, model: nn.Module) -> PruningReport | None:
         """Return what was pruned, by this run, or before it where the weights came with zeros."""
@@ -166,8 +165,7 @@ class PruningRun:
         """Warn if training ended before the schedule did."""
         schedule, report = self.asked.schedule, self.results.report
         if schedule is not None and self.pruned_at < schedule.end:
-            model = find_model(module)
-            layers = lists_in(model, self.asked.layers)
+            model, layers = find_model(module), self.asked.layers
             if report is not None and self.regrows:
                 report.linears = read_back(model, report, layers)
             now = sparsity_now(model, [report] if report else [], layers)
@@ -185,7 +183,7 @@ class PruningRun:
 
     def zeros_to_keep(self, model: nn.Module) -> tuple[Sequence[PrunableLinear], dict[str, Pattern] | None]:
         """Find the linears that have zeros to keep, and what they were pruned to, where that is known."""
-        report, layers = self.results.report, lists_in(model, self.asked.layers)
+        report, layers = self.results.report, self.asked.layers
         if self.regrows:
             return [], None
         if report is None or self.results.came_with_zeros:
@@ -230,9 +228,8 @@ class PruningRun:
 
     def _take(self, report: PruningReport, trainer: Trainer, module: LightningModule) -> None:
         """Take a new report, of the weights as they are now, and bring it to the loggers and to its folder."""
-        model = find_model(module)
         report.model, report.settings = describe_model(module), describe_settings(self.asked)
-        self.results.take(report, model, lists_in(model, self.asked.layers))
+        self.results.take(report, find_model(module), self.asked.layers)
         schedule = self.asked.schedule
         self.results.publish(trainer, self.asked.folder(trainer), schedule is None or self.pruned_at >= schedule.end)
 
