@@ -47,21 +47,35 @@ def find_neurons(model: nn.Module, layers: Sequence[DecoderLayer]) -> dict[str, 
     Raises:
         ValueError: If no layer has any, with the matrices that were looked at.
     """
-    candidates = [(layer.name, each) for layer in layers for each in _candidates(layer)]
-    calls = calls_of(model, {each[0].module for _, each in candidates})
-    works: dict[Any, bool] = {}  # modules that are built alike are tried once; no token may reach an expert
-    for _, each in candidates:
-        if (kind := how_built(each)) not in works and each[0].module in calls:
-            works[kind] = _works(each, *calls[each[0].module])
-    found: dict[str, list[Neurons]] = {layer.name: [] for layer in layers}
-    for name, each in candidates:
-        if works.get(how_built(each)):
-            found[name] += each
+    found = those_that_work(model, layers, _candidates, _works)
     if not any(found.values()):
         raise ValueError(
             f"no MLP of a known coupling was found in {type(model).__name__}: no matrix reads neurons that others "
             f"beside it write, one by one; {seen_in(layers[0])}"
         )
+    return found
+
+
+def those_that_work(
+    model: nn.Module,
+    layers: Sequence[DecoderLayer],
+    candidates: Callable[[DecoderLayer], Iterator[list[Neurons]]],
+    works: Callable[..., bool],
+) -> dict[str, list[Neurons]]:
+    """Find those candidates that work, given a call of the module that holds them, by the name of the layer.
+
+    Modules that are built alike are tried once: no token may reach an expert.
+    """
+    every = [(layer.name, each) for layer in layers for each in candidates(layer)]
+    calls = _calls_of(model, {each[0].module for _, each in every})
+    known: dict[Any, bool] = {}
+    for _, each in every:
+        if (kind := _how_built(each)) not in known and each[0].module in calls:
+            known[kind] = works(each, *calls[each[0].module])
+    found: dict[str, list[Neurons]] = {layer.name: [] for layer in layers}
+    for name, each in every:
+        if known.get(_how_built(each)):
+            found[name] += each
     return found
 
 
@@ -108,7 +122,7 @@ def _place(linear: PrunableLinear) -> str:
     return linear.parameter if linear.expert is not None else linear.name.rpartition(".")[2]
 
 
-def how_built(group: Sequence[Neurons]) -> Any:
+def _how_built(group: Sequence[Neurons]) -> Any:
     """Tell how a module and its neurons are built; what is alike works alike."""
     first = group[0]
     modules = tuple((name, type(module)) for name, module in own_modules(first.module))
@@ -116,7 +130,7 @@ def how_built(group: Sequence[Neurons]) -> Any:
     return modules, shapes, _place(first.reader), tuple((_place(x), layout) for x, layout in first.writers)
 
 
-def calls_of(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
+def _calls_of(model: Any, modules: Iterable[nn.Module]) -> dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Return what modules are called with when the model reads a few tokens."""
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     embeddings = model.get_input_embeddings()

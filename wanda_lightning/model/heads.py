@@ -10,13 +10,14 @@ Shapes: K kept outputs of heads.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from wanda_lightning.model.configuration import Path, change, shapes_of, skeleton
-from wanda_lightning.model.coupling import calls_of, can_go, how_built, matrices_within, random_copy, seen_in
+from wanda_lightning.model.coupling import can_go, matrices_within, random_copy, seen_in, those_that_work
 from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.linears import PrunableLinear, own_modules
 from wanda_lightning.model.neurons import HeadRows, Layout, Neurons, keep_neurons
@@ -139,20 +140,16 @@ def find_heads(
     """
     smaller = skeleton_with(model, heads.numbers(groups))
     built = dict(own_modules(smaller))
-    candidates = [(layer.name, each) for layer in layers for each in _candidates(layer, heads)]
-    calls = calls_of(model, {each.module for _, each in candidates})
-    works: dict[Any, bool] = {}
-    for _, each in candidates:
-        if (kind := how_built([each])) not in works and each.module in calls:
-            works[kind] = _works(each, groups, built[each.name], *calls[each.module])
-    found: dict[str, list[Neurons]] = {layer.name: [] for layer in layers}
-    for name, each in candidates:
-        found[name] += [each] if works.get(how_built([each])) else []
+
+    def works(group: Sequence[Neurons], *call: Any) -> bool:
+        return _works(group[0], groups, built[group[0].name], *call)
+
+    found = those_that_work(model, layers, partial(_candidates, heads=heads), works)
     _check(model, layers, heads, groups, found, smaller)
     return found, smaller
 
 
-def _candidates(layer: DecoderLayer, heads: Heads) -> Iterator[Neurons]:
+def _candidates(layer: DecoderLayer, heads: Heads) -> Iterator[list[Neurons]]:
     """Yield what may be heads by the shapes of matrices in one module."""
     modules = dict(own_modules(layer.module, layer.name))
     queries, keys = heads.heads * heads.size, heads.groups * heads.size
@@ -167,7 +164,7 @@ def _candidates(layer: DecoderLayer, heads: Heads) -> Iterator[Neurons]:
                 apart += [(linear, alone) for linear, rows in others if rows == keys]
             for writers, number in ((apart, 3), (fused, 1)):
                 if reader.weight_OI.shape[1] == queries and len(writers) == number:
-                    yield Neurons(holder, modules[holder], reader, tuple(writers), heads.block)
+                    yield [Neurons(holder, modules[holder], reader, tuple(writers), heads.block)]
 
 
 def _works(heads: Neurons, groups: int, built: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
