@@ -132,6 +132,12 @@ def number_not_below_0(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
+def one_of(name: str, value: object, kind: Any) -> None:
+    """Refuse what is none of the values of a ``Literal``, as :func:`whole_number` does."""
+    if value not in get_args(kind):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+
+
 def instance_or_none(name: str, value: object, kinds: type | tuple[type, ...], example: str) -> None:
     """Refuse what is of another class.
 

@@ -1,11 +1,11 @@
 """How sparsity grows where a model is pruned in several steps while it trains."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.allocation.by_name import Allocation
-from wanda_lightning.arguments import is_fraction, plain_fields, whole_number
+from wanda_lightning.arguments import is_fraction, one_of, plain_fields, whole_number
 from wanda_lightning.methods import PruningMethod
 from wanda_lightning.sparsity import Pattern, Unstructured
 
@@ -50,8 +50,7 @@ class Gradual:
         whole_number("start of a gradual schedule", self.start, 0)
         whole_number("end of a gradual schedule", self.end, self.start + 1)
         whole_number("every of a gradual schedule", self.every, 1)
-        if self.curve not in get_args(Curve):
-            raise ValueError(f"curve must be one of {', '.join(get_args(Curve))}, got {self.curve!r}")
+        one_of("curve", self.curve, Curve)
         if not is_fraction(self.initial):
             raise ValueError(f"initial must be a sparsity in [0, 1), got {self.initial!r}")
 

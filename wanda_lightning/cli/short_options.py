@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from wanda_lightning.arguments import Dtype, is_fraction, meant_sparsity
+from wanda_lightning.arguments import Dtype, is_fraction, meant_sparsity, one_of
 from wanda_lightning.cli.recipes import settings_of
 
 METHODS = {
@@ -145,12 +145,11 @@ def _check(command: str, short: dict[str, Any]) -> None:
         raise ValueError(f"{command} has no {own[0]}{hint}")
     if short.get("--method", "wanda").lower() not in METHODS:
         raise ValueError(no_method("--method", short["--method"]))
-    sparsity, dtype = short.get("--sparsity", "0"), short.get("--dtype", "auto")
+    sparsity = short.get("--sparsity", "0")
     if not is_fraction(_number(sparsity)):
         hint = "; an N:M pattern is --pattern" if ":" in sparsity else meant_sparsity(sparsity)
         raise ValueError(f"--sparsity must be a number in [0, 1), got {sparsity!r}{hint}")
-    if dtype not in get_args(Dtype):
-        raise ValueError(f"--dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+    one_of("--dtype", short.get("--dtype", "auto"), Dtype)
 
 
 def _number(text: str) -> float | None:

@@ -1,11 +1,11 @@
 """Depth pruning: whole decoder layers go, those that change the hidden states or the loss least."""
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import nn
 
-from wanda_lightning.arguments import plain, whole_number
+from wanda_lightning.arguments import one_of, plain, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place, check_place
 from wanda_lightning.engine.layer_choice import LayerChooser
@@ -103,8 +103,7 @@ def check_settings(layers: int, choice: str) -> None:
         ValueError: If one is.
     """
     whole_number("layers", layers, 0)
-    if choice not in get_args(LayerChoice):
-        raise ValueError(f"choice must be one of {', '.join(get_args(LayerChoice))}, got {choice!r}")
+    one_of("choice", choice, LayerChoice)
 
 
 def check_number(layers: int, plan: Shortening) -> None:

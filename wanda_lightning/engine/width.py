@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import get_args
 
 from torch import Tensor, nn
 
 from wanda_lightning.allocation.selection import Selection
-from wanda_lightning.arguments import instance_or_none, number_not_below_0, plain, positive_up_to, whole_number
+from wanda_lightning.arguments import instance_or_none, number_not_below_0, one_of, plain, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place, check_place
@@ -191,8 +190,7 @@ def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: fl
     """
     positive_up_to("keep", keep, 1, "fraction of the neurons")
     positive_up_to("attention_keep", attention_keep, 1, "fraction of the key/value groups")
-    if choice not in get_args(NeuronChoice):
-        raise ValueError(f"choice must be one of {', '.join(get_args(NeuronChoice))}, got {choice!r}")
+    one_of("choice", choice, NeuronChoice)
     if multiple is not None:
         whole_number("multiple", multiple, 1)
     number_not_below_0("shrinkage", shrinkage)

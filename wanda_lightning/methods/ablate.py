@@ -4,10 +4,11 @@ The Wanda paper's ablation of pruning metric and weight update (section 5). Shap
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
+from wanda_lightning.arguments import one_of
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.methods.second_order import SecondOrderMethod
 from wanda_lightning.solvers import prune_with_mask, prune_with_scores
@@ -43,9 +44,8 @@ class Ablate(SecondOrderMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, accepted in (("selection", get_args(Selection)), ("schedule", get_args(Schedule))):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        one_of("selection", self.selection, Selection)
+        one_of("schedule", self.schedule, Schedule)
 
     @refined
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
