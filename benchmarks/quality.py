@@ -140,7 +140,8 @@ def with_spread(values: Sequence[float]) -> str:
 def takes(name: str, pattern: Pattern) -> bool:
     try:
         METHODS[name].check(pattern)
-        check_permute("permute" in SETTINGS.get(name, {}), pattern)
+        if "permute" in SETTINGS.get(name, {}):
+            check_permute(pattern)
     except ValueError:
         return False
     return True

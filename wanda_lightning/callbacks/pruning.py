@@ -17,7 +17,6 @@ from wanda_lightning.callbacks.plumbing.run_identity import describe_settings
 from wanda_lightning.callbacks.plumbing.settings_check import check_apart, check_settings, will_train
 from wanda_lightning.callbacks.sparse_finetuning import SparseFinetuning
 from wanda_lightning.engine.measured_sparsity import sparsity_now
-from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.evaluation.generation import check_prompts
 from wanda_lightning.methods import PruningMethod
@@ -97,7 +96,7 @@ class PruningCallback(SparseFinetuning):
         self.activations, self.resume = activations, resume
         self.true_sequential, self.reconstruction, self.dense_target = true_sequential, reconstruction, dense_target
         self.exact_error, self.overwrite, self.prompts = exact_error, overwrite, check_prompts(prompts)
-        self.permute, self.run = check_permute(permute, self.pattern), PruningRun(self)
+        self.permute, self.run = permute, PruningRun(self)
         check_settings(self)
 
     @property

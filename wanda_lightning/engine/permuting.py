@@ -26,25 +26,20 @@ from wanda_lightning.sparsity import Pattern, SemiStructured
 from wanda_lightning.statistics import InputNorm, InputStatistic
 
 
-def check_permute(permute: bool, pattern: Pattern) -> bool:
+def check_permute(pattern: Pattern) -> None:
     """Refuse to permute neurons where it would change nothing.
 
     Args:
-        permute: Whether it is asked for.
         pattern: What linears are pruned to.
 
-    Returns:
-        Whether it is asked for.
-
     Raises:
-        ValueError: If it is, and the pattern is not N:M.
+        ValueError: If it is not N:M.
     """
-    if permute and not isinstance(pattern, SemiStructured):
+    if not isinstance(pattern, SemiStructured):
         raise ValueError(
             f'permute chooses what stands together in the groups of an N:M pattern such as "2:4", got {pattern}: leave '
             "permute out"
         )
-    return permute
 
 
 def with_neurons(plan: Plan, model: nn.Module) -> Plan:
@@ -60,7 +55,7 @@ def with_neurons(plan: Plan, model: nn.Module) -> Plan:
     Raises:
         ValueError: If the pattern is not N:M, the model is none whose neurons can move, or none of them would.
     """
-    check_permute(True, plan.pattern)
+    check_permute(plan.pattern)
     check_can_change_shape(model, "the order of its neurons")
     if not is_language_model(model):
         raise ValueError(f"permute finds the MLPs of language models, got {type(model).__name__}: leave permute out")
