@@ -67,35 +67,36 @@ def prune_layer(
     with processes.together():
         if is_offloaded(layer.module):  # others were looked at before the first layer
             check_finite(layer.linears)
-    trained, passes = None, None if inputs is None else 2
+    trained = None
     with permuted(layer, inputs, plan, processes):
-        if plan.true_sequential and inputs is not None and plan.statistic is not None:
-            try:
-                done, masks = _in_one_pass(layer, inputs, plan.statistic, plan, processes)
-                passes = 1
-            except NotOnePassError as reason:
-                log.info("%s is visited in two passes: %s", layer.name, reason)
-                done, masks = _in_two_passes(layer, inputs, plan, processes)
-        else:
-            done, masks = _in_two_passes(layer, inputs, plan, processes)
+        done, masks, passes = _pruned(layer, inputs, plan, processes)
         if plan.reconstruction is not None and inputs is not None:
             trained = reconstruct(inputs, masks, plan.reconstruction, processes)
     return PrunedLayer([_as_it_is_now(linear, done[linear.name], passes) for linear in layer.linears], trained)
 
 
+def _pruned(
+    layer: DecoderLayer, inputs: CalibratedLayer | None, plan: Plan, processes: Processes
+) -> tuple[dict[str, PrunedLinear], dict[str, Tensor], int | None]:
+    """Prune linears in one pass, if that is planned and the batches stop together; say how many passes it took."""
+    if plan.true_sequential and inputs is not None:
+        try:
+            return *_in_one_pass(layer, inputs, plan, processes), 1
+        except NotOnePassError as reason:
+            log.info("%s is visited in two passes: %s", layer.name, reason)
+    return *_in_two_passes(layer, inputs, plan, processes), None if inputs is None else 2
+
+
 def _in_one_pass(
-    layer: DecoderLayer,
-    inputs: CalibratedLayer,
-    statistic: type[InputStatistic],
-    plan: Plan,
-    processes: Processes,
+    layer: DecoderLayer, inputs: CalibratedLayer, plan: Plan, processes: Processes
 ) -> tuple[dict[str, PrunedLinear], dict[str, Tensor]]:
     """Prune linears as all batches reach them; afterwards the batches are behind the layer, if it is not trained."""
+    assert plan.statistic is not None  # else one pass is not planned
     dense = {linear.name: linear.weight_OI.clone() for linear in layer.linears}
     done: dict[str, PrunedLinear] = {}
     masks: dict[str, Tensor] = {}
     needs_outputs = not inputs.is_last and plan.reconstruction is None
-    with closing(OnePass(inputs, statistic, needs_outputs).parts()) as parts:
+    with closing(OnePass(inputs, plan.statistic, needs_outputs).parts()) as parts:
         try:
             while (part := _next(parts, processes)) is not None:
                 found = solve(layer, part.linears, part.statistics, plan, processes)
