@@ -13,6 +13,7 @@ from wanda_lightning.callbacks.plumbing.settings_check import check_apart, check
 from wanda_lightning.callbacks.pruning import pruning_callbacks
 from wanda_lightning.callbacks.shape_pruning import check_folder, due_callbacks, shape_callbacks, shrinking_of
 from wanda_lightning.model.language_model import find_language_model, find_model
+from wanda_lightning.model.replaced import replaced
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.report.shrinking import Shrinking
 from wanda_lightning.runs.model_folder import check_model_folder, save_pretrained
@@ -154,12 +155,8 @@ def _evaluate(
 @contextmanager
 def no_training(trainer: Trainer) -> Iterator[None]:
     """Make ``fit`` stop before the first training step, after ``on_fit_start``."""
-    before = trainer.limit_train_batches, trainer.num_sanity_val_steps
-    trainer.limit_train_batches, trainer.num_sanity_val_steps = 0, 0
-    try:
+    with replaced(trainer, "limit_train_batches", 0), replaced(trainer, "num_sanity_val_steps", 0):
         yield
-    finally:
-        trainer.limit_train_batches, trainer.num_sanity_val_steps = before
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -76,10 +75,11 @@ def evaluate(trainer: Trainer, model: LightningModule, datamodule: LightningData
 
 def logged_metrics(trainer: Any, model: LightningModule, datamodule: LightningDataModule | None) -> dict[str, float]:
     """Validate on one batch, and with one question of each zero-shot task, to see which metrics there are."""
-    with ExitStack() as soon:
-        soon.enter_context(replaced(trainer, "limit_val_batches", 1))
-        soon.enter_context(replaced(trainer, "fast_dev_run", True))  # one question is asked, and no file is written
-        soon.enter_context(with_callbacks(trainer, without=[trainer.progress_bar_callback]))
+    with (
+        replaced(trainer, "limit_val_batches", 1),
+        replaced(trainer, "fast_dev_run", True),  # one question is asked, and no file is written
+        with_callbacks(trainer, without=[trainer.progress_bar_callback]),
+    ):
         return evaluate(trainer, model, datamodule)
 
 

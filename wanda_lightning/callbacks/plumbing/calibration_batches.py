@@ -23,6 +23,7 @@ from wanda_lightning.callbacks.plumbing.loaders import (
 from wanda_lightning.callbacks.plumbing.module_step import hooks_of
 from wanda_lightning.callbacks.plumbing.run_identity import describe_calibration
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.model.replaced import replaced
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +112,8 @@ class CalibrationBatches:
 
     def _first(self, trainer: Trainer, sequences: int, hooks: Hook) -> Iterator[Any]:
         """Return whole batches of the train dataloader, until they hold so many sequences."""
-        limit, trainer.limit_train_batches = trainer.limit_train_batches, trainer.limit_train_batches or 1.0
-        try:  # the train dataloader is otherwise made later, or never; distributed ones are sharded here
-            trainer.fit_loop.setup_data()
-        finally:
-            trainer.limit_train_batches = limit
+        with replaced(trainer, "limit_train_batches", trainer.limit_train_batches or 1.0):
+            trainer.fit_loop.setup_data()  # which otherwise comes later, or never; distributed loaders are sharded here
         combined = cast(CombinedLoader, trainer.fit_loop._combined_loader)
         items: Iterable[Any]
         if all(map(starts_anew, combined.flattened)):
