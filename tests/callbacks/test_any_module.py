@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning import MagnitudePruning, PruningTrainer, SparseFinetuning, WandaPruning, prune_model
+from wanda_lightning import MagnitudePruning, PruningTrainer, SparseFinetuning, WandaPruning, compress, prune_model
 from wanda_lightning.model.decoder import every_linear
 
 
@@ -242,6 +242,15 @@ def test_a_module_of_plain_torch_is_pruned_to_a_size(tmp_path):
     result = run.search(TagsAndValidates(), None, max_bytes=60_000, step=0.25)
     assert (result.dense["bytes"] > 60_000, result.found) == (True, 0.5)
     assert result.trial(0.5).metrics["bytes"] <= 60_000 < result.trial(0.25).metrics["bytes"]
+
+
+def test_a_size_is_calculated_of_all_lists_that_are_pruned(tmp_path):
+    """Of an encoder and a decoder: what was found is the least sparsity that fits."""
+    run = trainer(tmp_path, MagnitudePruning(), cls=PruningTrainer)
+    found = run.search(Theirs(t5), None, max_bytes=135_000, step=0.125).found
+    less = trainer(tmp_path / "less", MagnitudePruning(found - 0.125), cls=PruningTrainer)
+    less.prune(Theirs(t5), evaluate=False)
+    assert compress(tmp_path / "less/model", tmp_path / "small").written > 135_000
 
 
 def test_a_model_that_does_not_go_on_with_a_text_is_not_asked_to(tmp_path, tokenizer, caplog):

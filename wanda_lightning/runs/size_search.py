@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.callbacks import PruningCallback
+from wanda_lightning.callbacks.plumbing.settings_check import selection_of
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.language_model import find_model
@@ -85,8 +85,7 @@ def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequenc
     """Calculate the size of the compressed weights at every sparsity."""
     held = find_model(model)
     size = CompressedSize(held)
-    selection = Selection(callback.targets, callback.ignore, callback.layers, callback.allocation)
-    sizes = []
+    selection, sizes = selection_of(callback, held), []
     for sparsity in grid:
         decoder, patterns = selection.choose(held, Unstructured(sparsity))
         linears = [linear for layer in decoder for linear in layer.linears]
