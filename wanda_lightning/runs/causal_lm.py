@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wanda_lightning.arguments import Dtype, instance_or_none
 from wanda_lightning.callbacks.plumbing.loaders import datamodule_of
+from wanda_lightning.callbacks.plumbing.samples import tokenizer_of
 from wanda_lightning.callbacks.plumbing.settings_check import will_train
 from wanda_lightning.callbacks.shape_pruning import shape_callbacks
 from wanda_lightning.checkpoints.loading import load_model, load_streamed, load_tokenizer
@@ -93,8 +94,7 @@ class CausalLM(LightningModule):
                 add_adapters(self.model, self.lora)
             if self.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
-        given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        self.tokenizer = _find_tokenizer(self.pretrained, self.trust_remote_code, given)
+        self.tokenizer = _find_tokenizer(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model first: processes that trained it send weights back to the one that started them."""
@@ -226,14 +226,14 @@ def _check_trainable(module: CausalLM) -> None:
     check_teacher(module.distillation, module.pretrained, trust_remote_code=module.trust_remote_code)
 
 
-def _find_tokenizer(pretrained: str, trust_remote_code: bool, given: Any) -> Any:
+def _find_tokenizer(module: CausalLM) -> Any:
     """Load the model's own tokenizer; where it has none, take the one that the datamodule was given."""
     try:
-        return load_tokenizer(pretrained, trust_remote_code=trust_remote_code)
+        return load_tokenizer(module.pretrained, trust_remote_code=module.trust_remote_code)
     except ValueError as error:
-        if given is None:
+        if (given := tokenizer_of(module._trainer, module)) is None:
             log.warning("the model goes without a tokenizer: %s", error)  # who needs none need not have one
-        return load_tokenizer(given) if isinstance(given, str) else given
+        return given
 
 
 def _name_of_set(trainer: Any, index: int) -> str:

@@ -38,7 +38,7 @@ def samples_of(trainer: Trainer, module: LightningModule, prompts: Sequence[str]
         return {}
 
 
-def tokenizer_of(trainer: Trainer, module: LightningModule) -> Any:
+def tokenizer_of(trainer: Trainer | None, module: LightningModule) -> Any:
     """Return the tokenizer of the module, else that of the datamodule, loaded if only its name is known; or None."""
     given = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     tokenizer = getattr(module, "tokenizer", None) or given
