@@ -13,7 +13,6 @@ from torch import nn
 
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.calibrated_layer import CalibratedLayer
-from wanda_lightning.calibration.dense_inputs import DenseInputs
 from wanda_lightning.calibration.dense_stream import DenseStream
 from wanda_lightning.calibration.dry_run import dry_run
 from wanda_lightning.calibration.feed import Feed, LanguageModelFeed
@@ -92,10 +91,9 @@ def walk(
             streams.enter_context(closing(stream))
             dense = None
             if with_dense or with_dense_inputs:
-                dense = streams.enter_context(closing(DenseStream(stream.twin())))
-            yield from _visits(
-                stack, calls[number], stream, dense, activations if with_dense_inputs else None, statistic
-            )
+                dense = DenseStream(stream.twin(), activations if with_dense_inputs else None)
+                streams.enter_context(closing(dense))
+            yield from _visits(stack, calls[number], stream, dense, statistic)
 
 
 def _visits(
@@ -103,7 +101,6 @@ def _visits(
     calls: Sequence[int],
     stream: Stream,
     dense: DenseStream | None,
-    keep_dense_inputs: Place | None,
     statistic: type[InputStatistic] | None,
 ) -> Iterator[CalibratedLayer]:
     """Take a stream through the calls of a stack, and show each layer at its last."""
@@ -112,11 +109,9 @@ def _visits(
         layer, is_last = stack[index], call + 1 == len(calls)
         memory = sum(p.nbytes for p in layer.module.parameters()) if is_offloaded(layer.module) else None
         dense_BTD = dense.hidden_BTD if dense else None
-        seen = DenseInputs(layer, keep_dense_inputs) if keep_dense_inputs else None
-        step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen, earlier.pop(index, None))
         with in_memory(layer.module):
-            if dense:
-                dense.advance(layer, seen)
+            seen = dense.advance(layer) if dense else None
+            step = CalibratedLayer(layer, stream, memory, is_last, dense_BTD, seen, earlier.pop(index, None))
             if index not in calls[call + 1 :]:
                 yield step
             elif statistic is not None and layer.linears:
