@@ -10,7 +10,7 @@ from wanda_lightning.calibration.calls import hidden_states_of, split
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.stand_ins import LayerForward, standing_in
 from wanda_lightning.model.hooks import before_calls
-from wanda_lightning.model.stacks import lists_of_layers, without_nested
+from wanda_lightning.model.stacks import lists_of_layers, no_stacks, without_nested
 
 
 class _Watched:
@@ -76,10 +76,7 @@ def called_stacks(
         ValueError: If there are none, or one that is named is not called in this way, with the reason.
     """
     if not (lists := lists_of_layers(feed.model, named)):
-        raise ValueError(
-            f"{type(feed.model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of "
-            "layers of one class that hold linears"
-        )
+        raise no_stacks(feed.model)
     watched = {
         name: _Watched([*cast(Any, found)._modules.values()], named is not None) for name, found in lists.items()
     }

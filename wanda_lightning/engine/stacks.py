@@ -1,4 +1,4 @@
-"""Which layers of a model are pruned, where it is no language model: its lists of layers, and what lies outside."""
+"""Which layers of a model are pruned: what it calls, in which order, and what lies outside of them."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,7 +19,7 @@ from wanda_lightning.model.decoder import DecoderLayer, decoder_layers
 from wanda_lightning.model.hooks import before_calls
 from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.offload import is_offloaded
-from wanda_lightning.model.stacks import outside_of, stack_names
+from wanda_lightning.model.stacks import no_stacks, outside_of, stack_names
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def find_layers(feed: Feed, calibration: Iterable[Batch] | None, selection: Sele
     batches = None if calibration is None else [*calibration]
     outside = partial(look_outside, are_named=named is not None)
     if not batches:
-        by_structure = tuple(named or names_by_structure(feed.model))
+        if not (by_structure := tuple(named or stack_names(feed.model))):
+            raise no_stacks(feed.model)
         return Found(batches, replace(selection, layers=by_structure), look_outside=outside)
     feed.tensors(batches[0])  # which refuses a batch without any
     names, order = called_stacks(feed, batches[0], named)
@@ -106,26 +107,6 @@ def _in_language_model(feed: Feed, calibration: Iterable[Batch] | None, selectio
             f"ignore={patterns}, or give images, too, and say with forward how the model is called"
         )
     return Found(batches, selection, uncalled=uncalled)
-
-
-def names_by_structure(model: nn.Module) -> list[str]:
-    """Name the lists of layers of a model by its structure alone.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The names, in the order of the module.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if names := stack_names(model):
-        return names
-    raise ValueError(
-        f"{type(model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of layers of one "
-        "class that hold linears"
-    )
 
 
 def look_outside(model: nn.Module, layers: Sequence[DecoderLayer], are_named: bool) -> dict[str, str]:

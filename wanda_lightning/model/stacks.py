@@ -62,6 +62,14 @@ def without_nested(lists: Mapping[str, nn.Module]) -> list[str]:
     return [name for name in lists if name in chosen]
 
 
+def no_stacks(model: nn.Module) -> ValueError:
+    """Say that a model has no list that may be a stack."""
+    return ValueError(
+        f"{type(model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of layers of one "
+        "class that hold linears"
+    )
+
+
 def stack_names(model: nn.Module) -> list[str]:
     """Name the stacks of a model by its structure alone, in the order of the module."""
     return without_nested(lists_of_layers(model))
