@@ -10,6 +10,7 @@ from wanda_lightning.allocation.atp import ATP
 from wanda_lightning.allocation.least_loss import LeastLoss
 from wanda_lightning.allocation.owl import OWL
 from wanda_lightning.allocation.selection import Selection
+from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
@@ -112,5 +113,5 @@ def test_other_processes_hear_of_a_decision_that_cannot_be_read(tmp_path, told):
     model = tiny_llama()
     plan = Plan.of(model, Magnitude(), Unstructured(0.5), Found(None, Selection(allocation=OWL())))
     with pytest.raises(OSError):
-        allocated(plan, model, [], "device", Journal(tmp_path), Processes())
+        allocated(plan, LanguageModelFeed(model), [], "device", Journal(tmp_path), Processes())
     assert isinstance(told[-1], OSError)

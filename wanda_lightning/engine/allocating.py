@@ -24,23 +24,21 @@ log = logging.getLogger(__name__)
 
 def allocated(
     plan: Plan,
-    model: nn.Module,
+    feed: Feed,
     batches: Sequence[Batch],
     activations: Place,
     journal: Journal,
     processes: Processes,
-    feed: Feed | None = None,
 ) -> Plan:
     """Decide what each linear is pruned to, or find what was decided before the run was cut off.
 
     Args:
         plan: What is to be done to the model, with an allocator.
-        model: The model; it is left as it was.
+        feed: The model, which is left as it was, and how it runs on a batch.
         batches: The calibration set of this process.
         activations: Where its activations wait between two layers.
         journal: Of the run, which has begun; what is decided is kept in it.
         processes: Those that have the other parts of the calibration set.
-        feed: Runs the model on a batch; None for a language model.
 
     Returns:
         The plan with the patterns of all linears.
@@ -51,7 +49,7 @@ def allocated(
         found = _decided(file) if processes.rank == 0 and file is not None and file.exists() else None
     if (found := processes.gather(found)[0]) is not None:
         return _with(plan, found)
-    task = task_of(plan, model, batches, activations, processes, feed)
+    task = task_of(plan, feed.model, batches, activations, processes, feed)
     allotment = processes.gather(allocator.allocate(task))[0]
     repeats = {
         name_without_adapters(repeat.name): allotment.patterns[name_without_adapters(repeat.first)]

@@ -165,7 +165,7 @@ def carry_out(
     Returns:
         What was done to every linear.
     """
-    model, clock, zeros, allocator = feed.model, PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
+    clock, zeros, allocator = PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
     batches = None
     if calibration is not None and plan.needs_batches:
         batches = HashedBatches(calibration, feed, keep=bool(allocator))
@@ -173,11 +173,11 @@ def carry_out(
         plan, visits = begin(plan, clock.forwards(walked), processes)  # the first visit reads the batches
         settings = {**plan.settings, **(asked or {}), "processes": processes.size}
         digests = processes.gather(batches.digest if batches else "")
-        journal.start(fingerprint(model, settings, digests, feed.device), processes)
+        journal.start(fingerprint(feed.model, settings, digests, feed.device), processes)
         if allocator:
             with clock.counted("allocation"):
                 kept = batches.kept if batches else []
-                plan = allocated(plan, model, kept, activations, journal, processes, feed)
+                plan = allocated(plan, feed, kept, activations, journal, processes)
         report = plan.new_report()
         for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
             done = journal.restore(number, layer, processes)
