@@ -59,17 +59,7 @@ class Plan:
     passed_by: Sequence[DecoderLayer] = ()
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        method: PruningMethod,
-        pattern: Pattern,
-        found: Found,
-        exact_error: bool = False,
-        true_sequential: bool | None = None,
-        reconstruction: Reconstruction | None = None,
-        dense_target: bool = False,
-    ) -> "Plan":
+    def of(cls, model: nn.Module, method: PruningMethod, pattern: Pattern, found: Found, **asked: Any) -> "Plan":
         """Find out what is to be done to a model.
 
         Args:
@@ -77,11 +67,7 @@ class Plan:
             method: The pruning method.
             pattern: What linears are pruned to, where the selection says nothing else.
             found: Its layers, and what the user said of linears.
-            exact_error: Whether X^T X is gathered whatever the method.
-            true_sequential: Whether each linear is pruned with what the pruned linears before it give; None where that
-                is to depend on the memory.
-            reconstruction: How what is kept of each layer is then trained; None where it is not.
-            dense_target: Whether linears are fitted to what they give in the dense model before they are pruned.
+            **asked: What else the user said, by the names of the attributes.
 
         Returns:
             The plan.
@@ -89,25 +75,13 @@ class Plan:
         Raises:
             ValueError: If the selection does not fit the model.
         """
-        selection = found.selection
-        every, patterns = selection.choose(model, pattern)
+        every, patterns = found.selection.choose(model, pattern)
         called = [layer for layer in every if layer.name not in found.uncalled]
         layers, repeats = without_repeats(model, found.in_order(called), patterns, found.uncalled)
         outside = found.look_outside(model, layers)
-        return cls(
-            method,
-            pattern,
-            selection,
-            layers,
-            patterns,
-            repeats,
-            exact_error=exact_error,
-            true_sequential=true_sequential,
-            reconstruction=reconstruction,
-            dense_target=dense_target,
-            outside=outside,
-            passed_by=[layer for layer in every if layer.name in found.uncalled],
-        )
+        passed_by = [layer for layer in every if layer.name in found.uncalled]
+        rest = {"outside": outside, "passed_by": passed_by, **asked}
+        return cls(method, pattern, found.selection, layers, patterns, repeats, **rest)
 
     @property
     def linears(self) -> list[PrunableLinear]:

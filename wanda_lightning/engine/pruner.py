@@ -134,7 +134,8 @@ def prune_model(
     feed = feed_of(model, forward)
     with left_as_found(model), feed.calling():
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
-        plan = Plan.of(model, method, pattern, found, exact_error, true_sequential, reconstruction, dense_target)
+        asked = {"exact_error": exact_error, "true_sequential": true_sequential, "dense_target": dense_target}
+        plan = Plan.of(model, method, pattern, found, reconstruction=reconstruction, **asked)
         check_pruning(model, plan, calibration is not None, journal)
         plan = with_neurons(plan, model) if permute else plan
         return carry_out(plan, feed, found.calibration, activations, journal, processes, progress)
