@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, O out features, I in features, P in features of a pan
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -126,6 +127,15 @@ class InputNorm(InputStatistic):
         """Estimate the energy from the diagonal of X^T X: exact if the inputs were uncorrelated."""
         with full_float32(self.total.device):
             return matrix_OI.to(self.total).square() @ self.total
+
+
+def sum_norms(norms: Sequence[InputStatistic], sum_tensors: Callable[[Sequence[Tensor]], None]) -> None:
+    """Add norms up over all processes, given what replaces tensors of one dtype by such sums; all have them then."""
+    tokens = torch.tensor([norm.tokens for norm in norms], device=norms[0].total.device)
+    sum_tensors([tokens])
+    sum_tensors([norm.total for norm in norms])
+    for norm, count in zip(norms, tokens.tolist(), strict=True):
+        norm.summed(count)
 
 
 class InputHessian(InputStatistic):

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.batches import Batch
@@ -20,7 +19,7 @@ from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.allotment import Allotment
 from wanda_lightning.sparsity import Pattern, Unstructured, as_pattern
-from wanda_lightning.statistics import InputNorm, InputStatistic
+from wanda_lightning.statistics import InputNorm, InputStatistic, sum_norms
 
 
 class CannotSplitError(ValueError):
@@ -88,12 +87,7 @@ class Task:
             for step in walk(self.model, self.layers, batches, self.activations, feed=self.feed, statistic=InputNorm):
                 if step.layer.linears:
                     norms |= step.collect(InputNorm, advance=True)
-        shared = [*{id(norm): norm for norm in norms.values()}.values()]
-        tokens = torch.tensor([norm.tokens for norm in shared], device=shared[0].total.device)
-        self.team.sum([tokens])
-        self.team.sum([norm.total for norm in shared])
-        for norm, count in zip(shared, tokens.tolist(), strict=True):
-            norm.summed(count)
+        sum_norms([*{id(norm): norm for norm in norms.values()}.values()], self.team.sum)
         return norms
 
 

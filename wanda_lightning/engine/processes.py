@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from wanda_lightning.model.linears import PrunableLinear
-from wanda_lightning.statistics import InputHessian, InputStatistic
+from wanda_lightning.statistics import InputHessian, InputStatistic, sum_norms
 
 Step = TypeVar("Step")
 
@@ -116,16 +116,13 @@ def _sum(statistics: list[InputStatistic], groups: list[list[PrunableLinear]], p
     """Add statistics up, each for the linears of a group."""
     if not statistics:
         return
+    if not isinstance(statistics[0], InputHessian):
+        sum_norms(statistics, processes.sum)
+        return
     counts = torch.tensor([statistic.tokens for statistic in statistics], device=statistics[0].total.device)
     processes.sum([counts])
-    tokens = counts.tolist()
-    if not isinstance(statistics[0], InputHessian):
-        processes.sum([statistic.total for statistic in statistics])
-        for statistic, count in zip(statistics, tokens, strict=True):
-            statistic.summed(count)
-        return
     owners = balanced([_cost(group) for group in groups], processes.size)
-    for statistic, count, owner in zip(statistics, tokens, owners, strict=True):
+    for statistic, count, owner in zip(statistics, counts.tolist(), owners, strict=True):
         for tensor in statistic.sums:
             processes.sum_to(owner, tensor)
         statistic.summed(count, owner, processes.rank)
