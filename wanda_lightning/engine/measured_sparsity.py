@@ -15,7 +15,7 @@ from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.model.offload import is_offloaded
 from wanda_lightning.report.linear_report import LinearReport, mean_sparsity
 from wanda_lightning.report.pruning_report import PruningReport
-from wanda_lightning.sparsity import Pattern, SemiStructured, nonzeros, sparsity_of
+from wanda_lightning.sparsity import Pattern, SemiStructured, max_kept_per_group, nonzeros, sparsity_of
 
 Lists = str | Sequence[str] | None
 
@@ -182,9 +182,7 @@ def _sampled(weight_OI: Tensor) -> Tensor:
 def _has_zeros_of(weight_OI: Tensor, pattern: Pattern, tolerance: float) -> bool:
     if not isinstance(pattern, SemiStructured):
         return sparsity_of(weight_OI) >= pattern.sparsity - tolerance
-    if weight_OI.shape[1] % pattern.m:
-        return False
-    return bool(((weight_OI != 0).reshape(-1, pattern.m).sum(-1) <= pattern.n).all())
+    return weight_OI.shape[1] % pattern.m == 0 and max_kept_per_group(weight_OI != 0, pattern.m) <= pattern.n
 
 
 def measure_whole_model(model: nn.Module) -> float:
