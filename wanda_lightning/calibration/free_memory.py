@@ -1,6 +1,5 @@
 """How much memory there still is, as far as the system tells."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,19 +28,17 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
         return None
     lines = meminfo.read_text().splitlines()
     available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]  # not in WSL 1
-    left = min([*available, _left_of_limit(sys.maxsize), *_left_of_groups(root)])
-    return None if left == sys.maxsize else left
+    return min([*available, *_left_of_limit(), *_left_of_groups(root)], default=None)
 
 
-def _left_of_limit(unlimited: int) -> int:
-    """Return how many more bytes of address space the process may take."""
+def _left_of_limit() -> Iterator[int]:
+    """Yield how many more bytes of address space the process may take, if that is limited."""
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return unlimited
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    return max(0, limit - taken)
+    if limit != resource.RLIM_INFINITY:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        yield max(0, limit - taken)
 
 
 def _left_of_groups(root: Path) -> Iterator[int]:
