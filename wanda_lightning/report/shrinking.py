@@ -33,8 +33,8 @@ class ShrinkReport:
         figure: What ``figures`` are, such as ``error``.
         figures: A figure for each part that was looked at: the matrices that read neurons, or the decoder layers.
         gone: The parts that are no longer there, by the names they had; empty where all became smaller.
-        kept: What it takes to make the same shapes again: pairs of a width and of what is left of it, or the numbers of
-            the layers that stay.
+        kept: What it takes to make the same shapes again: each width with how many go together and how many are left,
+            or the numbers of the layers that stay.
         tokens: Calibration tokens; None where none were needed.
         seconds: Time it took.
     """
