@@ -147,6 +147,16 @@ def test_two_callbacks_in_one_trainer(tmp_path, second, named):
     assert sum("Pruning" in key for key in saved) == 2
 
 
+def test_the_sparsity_that_is_logged_is_of_the_lists_of_all_callbacks(tmp_path):
+    one = module()
+    one.net.tower = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)) for _ in range(2))
+    callbacks = MagnitudePruning(0.5), MagnitudePruning(0.75, layers="tower")
+    report = trainer(tmp_path, *callbacks, cls=PruningTrainer).prune(one, SomebodysData(), save=False)
+    weights = [p for name, p in one.net.named_parameters() if "_proj" in name or "tower" in name]
+    every = torch.cat([weight.flatten() for weight in weights])
+    assert report.evaluations["pruned"]["sparsity"] == pytest.approx((every == 0).double().mean().item())
+
+
 @pytest.mark.parametrize("how", ["prune", "fit"])
 def test_two_callbacks_for_the_same_linears_are_refused(tmp_path, how):
     one = module()

@@ -238,6 +238,6 @@ def run_folder(trainer: Trainer) -> Path:
 
 def sparsity_of_run(trainer: Trainer, module: LightningModule) -> float:
     """Measure the fraction of zeros in the linears of a Trainer's callbacks that were pruned; 0 before that."""
-    model, callbacks = find_model(module), pruning_callbacks(trainer)
-    reports = [report for each in callbacks if (report := each.run.report_of(model)) is not None]
-    return sparsity_now(model, reports, callbacks[0].layers)
+    model = find_model(module)
+    reports = [(each.run.report_of(model), each.layers) for each in pruning_callbacks(trainer)]
+    return sparsity_now(model, [(report, layers) for report, layers in reports if report is not None])

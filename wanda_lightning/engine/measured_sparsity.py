@@ -83,13 +83,13 @@ def _rounding(rows: Sequence[LinearReport], method: PruningMethod) -> float:
     return max((row.shape[0] / 2 for row in rows), default=0) / max(1, weights) + max(further, default=0.0)
 
 
-def sparsity_now(model: nn.Module, reports: Sequence[PruningReport], layers: Lists = None) -> float:
-    """Measure the fraction of zeros in the linears that reports say were pruned; 0 without a report."""
-    repeated = {row.name for report in reports for row in report.linears if row.same_as}
-    linears = [linear for report in reports for linear in linears_of(model, report, layers)]
+def sparsity_now(model: nn.Module, reports: Sequence[tuple[PruningReport, Lists]]) -> float:
+    """Measure the fraction of zeros in the linears that reports, each of its lists, say were pruned; 0 without one."""
+    repeated = {row.name for report, _ in reports for row in report.linears if row.same_as}
+    linears = [linear for report, layers in reports for linear in linears_of(model, report, layers)]
     weights = [linear.weight_OI for linear in linears if name_without_adapters(linear.name) not in repeated]
     if any(weight.is_meta for weight in weights):  # on disk, where nothing has changed them since
-        return mean_sparsity([row for report in reports for row in report.linears])
+        return mean_sparsity([row for report, _ in reports for row in report.linears])
     zeros = sum(sparsity_of(weight) * weight.numel() for weight in weights)
     return zeros / max(1, sum(weight.numel() for weight in weights))
 

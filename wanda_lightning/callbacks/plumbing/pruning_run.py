@@ -168,7 +168,7 @@ class PruningRun:
             model, layers = find_model(module), self.asked.layers
             if report is not None and self.regrows:
                 report.linears = read_back(model, report, layers)
-            now = sparsity_now(model, [report] if report else [], layers)
+            now = sparsity_now(model, [(report, layers)] if report else [])
             log.warning(
                 "training ended at step %d, the gradual schedule would at step %d: sparsity is %.2f %%, not %.2f %%",
                 *(trainer.global_step, schedule.end, 100 * now, 100 * self.asked.pattern.sparsity),
