@@ -43,7 +43,7 @@ def test_losses_are_those_of_the_models_that_would_be_left():
     model, losses = glm("full", "full", "shared", "shared"), {}
     for number in (1, 2, 3):
         shorter = copy.deepcopy(model)
-        Shortening.of(shorter).apply(shorter, {number})
+        Shortening.of(shorter).apply({number})
         losses[f"model.layers.{number}"] = loss(shorter)
     report = prune_depth(model, RAGGED, 1, choice="loss")
     assert report.figures == pytest.approx({**losses, "model.layers.0": report.figures["model.layers.0"]}, rel=1e-5)
@@ -110,7 +110,7 @@ def test_a_model_is_as_it_was_after_a_trial():
     model = build("Gemma 3")
     before = described(model)
     plan = Shortening.of(model)
-    with plan.without(model, {0, 2}):
+    with plan.without({0, 2}):
         assert described(model) != before
         assert len(model.model.layers) == model.config.num_hidden_layers == len(model.config.layer_types) == 2
     assert described(model) == before

@@ -58,4 +58,4 @@ class DepthPruning(ShapePruning):
         """Take out the layers that the report does not keep."""
         plan = Shortening.of(model, self.layer_list)
         if gone := set(range(len(plan.layers))) - set(report.kept):
-            plan.apply(model, gone)
+            plan.apply(gone)

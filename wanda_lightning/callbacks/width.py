@@ -84,4 +84,4 @@ class WidthPruning(ShapePruning):
         groups = {width // block: kept // block for width, block, kept in report.kept if block > 1}
         of_heads = (lambda number: groups.get(number, number)) if groups else None
         with left_as_found(model):
-            Narrowing.of(model, lambda width: widths.get(width, width), self.layers, of_heads).apply_first(model)
+            Narrowing.of(model, lambda width: widths.get(width, width), self.layers, of_heads).apply_first()

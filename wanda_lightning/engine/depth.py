@@ -78,13 +78,13 @@ def prune_depth(
         with processes.together():
             plan = Shortening.of(model, layer_list)
             check_number(layers, plan)
-        chooser = LayerChooser(model, plan, layers, processes, progress or (lambda items, _: items))
+        chooser = LayerChooser(plan, layers, processes, progress or (lambda items, _: items))
         if choice == "loss":
             gone, figures = chooser.by_loss(calibration)
         else:
             gone, figures = chooser.by_angle(calibration, activations, contiguous=choice == "contiguous")
         names = [layer.name for layer in plan.layers]
-        report.sizes = plan.apply(model, gone) if gone else {}
+        report.sizes = plan.apply(gone) if gone else {}
         report.figures = {names[number]: figure for number, figure in figures.items()}
         report.gone = [names[number] for number in sorted(gone)]
         report.kept = [number for number in range(len(names)) if number not in gone]

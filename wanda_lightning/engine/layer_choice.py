@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from wanda_lightning.calibration.batches import Batch, model_inputs
 from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLayer
@@ -31,8 +31,7 @@ class LayerChooser:
     """Chooses layers.
 
     Args:
-        model: The model.
-        plan: Its layers, and which of them may go.
+        plan: A model, its layers, and which of them may go.
         number: How many are to go.
         processes: Those that have the other parts of the calibration set.
         progress: Shows how far it is.
@@ -41,12 +40,11 @@ class LayerChooser:
         tokens: How many calibration tokens were seen.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: Shortening, number: int, processes: Processes, progress: Progress
-    ) -> None:
-        self.model, self.plan, self.number, self.processes, self.progress = model, plan, number, processes, progress
+    def __init__(self, plan: Shortening, number: int, processes: Processes, progress: Progress) -> None:
+        self.plan, self.model, self.number = plan, plan.model, number
+        self.processes, self.progress = processes, progress
         self.tokens: int | None = None
-        self._runs = not why_it_fails(model)  # what fails with all layers, too, is not for want of some
+        self._runs = not why_it_fails(self.model)  # what fails with all layers, too, is not for want of some
 
     def by_angle(
         self, calibration: Iterable[Batch], activations: Place, contiguous: bool
@@ -102,7 +100,7 @@ class LayerChooser:
             for layer in left:
                 next(shown)
                 if layer in may_go:
-                    with self.plan.without(self.model, {*gone, layer}):
+                    with self.plan.without({*gone, layer}):
                         losses[layer] = self._mean(token_losses(self.model, batches))
             finite = {layer: loss for layer, loss in losses.items() if not math.isnan(loss)}
             # Half precision may overflow without a layer that the others need, which then stays.
@@ -130,7 +128,7 @@ class LayerChooser:
         """Say why the model without some layers could not be loaded again as it is, or not run; empty if it could."""
         names = ", ".join(self.plan.layers[number].name for number in sorted(gone))
         try:
-            with self.plan.without(self.model, gone):
+            with self.plan.without(gone):
                 failure = why_it_fails(self.model) if self._runs else ""
         except ValueError as error:
             return f"without {names} {error}"

@@ -74,12 +74,14 @@ class Narrowing:
     """How the MLPs of a model become narrower, and its attention if asked for.
 
     Attributes:
+        model: The model.
         layers: The decoder layers, with the matrices that read neurons.
         neurons: The groups of neurons by the name of the layer.
         widths: How many neurons stay, by how many there are and how many go together.
         numbers: By the names that lead there, what the config says and is to say.
     """
 
+    model: nn.Module
     layers: list[DecoderLayer]
     neurons: dict[str, list[Neurons]]
     widths: dict[tuple[int, int], int]
@@ -121,7 +123,7 @@ class Narrowing:
         every = [group for each in neurons.values() for group in each]
         check_finite(linear for group in every for linear in group.linears)
         decoder = [replace(layer, linears=[group.reader for group in neurons[layer.name]]) for layer in decoder]
-        return cls(decoder, neurons, widths, numbers | _numbers(model, base, every, widths))
+        return cls(model, decoder, neurons, widths, numbers | _numbers(model, base, every, widths))
 
     @property
     def groups(self) -> list[Neurons]:
@@ -132,24 +134,23 @@ class Narrowing:
         """Say how many of some neurons stay."""
         return self.widths[group.width, group.block]
 
-    def apply(self, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    def apply(self, kept: Mapping[str, Tensor]) -> None:
         """Remove the other neurons, and let the config say so.
 
         Args:
-            model: The model.
             kept: By the name of each reading matrix, the neurons that stay, ascending, shape (K,).
         """
-        before = skeleton(model)
+        before = skeleton(self.model)
         for layer in self.layers:
             groups = self.neurons[layer.name]
             keep_neurons(groups, [kept[group.reader.name] for group in groups])
         for path, (width, number) in self.numbers.items():
-            set_number(model, path, width, number)
-        take_over(model, before, skeleton(model))
+            set_number(self.model, path, width, number)
+        take_over(self.model, before, skeleton(self.model))
 
-    def apply_first(self, model: nn.Module) -> None:
+    def apply_first(self) -> None:
         """Keep the first neurons of each group, whichever they are: values of other neurons are to be loaded."""
-        self.apply(model, {group.reader.name: torch.arange(self.kept(group), device="cpu") for group in self.groups})
+        self.apply({group.reader.name: torch.arange(self.kept(group), device="cpu") for group in self.groups})
 
 
 def _numbers(

@@ -30,10 +30,12 @@ class Shortening:
     """How layers are taken out of a model.
 
     Attributes:
+        model: The model.
         layers: Its decoder layers.
         described: The model by its config alone, on the meta device.
     """
 
+    model: nn.Module
     layers: list[DecoderLayer]
     described: nn.Module
 
@@ -55,35 +57,34 @@ class Shortening:
         layers = decoder_layers(model, targets=["*"], layers=layer_list)
         if len(lists := {layer.list_name: layer for layer in layers}) > 1:
             raise ValueError(f"the decoder layers are in several lists ({', '.join(lists)}): none of them can go alone")
-        return cls(layers, described(model))
+        return cls(model, layers, described(model))
 
     @contextmanager
-    def without(self, model: nn.Module, gone: Collection[int]) -> Iterator[None]:
-        """Take layers out of a model for a while; nothing is copied, and all is as it was afterwards."""
-        parts = [*model.modules(), *_configs(model)]
+    def without(self, gone: Collection[int]) -> Iterator[None]:
+        """Take layers out of the model for a while; nothing is copied, and all is as it was afterwards."""
+        parts = [*self.model.modules(), *_configs(self.model)]
         before = [(part, {**vars(part)}) for part in parts]
-        layers = _layer_list(model, self.layers[0].list_name)
+        layers = _layer_list(self.model, self.layers[0].list_name)
         modules = {**layers._modules}
         try:
-            self.apply(model, gone)
+            self.apply(gone)
             yield
         finally:
             for part, attributes in before:
                 vars(part).update(attributes)
             layers._modules = modules
 
-    def apply(self, model: nn.Module, gone: Collection[int]) -> dict[str, tuple[int, int]]:
+    def apply(self, gone: Collection[int]) -> dict[str, tuple[int, int]]:
         """Take layers out, number the others anew, and let the config say so.
 
         Args:
-            model: The model.
             gone: Numbers of layers, which have to be such that the rest can be described.
 
         Returns:
             The number that the config says of layers, before and after, by its name.
         """
-        name = self.layers[0].list_name
-        path, numbers, after = self._without(model, gone)
+        model, name = self.model, self.layers[0].list_name
+        path, numbers, after = self._without(gone)
         _cut_lists(model.config, path[:-1], len(self.layers), gone)
         set_number(model, path, *numbers)
         layers, as_built = _layer_list(model, name), _layer_list(after, name)
@@ -97,7 +98,7 @@ class Shortening:
         take_over(model, self.described, after, apart_from=name)
         return {".".join(path): numbers}
 
-    def _without(self, model: nn.Module, gone: Collection[int]) -> tuple[Path, tuple[int, int], nn.Module]:
+    def _without(self, gone: Collection[int]) -> tuple[Path, tuple[int, int], nn.Module]:
         """Describe the model without some layers.
 
         Returns:
@@ -107,7 +108,7 @@ class Shortening:
         Raises:
             ValueError: If the config cannot describe it as it would be.
         """
-        name, before = self.layers[0].list_name, len(self.layers)
+        model, name, before = self.model, self.layers[0].list_name, len(self.layers)
         shorter = copy.deepcopy(self.described)
         _delete(_layer_list(shorter, name), gone)
         found = find_numbers(

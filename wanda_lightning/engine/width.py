@@ -111,7 +111,7 @@ def prune_width(
         with _as_they_were_if_it_fails(plan.linears):
             feed = LanguageModelFeed(model)
             done = carry_out(plan, feed, batches, activations, journal, processes, progress, asked=settings)
-        narrowing.apply(model, _kept(narrowing))
+        narrowing.apply(_kept(narrowing))
         report.sizes = {".".join(path): (was, is_) for path, (was, is_) in narrowing.numbers.items() if was != is_}
         report.figures = {row.name: row.error for row in done.linears if row.error is not None}
         report.kept = [[*width, kept] for width, kept in narrowing.widths.items()]
