@@ -22,13 +22,12 @@ class Resumable:
 
     Args:
         function: What is called, without arguments.
-
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._greenlet = greenlet(function)
         self._greenlet.gr_context = copy_context()  # else variables of the context would have their defaults
-        self._modes = _Modes()
+        self._state = _ThreadState()
         self._functions: list[TorchFunctionMode] = []  # that it is within where it pauses, outermost first
         self._result: Any = None
 
@@ -62,16 +61,16 @@ class Resumable:
 
     def _switch(self, switch: Callable[[], Any]) -> Any:
         """Go into the function, in its own modes and those of who resumes it; come back in the latter alone."""
-        outside, self._greenlet.parent = _Modes(), getcurrent()
+        outside, self._greenlet.parent = _ThreadState(), getcurrent()
         depth = len(_get_current_function_mode_stack())
-        self._modes.enter()
+        self._state.enter()
         for mode in self._functions:
             _push_mode(mode)
         try:
             return switch()
         finally:
             self._functions = [_pop_mode() for _ in _get_current_function_mode_stack()[depth:]][::-1]
-            self._modes = _Modes()
+            self._state = _ThreadState()
             outside.enter()
 
 
@@ -80,7 +79,7 @@ def pause(said: Any) -> None:
     getcurrent().parent.switch(said)
 
 
-class _Modes:
+class _ThreadState:
     """What torch keeps for a thread and a function may have changed when it pauses: gradients and autocast."""
 
     def __init__(self) -> None:
