@@ -16,7 +16,7 @@ from torch import Tensor
 Place = Literal["device", "cpu", "disk"]
 
 
-def check_place(activations: str) -> None:
+def check_activations(activations: str) -> None:
     """Refuse a place that there is not.
 
     Args:
@@ -49,7 +49,7 @@ class HiddenStates:
     """
 
     def __init__(self, place: Place = "device") -> None:
-        check_place(place)
+        check_activations(place)
         self.place = place
         self._kept: list[tuple[Tensor | Path, torch.device]] = []
         self.shapes: list[Tensor] = []  # of the batches, on the meta device

@@ -7,7 +7,7 @@ from torch import nn
 
 from wanda_lightning.arguments import one_of, plain, whole_number
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.hidden_states import Place, check_place
+from wanda_lightning.calibration.hidden_states import Place, check_activations
 from wanda_lightning.engine.layer_choice import LayerChooser
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import Progress
@@ -71,7 +71,7 @@ def prune_depth(
     """
     layers = plain(layers)
     check_settings(layers, choice)
-    check_place(activations)
+    check_activations(activations)
     model, processes = uncompiled(model), processes or Processes.alone()
     report = ShrinkReport("layers", {"layers": layers, "choice": choice}, figure=FIGURES[choice])
     with reported(model, report):

@@ -13,7 +13,7 @@ from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed, Forward
-from wanda_lightning.calibration.hidden_states import Place, check_place
+from wanda_lightning.calibration.hidden_states import Place, check_activations
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_pruning
@@ -127,7 +127,7 @@ def prune_model(
         0.5
     """
     method, pattern = as_method(method), as_pattern(pattern)
-    check_place(activations)
+    check_activations(activations)
     instance_or_none("reconstruction", reconstruction, Reconstruction, "Reconstruction(epochs=3)")
     instance_or_none("journal", journal, Journal, 'Journal("folder")')
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()

@@ -14,7 +14,7 @@ from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none, number_not_below_0, one_of, plain, positive_up_to, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import LanguageModelFeed
-from wanda_lightning.calibration.hidden_states import Place, check_place
+from wanda_lightning.calibration.hidden_states import Place, check_activations
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import put_in_place
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
@@ -95,7 +95,7 @@ def prune_width(
     keep, multiple, shrinkage, attention_keep = map(plain, (keep, multiple, shrinkage, attention_keep))
     check_settings(keep, choice, multiple, shrinkage, attention_keep)
     instance_or_none("journal", journal, Journal, 'Journal("folder")')
-    check_place(activations)
+    check_activations(activations)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"

@@ -9,7 +9,7 @@ from torch import nn
 from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
-from wanda_lightning.calibration.hidden_states import check_place
+from wanda_lightning.calibration.hidden_states import check_activations
 from wanda_lightning.engine.permuting import check_permute
 from wanda_lightning.engine.reconstruction import Reconstruction
 from wanda_lightning.model.language_model import is_language_model
@@ -33,7 +33,7 @@ def check_settings(asked: "PruningCallback") -> None:
         allocator.check_pattern(asked.pattern)
     if asked.permute:
         check_permute(asked.pattern)
-    check_place(asked.activations)
+    check_activations(asked.activations)
     instance_or_none("reconstruction", asked.reconstruction, Reconstruction, "Reconstruction(epochs=3)")
     instance_or_none("schedule", asked.schedule, Gradual, "Gradual(start=0, end=100)")
     if asked.schedule is not None:
