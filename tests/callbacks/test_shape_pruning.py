@@ -316,8 +316,10 @@ def test_weights_that_are_smaller_already_are_averaged(tmp_path):
         (lambda: WidthPruning(choice="best"), "choice must be one of"),
         (lambda: WidthPruning(attention_keep=0.0), "attention_keep must be a fraction"),
         (lambda: WidthPruning(num_samples=0), "num_samples must be"),
+        (lambda: WidthPruning(activations="gpu"), "activations must be one of"),
         (lambda: DepthPruning(layers=-1), "layers must be a whole number"),
         (lambda: DepthPruning(choice="best"), "choice must be one of"),
+        (lambda: DepthPruning(activations="gpu"), "activations must be one of"),
     ],
 )
 def test_settings_are_checked_at_once(make, message):

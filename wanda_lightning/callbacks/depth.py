@@ -43,7 +43,7 @@ class DepthPruning(ShapePruning):
         overwrite: bool = False,
     ) -> None:
         layers = plain(layers)
-        check_settings(layers, choice)
+        check_settings(layers, choice, activations)
         super().__init__(num_samples, overwrite, layers=layers, choice=choice)
         self.prune = partial(prune_depth, **self.settings, layer_list=layer_list, activations=activations)
         self.layer_list = layer_list

@@ -64,7 +64,7 @@ class WidthPruning(ShapePruning):
         resume: bool = True,
     ) -> None:
         keep, multiple, shrinkage, attention_keep = map(plain, (keep, multiple, shrinkage, attention_keep))
-        check_settings(keep, choice, multiple, shrinkage, attention_keep)
+        check_settings(keep, choice, multiple, shrinkage, attention_keep, activations)
         sizes = {"keep": keep, "multiple": multiple, "attention_keep": attention_keep}
         super().__init__(num_samples, overwrite, **sizes, choice=choice, refit=refit, shrinkage=shrinkage)
         self.prune = partial(prune_width, **self.settings, layers=layers, activations=activations)

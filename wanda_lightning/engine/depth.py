@@ -70,8 +70,7 @@ def prune_depth(
         2
     """
     layers = plain(layers)
-    check_settings(layers, choice)
-    check_activations(activations)
+    check_settings(layers, choice, activations)
     model, processes = uncompiled(model), processes or Processes.alone()
     report = ShrinkReport("layers", {"layers": layers, "choice": choice}, figure=FIGURES[choice])
     with reported(model, report):
@@ -92,18 +91,20 @@ def prune_depth(
     return report
 
 
-def check_settings(layers: int, choice: str) -> None:
+def check_settings(layers: int, choice: str, activations: str) -> None:
     """Refuse settings that are out of range.
 
     Args:
         layers: See :func:`prune_depth`, as all.
         choice: A name.
+        activations: A place.
 
     Raises:
         ValueError: If one is.
     """
     whole_number("layers", layers, 0)
     one_of("choice", choice, LayerChoice)
+    check_activations(activations)
 
 
 def check_number(layers: int, plan: Shortening) -> None:

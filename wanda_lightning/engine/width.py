@@ -93,9 +93,8 @@ def prune_width(
     """
     model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
     keep, multiple, shrinkage, attention_keep = map(plain, (keep, multiple, shrinkage, attention_keep))
-    check_settings(keep, choice, multiple, shrinkage, attention_keep)
+    check_settings(keep, choice, multiple, shrinkage, attention_keep, activations)
     instance_or_none("journal", journal, Journal, 'Journal("folder")')
-    check_activations(activations)
     if calibration is None and (refit or choice != "magnitude"):
         raise ValueError(
             "the choice and the refit need calibration batches, got None; magnitude without refit does not"
@@ -175,7 +174,9 @@ def _columns(narrowing: Narrowing, group: Neurons) -> Columns:
     return Columns(1 - kept / group.width, kept, group.block)
 
 
-def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: float, attention_keep: float) -> None:
+def check_settings(
+    keep: float, choice: str, multiple: int | None, shrinkage: float, attention_keep: float, activations: str
+) -> None:
     """Refuse settings that are out of range.
 
     Args:
@@ -184,6 +185,7 @@ def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: fl
         multiple: A whole number.
         shrinkage: A fraction.
         attention_keep: A fraction.
+        activations: A place.
 
     Raises:
         ValueError: If one is.
@@ -194,3 +196,4 @@ def check_settings(keep: float, choice: str, multiple: int | None, shrinkage: fl
     if multiple is not None:
         whole_number("multiple", multiple, 1)
     number_not_below_0("shrinkage", shrinkage)
+    check_activations(activations)
