@@ -207,8 +207,8 @@ def _visit(plan: Plan, feed: Feed, batches: HashedBatches | None, activations: P
             with in_memory(layer.module):
                 yield layer, None
     else:
-        dense, dense_inputs = plan.reconstruction is not None, plan.dense_target
-        for step in walk(feed.model, plan.layers, batches, activations, dense, feed, dense_inputs, plan.statistic):
+        dense = {"with_dense": plan.reconstruction is not None, "with_dense_inputs": plan.dense_target}
+        for step in walk(feed.model, plan.layers, batches, activations, feed=feed, statistic=plan.statistic, **dense):
             yield step.layer, step
 
 
