@@ -71,7 +71,7 @@ class PruningTrainer(Trainer):
         A gradual schedule has nothing to prune before training: then this only evaluates, and refuses to save.
 
         Args:
-            model: A LightningModule that holds a Hugging Face causal language model.
+            model: A LightningModule that holds a model of transformers, or any other that has lists of layers.
             datamodule: Has ``calibration_dataloader()``, and ``val_dataloader()`` to evaluate with.
             evaluate: Whether to validate before and after.
             save: Whether to save the pruned model, to ``model/`` beside the report.
@@ -105,7 +105,7 @@ class PruningTrainer(Trainer):
         and the model ends as the last run left it.
 
         Args:
-            model: A LightningModule that holds a Hugging Face causal language model.
+            model: A LightningModule that holds a model of transformers, or any other that has lists of layers.
             datamodule: Has ``calibration_dataloader()`` and ``val_dataloader()``; None if the model has them.
             methods: Pruning methods, such as Wanda, or their names, such as ``wanda``.
             sparsities: Fractions of weights to prune, unstructured, each in [0, 1).
@@ -144,7 +144,7 @@ class PruningTrainer(Trainer):
         crash the same call goes on behind the finished trials.
 
         Args:
-            model: A LightningModule that holds a Hugging Face causal language model.
+            model: A LightningModule that holds a model of transformers, or any other that has lists of layers.
             datamodule: Has ``calibration_dataloader()``, ``held_out_dataloader(max_windows)`` and ``val_dataloader()``.
             max_perplexity_increase: By which fraction of the dense model's the perplexity may be higher, such as 0.05.
             max_bytes: How large the weights may be when they are compressed: the smallest sparsity is chosen then.
@@ -177,7 +177,7 @@ class PruningTrainer(Trainer):
         datamodule. With ``push_to_hub`` the model goes to the hub, too; a push that fails is said, and loses nothing.
 
         Args:
-            model: A LightningModule that holds a Hugging Face causal language model.
+            model: A LightningModule that holds a model of transformers, or any other that has lists of layers.
 
         Raises:
             RuntimeError: If weights that were zero in training no longer are, or the report is of other weights.
