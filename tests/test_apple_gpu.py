@@ -6,6 +6,7 @@ from apple_gpu import APPLE_GPU, apple_gpu, values_of, without_apple_gpu
 from helpers import SomebodysData, SomebodysModule, few_windows, sparsities, tiny_llama, token_batches, trainer
 from lightning.fabric.accelerators import mps
 from test_families import build
+from torch.utils._pytree import tree_map
 
 from wanda_lightning import (
     ADMM,
@@ -135,6 +136,21 @@ def test_settings(method, settings):
     on_cpu = prune_model(tiny_llama(), BATCHES, method, **settings)
     assert here.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-3)
     assert [row.error for row in here.linears] == pytest.approx([row.error for row in on_cpu.linears], rel=0.1)
+
+
+def move_inputs(module, args, kwargs):
+    """What accelerate's hooks do where the parts of a model are on several devices."""
+    move = lambda each: each.to(APPLE_GPU) if isinstance(each, torch.Tensor) else each  # noqa: E731
+    return tree_map(move, (args, kwargs))
+
+
+def test_the_dense_model_is_aimed_at_where_layers_are_on_two_devices():
+    here = tiny_llama()
+    for part in (*here.model.layers[1:], here.model.norm, here.lm_head):
+        part.to(APPLE_GPU).register_forward_pre_hook(move_inputs, with_kwargs=True)
+    reports = [prune_model(model, BATCHES, SparseGPT(), 0.5, dense_target=True) for model in (here, tiny_llama())]
+    errors, expected = ([row.error for row in report.linears] for report in reports)
+    assert errors == pytest.approx(expected, rel=1e-3)
 
 
 def test_smaller_models():

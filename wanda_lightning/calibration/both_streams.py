@@ -61,7 +61,7 @@ class BothStreams:
             return real_inputs(tensor, mask_BT, linear)
 
         def gap(dense: Tensor, pruned: Tensor) -> Tensor:
-            dense_TF, pruned_TF = (real(each).flatten(0, -2).to(statistic.total.dtype) for each in (dense, pruned))
+            dense_TF, pruned_TF = (real(each).flatten(0, -2).to(statistic.total) for each in (dense, pruned))
             return dense_TF - pruned_TF
 
         dense = self._dense.of(linear.module, batch) if self._dense else None

@@ -123,7 +123,7 @@ def residual_writers(
         if module is not None:
             inputs.append((module, x))
         for writer, out_BTD in outputs.items():
-            if x.shape == stream_BTD.shape and torch.equal(x, stream_BTD + out_BTD):
+            if x.shape == stream_BTD.shape and torch.equal(x, stream_BTD.to(x.device) + out_BTD.to(x.device)):
                 found[writer] = reader
                 stream_BTD, reader = x.clone(), module
                 outputs.clear()
