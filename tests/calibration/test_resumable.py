@@ -112,6 +112,28 @@ def test_each_has_its_own_data_type_of_autocast():
     assert [call.take_result() for call in calls] == dtypes
 
 
+def test_each_has_its_own_gpu(monkeypatch):
+    """Layers of Nemotron-H's own code, for example, are within ``torch.cuda.stream`` of the GPU that they are on."""
+    current = ["of the first GPU"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+
+    def on_the_second():
+        before = torch.cuda.current_stream()
+        torch.cuda.set_stream("of the second GPU")
+        pause(None)
+        inside.append(torch.cuda.current_stream())
+        torch.cuda.set_stream(before)
+
+    inside, outside = [], []
+    for call in [Resumable(on_the_second) for _ in range(2)] * 2:
+        call.resume()
+        outside.append(torch.cuda.current_stream())
+    assert inside == ["of the second GPU"] * 2
+    assert outside == ["of the first GPU"] * 4
+
+
 def test_variables_of_the_context_are_those_of_who_made_it():
     """Such as one that a model's code reads, and its owner has set around the pruning."""
     precision = ContextVar("precision", default="high")

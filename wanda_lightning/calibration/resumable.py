@@ -80,14 +80,18 @@ def pause(said: Any) -> None:
 
 
 class _ThreadState:
-    """What torch keeps for a thread and a function may have changed when it pauses: gradients and autocast."""
+    """What torch keeps for a thread and a function may have changed when it pauses: gradients, autocast and the GPU."""
 
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
         self._autocast = Modes.now().autocast
+        # Of the current GPU, which is what kernels of Triton start on.
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def enter(self) -> None:
         torch._C._set_grad_enabled(self._grad)
         for device, (enabled, dtype) in self._autocast.items():
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
