@@ -9,8 +9,12 @@ import torch
 
 
 def environment() -> dict[str, str]:
-    """Return the date, the versions that a result depends on, and the name of the device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    """Return the date, the versions that a result depends on, and the name of the device: of the GPU if one is in use.
+
+    A GPU that nothing has used is not asked for its name: that would begin to use it, after which no process can fork.
+    """
+    in_use = torch.cuda.is_initialized()
+    device = torch.cuda.get_device_name() if in_use else platform.processor() or platform.machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
