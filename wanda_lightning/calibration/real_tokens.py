@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from wanda_lightning.calibration.call_order import is_passed_on
+
 OF_DECODERS = ("decoder_", "tgt_")
 """How the names of masks begin that are of what an encoder-decoder writes."""
 
@@ -29,8 +31,8 @@ class RealTokens:
     elsewhere: tuple[tuple[Tensor, Tensor | None], ...] = ()
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Return the mask of the tokens in what enters a linear."""
-        return next((mask for tensor, mask in self.elsewhere if tensor is x), self.mask_BT)
+        """Return the mask of the tokens in what enters a linear, which on another GPU is a copy."""
+        return next((mask for tensor, mask in self.elsewhere if is_passed_on(x, tensor)), self.mask_BT)
 
 
 def real_tokens(masks: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> RealTokens:
