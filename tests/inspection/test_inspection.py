@@ -73,11 +73,12 @@ def test_what_waits_in_one_pass_is_what_the_engine_asks_for(config_only):
 def test_streaming_spares_all_layers_but_one(config_only):
     memory = inspect_model(config_only, dtype="bfloat16").memory
     layer = 2 * sum(p.numel() for p in tiny_llama().model.layers[0].parameters())
-    assert memory["Wanda in all, in memory"] - memory["Wanda in all, streamed"] == 3 * layer
+    in_memory, streamed = "without activations, in memory", "without activations, streamed"
+    assert memory[f"Wanda {in_memory}"] - memory[f"Wanda {streamed}"] == 3 * layer
     # The widest Hessian alone is as large as the layer that it belongs to; then the others wait for another pass.
     assert layer < 4 * (3 * 32**2 + 64**2)
     others = 4 * (3 * 32**2 + 64**2) - max(layer, 4 * 64**2)
-    assert memory["SparseGPT in all, in memory"] - memory["SparseGPT in all, streamed"] == 3 * layer + others
+    assert memory[f"SparseGPT {in_memory}"] - memory[f"SparseGPT {streamed}"] == 3 * layer + others
 
 
 @pytest.mark.parametrize("cycles", [1, 2])

@@ -14,7 +14,7 @@ from wanda_lightning.model.experts import numbers_a_token
 def estimate_memory(
     model: Any, layers: list[DecoderLayer], kinds: list[LinearKind], windows: int, tokens: int, calls: float
 ) -> dict[str, int]:
-    """Count the bytes that pruning takes. What is "in all" is on the device, and calibration activations come on top.
+    """Count the bytes that pruning takes, on the device; calibration activations are there, in RAM or on disk.
 
     Args:
         model: The model, on the meta device.
@@ -57,10 +57,10 @@ def estimate_memory(
         # The dense stream, what enters its linears, and the residual stream twice; seven matrices as wide as the widest
         # linear: three more sums, and the solution without what is held out.
         "dense target, besides": activations + size * windows * tokens * (widths + 2 * hidden) + 4 * 7 * widest**2,
-        "Wanda in all, in memory": weights + wanda,
-        "Wanda in all, streamed": streamed + wanda,
-        "SparseGPT in all, in memory": weights + solve + hessians,
-        "SparseGPT in all, streamed": streamed + solve + min(hessians, max(*by_layer, 4 * widest**2)),
+        "Wanda without activations, in memory": weights + wanda,
+        "Wanda without activations, streamed": streamed + wanda,
+        "SparseGPT without activations, in memory": weights + solve + hessians,
+        "SparseGPT without activations, streamed": streamed + solve + min(hessians, max(*by_layer, 4 * widest**2)),
     }
 
 
