@@ -205,6 +205,13 @@ def test_what_an_earlier_run_left_goes_with_its_report(tmp_path):
     assert not (tmp_path / "trials/0.25").exists()
 
 
+@pytest.mark.parametrize("save", [True, False])
+def test_a_model_that_is_not_that_of_the_report_is_named(tmp_path, caplog, save):
+    run(tmp_path, sparsity=0.25)
+    run(tmp_path, sparsity=0.5, overwrite=True, save=save)
+    assert (f"{tmp_path / 'model'} is left as it is: the model of the run before" in caplog.text) is not save
+
+
 def test_a_run_that_is_done_again_keeps_what_lies_beside_it(tmp_path):
     for _ in range(2):
         run(tmp_path, sparsity=0.5, overwrite=True)
@@ -227,7 +234,20 @@ def test_a_smaller_model_takes_the_place_of_a_search(tmp_path):
     leave_files(tmp_path)
     smaller = trainer(tmp_path, WidthPruning(keep=0.5, overwrite=True), cls=PruningTrainer)
     smaller.prune(SomebodysModule(), SomebodysData())
-    assert {name for name in names(tmp_path) if "zero_shot/" not in name} == {*USERS_OWN[1:]}
+    assert names(tmp_path) == {*USERS_OWN}
+
+
+@pytest.mark.parametrize("kinds", [(WandaPruning, WidthPruning), (WidthPruning, WandaPruning)])
+def test_of_a_run_of_another_kind_zero_shot_results_go_and_its_own_stay(tmp_path, tiny_model_folder, kinds):
+    earlier, later = kinds[0](), kinds[1](overwrite=True)
+    trainer(tmp_path, earlier, cls=PruningTrainer).prune(SomebodysModule(), SomebodysData())
+    leave_files(tmp_path)
+    tasks, module = ZeroShotEvaluation(["builtin_continuation"], limit=1), CausalLM(tiny_model_folder)
+    one = trainer(tmp_path, later, tasks, cls=PruningTrainer, max_steps=1, val_check_interval=1)
+    one.validate(module, data(), verbose=False)
+    one.fit(module, data())
+    one.save_pretrained(module)
+    assert {file.stem for file in (tmp_path / "zero_shot").iterdir()} == {"dense", "step-1", "notes"}
 
 
 def test_zero_shot_results_of_a_run_stay_where_it_replaces_another(tmp_path, tiny_model_folder):

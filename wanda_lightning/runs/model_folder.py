@@ -9,7 +9,7 @@ from torch import nn
 
 from wanda_lightning.atomic_files import whole_folder, write_text
 from wanda_lightning.callbacks import SparseFinetuning
-from wanda_lightning.callbacks.plumbing.leftovers import remove_search
+from wanda_lightning.callbacks.plumbing.leftovers import remove_search, remove_zero_shot
 from wanda_lightning.callbacks.plumbing.run_identity import name_of
 from wanda_lightning.callbacks.plumbing.run_report import keeps_files
 from wanda_lightning.callbacks.pruning import pruning_callbacks, run_folder
@@ -42,6 +42,8 @@ def save_pretrained(trainer: Trainer, module: LightningModule) -> None:
     with Processes().together():
         if trainer.is_global_zero:
             _write(trainer, module, language_model, folder)
+    for pruning in pruning_callbacks(trainer):
+        pruning.run.results.saved = True
     if reopen := cast(Any, getattr(module, "reopen", None)):
         reopen(folder / "model")
     if reopen or not is_on_disk(language_model):
@@ -98,6 +100,10 @@ def _write(trainer: Trainer, module: LightningModule, language_model: Any, folde
         for report in others:
             report.unlink()
         remove_search(folder)
+        callbacks: list[Any] = [*pruning_callbacks(trainer), *shape_callbacks(trainer)]
+        for callback in callbacks[:1]:
+            steps = [f"step-{number}" for number in range(1, trainer.global_step + 1)]
+            remove_zero_shot(folder, callback.evaluations, keep=steps)
 
 
 def _push(trainer: Any, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What an earlier run has written beside its report, to be deleted once its report is replaced by that of another."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,10 +14,11 @@ TRIAL = re.compile(r"[\d.e-]+")
 """The folders in ``trials/`` are named by their sparsities."""
 
 
-def remove_zero_shot(folder: Path, keep: Collection[str] = ()) -> None:
-    """Delete the zero-shot results of a run, but for those of some stages."""
+def remove_zero_shot(folder: Path, evaluations: Mapping[str, Collection[str]], keep: Collection[str] = ()) -> None:
+    """Delete the zero-shot results of a run, but for stages whose evaluations have some, and others that are named."""
+    asked = {stage for stage, metrics in evaluations.items() if any("zero_shot/" in name for name in metrics)}
     for file in [*(folder / "zero_shot").glob("*.json")]:
-        if STAGES.fullmatch(file.name) and file.stem not in keep:
+        if STAGES.fullmatch(file.name) and file.stem not in {*asked, *keep}:
             file.unlink()
     _remove_if_empty(folder / "zero_shot")
 
@@ -28,7 +29,7 @@ def remove_trials(folder: Path, keep: Collection[str] = ()) -> None:
         if TRIAL.fullmatch(trial.name) and trial.name not in keep:
             for name in REPORT_FILES:
                 (trial / name).unlink(missing_ok=True)
-            remove_zero_shot(trial)
+            remove_zero_shot(trial, {})
             _remove_if_empty(trial)
     _remove_if_empty(folder / "trials")
 

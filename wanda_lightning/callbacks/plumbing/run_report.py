@@ -1,6 +1,7 @@
 """The report of a run: what was pruned, the stages that were evaluated, and where that is written and logged."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from wanda_lightning.json_files import read_json
 from wanda_lightning.model.names import name_without_adapters
 from wanda_lightning.report.loss_curve import Point, add_point, is_wanted
 from wanda_lightning.report.pruning_report import REPORT, PruningReport
+
+log = logging.getLogger(__name__)
 
 ADVICE = (
     "Choose another folder (--output on the command line), or say overwrite=True to the pruning callback (--overwrite) "
@@ -39,9 +42,10 @@ class RunReport:
         trained: How many batches the weights were trained on since they were pruned.
         came_with_zeros: Whether they had zeros of an earlier pruning.
         searched: Whether the run ends a search, so that the files of one in its folder are its own.
+        saved: Whether the run has saved its model.
     """
 
-    searched = False
+    searched = saved = False
 
     def __init__(self) -> None:
         self.report: PruningReport | None = None
@@ -127,6 +131,7 @@ class RunReport:
 
         A run within a run ends with the outer one.
         """
+        self.saved = self.saved and self._begun > 0
         self._begun += 1
         if self._held is None and (folder / REPORT).exists():
             self._held = {}
@@ -141,10 +146,11 @@ class RunReport:
             write()
         folder, self._replaced = self._replaced, None
         if folder is not None and folder / REPORT in held:  # which one process holds
-            stages = [stage for stage, metrics in self.evaluations.items() if any("zero_shot/" in x for x in metrics)]
-            remove_zero_shot(folder, [*stages, *(file.stem for file in held)])
+            remove_zero_shot(folder, self.evaluations, keep=[file.stem for file in held])
             if not self.searched:
                 remove_search(folder)
+            if not self.saved and (model := folder / "model").exists():
+                log.warning("%s is left as it is: the model of the run before, and not that of the report", model)
         return True
 
     def drop(self) -> None:
