@@ -147,10 +147,11 @@ def test_every_page_names_the_model(tmp_path, tiny_model_folder):
     assert f"{count:,} parameters" in (tmp_path / "pruning.md").read_text()
 
 
-def test_results_in_another_precision_are_not_replaced(tmp_path):
+@pytest.mark.parametrize(("precision", "named"), [("bf16-true", "bfloat16"), ("bf16-mixed", "float32, bf16-mixed")])
+def test_results_in_another_precision_are_not_replaced(tmp_path, precision, named):
     run(tmp_path, sparsity=0.5, save=False)
-    half = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer, precision="bf16-true")
-    with pytest.raises(ValueError, match="dtype: 'float32' there, 'bfloat16' now"):
+    half = trainer(tmp_path, WandaPruning(sparsity=0.5), cls=PruningTrainer, precision=precision)
+    with pytest.raises(ValueError, match=f"dtype: 'float32' there, '{named}' now"):
         half.prune(SomebodysModule(), SomebodysData(), save=False)
 
 

@@ -23,22 +23,25 @@ def describe_model(module: LightningModule) -> dict[str, Any]:
     """Describe a module's model for a report.
 
     Args:
-        module: The LightningModule that holds it.
+        module: The LightningModule that holds it, in its Trainer.
 
     Returns:
         Its ``name`` or path as given, else its class; its ``revision`` on the hub, if that is known; the number of its
-        ``parameters``, where shared ones count once and those of adapters do not; and their ``dtype``, or several.
+        ``parameters``, where shared ones count once and those of adapters do not; and their ``dtype``, or several, with
+        the mixed precision that they are used in, such as ``float32, bf16-mixed``.
     """
     model = find_model(module)
     config: Any = getattr(model, "config", None)
     asked = getattr(module, "model_kwargs", None) or {}
     revision = asked.get("revision") or getattr(config, "_commit_hash", None)
     parameters = own_parameters(model)
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    precision = str(module.trainer.precision)  # which calibration runs in, too
     return {
         "name": name_of(module) or getattr(config, "_name_or_path", "") or type(model).__name__,
         **({"revision": str(revision)} if revision else {}),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+        "dtype": ", ".join([*dtypes, precision] if precision.endswith("-mixed") else dtypes),
     }
 
 
