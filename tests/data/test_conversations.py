@@ -114,8 +114,9 @@ def test_what_the_template_does_not_take_is_named(tmp_path, chat_tokenizer):
 @pytest.mark.parametrize("bad", [[{"from": "human", "value": "Hi"}], ["Hi"], {"role": "user", "content": "Hi"}, 3])
 def test_other_lists_are_no_conversations(tmp_path, monkeypatch, chat_tokenizer, bad):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = write(tmp_path / "chat.jsonl", [bad])
+    (tmp_path / "rows").mkdir()
+    path = write(tmp_path / "rows/chat.jsonl", [bad])
     with pytest.raises(ValueError, match="line 1 has neither text nor messages with role and content in field 'mess"):
         open_source(path, text_field="messages").text("train", chat_tokenizer)
     with pytest.raises(ValueError, match="field 'messages' holds neither text nor messages with role and content"):
-        open_source(str(tmp_path), text_field="messages").text("train", chat_tokenizer)
+        open_source(str(tmp_path / "rows"), text_field="messages").text("train", chat_tokenizer)

@@ -193,6 +193,21 @@ def test_null_is_left_out_and_counted(tmp_path, caplog):
         assert "2 of 5 records have null for text" in caplog.text
 
 
+def test_a_text_file_in_a_folder_is_one_document(tmp_path):
+    """As a text file that is named is; the library reads a document a line."""
+    (tmp_path / "rows").mkdir()
+    for number, text in enumerate(("Two lines\nof one paragraph.\n\nAnother.\n", "A second text.\n")):
+        (tmp_path / f"rows/{number}.txt").write_text(text)
+    written = "Two lines\nof one paragraph.\n\nAnother.\n\n\nA second text.\n"
+    assert open_source(str(tmp_path / "rows")).text("train") == written
+
+
+def test_words_in_a_csv_file_that_stand_for_nothing_elsewhere_are_words(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/train.csv").write_text("text,number\nNaN,1\nnull,2\n,3\nNA,\n")
+    assert open_source(str(tmp_path / "rows")).text("train") == "NaN\n\nnull\n\nNA"
+
+
 def test_a_folder_may_be_named_as_a_format_is(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

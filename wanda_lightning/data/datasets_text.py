@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from wanda_lightning.data.documents import Document, is_document, joined
 from wanda_lightning.data.source import WITHOUT_HUB, Source, Split, divide
 
+AS_WRITTEN = {"sample_by": "document", "keep_default_na": False, "na_values": [""]}
+"""Settings of some of the library's readers: a .txt is a document, not one a line, and "null" in a .csv is a word."""
+
 
 class DatasetText(Source):
     """A data set of the `datasets` library: on the hub, or a local folder of data files or of ``save_to_disk``.
@@ -45,12 +48,14 @@ class DatasetText(Source):
         folder = Path(self.name)
         if not folder.is_dir():
             return _load_dataset(self.name, name=self.config_name)
-        from datasets import Dataset, load_dataset, load_from_disk
+        from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
 
         try:
             if not (folder / "dataset_dict.json").exists() and not (folder / "state.json").exists():
                 # A folder named "json" or "text" would be one of the library's own readers.
-                return load_dataset(str(folder.absolute()), name=self.config_name)
+                place, name = str(folder.absolute()), self.config_name
+                config = load_dataset_builder(place, name=name).config
+                return load_dataset(place, name=name, **{k: v for k, v in AS_WRITTEN.items() if hasattr(config, k)})
             loaded = load_from_disk(self.name)
         except Exception as error:  # data files have as many ways to be wrong as there are formats
             cause = error.__cause__ or error  # the library may say no more than that an error occurred
