@@ -168,6 +168,12 @@ def test_magnitude_needs_no_batches():
         prune_model(nn.Linear(4, 4), None, "magnitude", 0.5)
 
 
+@pytest.mark.parametrize("given", [[torch.zeros(1, 4)], None])
+def test_of_a_module_that_has_not_loaded_its_model_it_is_said_what_does(given):
+    with pytest.raises(ValueError, match=r"holds no weights yet; call its configure_model\(\) first"):
+        prune_model(SomebodysModule(lazy=True), given, "magnitude", 0.5)
+
+
 def test_a_run_goes_on_behind_the_layers_that_are_finished(tmp_path):
     model, batches = build(t5)
     whole, again = deepcopy(model), deepcopy(model)

@@ -297,6 +297,12 @@ def test_a_tokenizer_without_an_end_gets_no_token(model, tokenizer, folder, tmp_
     assert (len(without), without.pad_token, without.eos_token) == (len(tokenizer), None, None)
 
 
+@pytest.mark.parametrize("given", [None, "MODEL"])
+def test_what_is_no_tokenizer_is_refused(model, given):
+    with pytest.raises(ValueError, match=f"tokenizer must be the one that load_tokenizer gives, got {given!r}"):
+        evaluate_zero_shot(model, given, ["builtin_continuation"])
+
+
 def test_a_tokenizer_without_beginning_and_end_is_refused(model, tokenizer):
     without = only_bos(tokenizer)
     without.bos_token = None

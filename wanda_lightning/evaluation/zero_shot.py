@@ -85,8 +85,8 @@ def evaluate_zero_shot(
         The metrics, and lm-eval's own results.
 
     Raises:
-        ValueError: If a value is out of range, lm-eval is not installed, there is no such task, or the tokenizer has
-            neither a token that begins a text nor one that ends it.
+        ValueError: If a value is out of range, lm-eval is not installed, there is no such task, or the tokenizer is
+            none, or has neither a token that begins a text nor one that ends it.
         ConnectionError: If the data of a task can neither be found on this machine nor downloaded.
     """
     settings = checked_settings(num_fewshot, limit, batch_size, max_length)
@@ -150,10 +150,11 @@ def _check_fit(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", m
     longest = max_sequence_length(model.config)
     if longest is not None and max_length is not None and max_length > longest:
         raise ValueError(f"max_length must be at most {longest}, the model's max_position_embeddings, got {max_length}")
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer must be the one that load_tokenizer gives, got {tokenizer!r:.60}")
     if tokenizer.bos_token is None and tokenizer.eos_token is None:
         raise ValueError(
-            "the tokenizer has neither a bos_token nor an eos_token, and lm-eval begins texts with one of them: name "
-            "one, as by tokenizer.eos_token = '<eos>'"
+            "the tokenizer has neither a bos_token nor an eos_token, and lm-eval needs one: set tokenizer.eos_token"
         )
 
 
@@ -198,9 +199,8 @@ def _subdued() -> Iterator[None]:
         ):
             yield
     finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
+        del os.environ["DISABLE_MULTIPROC"]
+        if before is not None:
             os.environ["DISABLE_MULTIPROC"] = before
 
 

@@ -64,10 +64,10 @@ def without_nested(lists: Mapping[str, nn.Module]) -> list[str]:
 
 def no_stacks(model: nn.Module) -> ValueError:
     """Say that a model has no list that may be a stack."""
-    return ValueError(
-        f"{type(model).__name__} cannot be pruned layer by layer: it has no ModuleList or Sequential of layers of one "
-        "class that hold linears"
-    )
+    why = "it has no ModuleList or Sequential of layers of one class that hold linears"
+    if hasattr(model, "configure_model") and not any(True for _ in model.parameters()):
+        why = "it holds no weights yet; call its configure_model() first, and prune the model that it then holds"
+    return ValueError(f"{type(model).__name__} cannot be pruned layer by layer: {why}")
 
 
 def stack_names(model: nn.Module) -> list[str]:
