@@ -145,7 +145,7 @@ def test_a_folder_that_one_of_the_runs_cannot_have_is_found_before_the_first(tin
     """A name says no settings where the method is the only one of its kind."""
     trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Wanda()], [0.5])
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(ValueError, match=r"wanda-0\.5 holds the results of another run: method.*refine=1"):
+    with pytest.raises(ValueError, match=r"wanda-0\.5 holds .* another run: method.*refine=1.*, or delete this one$"):
         trainer(tmp_path).sweep(CausalLM(tiny_model_folder), data(), [Magnitude(), Wanda(refine=1)], [0.5])
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 

@@ -30,6 +30,9 @@ from wanda_lightning.runs.trials import (
 )
 from wanda_lightning.sparsity import Pattern, parse_pattern
 
+ADVICE = "Choose another folder (--output on the command line), or delete this one"
+"""What to do where results are in the way: a sweep has no --overwrite."""
+
 
 def sweep(
     trainer: Trainer,
@@ -105,6 +108,7 @@ def _callbacks(
         kind: dict[str, Any] = {"allocation": split}
         kind |= {"sparsity": pattern.sparsity} if str(pattern) == "unstructured" else {"pattern": str(pattern)}
         callbacks.append(PruningCallback(method, output_dir=str(folder / name), resume=False, prompts=[], **kind))
+        callbacks[-1].run.results.advice = ADVICE
     return callbacks
 
 
@@ -125,10 +129,7 @@ def _recorded(file: Path, settings: dict[str, Any]) -> dict[str, float] | None:
         return None
     found = read_json(file)
     if other := other_settings(found["settings"], settings):
-        raise ValueError(
-            f"{file.parent} holds another sweep: {'; '.join(other)}. Choose another folder (--output on the command "
-            "line), or delete this one"
-        )
+        raise ValueError(f"{file.parent} holds another sweep: {'; '.join(other)}. {ADVICE}")
     return found["dense"]
 
 

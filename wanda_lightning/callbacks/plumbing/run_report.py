@@ -43,9 +43,11 @@ class RunReport:
         came_with_zeros: Whether they had zeros of an earlier pruning.
         searched: Whether the run ends a search, so that the files of one in its folder are its own.
         saved: Whether the run has saved its model.
+        advice: What to do where results are in the way.
     """
 
     searched = saved = False
+    advice = ADVICE
 
     def __init__(self) -> None:
         self.report: PruningReport | None = None
@@ -120,7 +122,7 @@ class RunReport:
         if not (folder / REPORT).exists():
             return
         try:
-            _refuse_others(folder, now)
+            _refuse_others(folder, now, self.advice)
         except ValueError:
             if not overwrite:
                 raise
@@ -199,7 +201,7 @@ def keeps_files(trainer: Trainer) -> bool:
     return not cast(Any, trainer).fast_dev_run or bool(getattr(trainer.lightning_module, "stream", False))
 
 
-def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
+def _refuse_others(folder: Path, now: dict[str, dict[str, Any]], advice: str) -> None:
     try:
         there = read_json(folder / REPORT)
         before = {"method": there["method"], "pattern": there["pattern"], "sparsity": there["target_sparsity"]}
@@ -217,4 +219,4 @@ def _refuse_others(folder: Path, now: dict[str, dict[str, Any]]) -> None:
         if name in values and name in (there.get(part) or {})
     ]
     if other:
-        raise ValueError(f"{folder} holds the results of another run: {'; '.join(other)}. {ADVICE}")
+        raise ValueError(f"{folder} holds the results of another run: {'; '.join(other)}. {advice}")
