@@ -106,7 +106,8 @@ def reconstruct(
             for epoch in range(settings.epochs if before else 0):
                 for step in range(steps):
                     fit.set_gradients(train[step] if step < len(train) else None, before)
-                    optimizer.step()
+                    with torch.device("cpu"):  # torch 2.11 counts the steps on the default device
+                        optimizer.step()
                     schedule.step()
                     fit.put_in_place(fit.masters)
                 if not (error := fit.error(held_out)) < least:
