@@ -108,6 +108,15 @@ def test_the_model_of_an_earlier_run_is_not_named_among_results(wanda_lightning_
     assert other.stdout.splitlines()[-1].endswith(": report.html")
 
 
+def test_a_model_that_is_not_to_be_saved_leaves_no_layers(wanda_lightning_command, small, tmp_path):
+    for sparsity in (0.5, 0.6):
+        done = wanda_lightning_command(
+            "prune", "-c", RECIPE, *small, f"--sparsity={sparsity}", "--save=false", "--overwrite"
+        )
+        assert done.returncode == 0, done.stderr
+    assert not [*tmp_path.rglob("unfinished")]
+
+
 def test_prune_twice_into_the_same_folder(wanda_lightning_command, small, tmp_path):
     for _ in range(2):
         done = wanda_lightning_command("prune", "-c", RECIPE, *small)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
-from wanda_lightning import callbacks  # noqa: F401 (so that YAML may use their short names)
+from wanda_lightning import callbacks  # also so that YAML may use their short names
 from wanda_lightning.callbacks.plumbing.process_group import leave_gloo_at_exit
 from wanda_lightning.callbacks.plumbing.progress import StageBar
 from wanda_lightning.callbacks.plumbing.run_report import keeps_files
@@ -151,6 +151,8 @@ class PruningCLI(LightningCLI):
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(callback, SaveConfigWithResults):
                 callback.replace(self.trainer, self.model)
+            elif isinstance(callback, callbacks.PruningCallback):  # its model may not be saved: nothing goes on there
+                callback.run.files.forget_layers(self.trainer)
         if self.trainer.hub_url and self._is_to_tell:
             Console().print(f"The model is at {self.trainer.hub_url}", markup=False, soft_wrap=True)
         if self.trainer.push_failed:  # which was said; everything is on disk by now
@@ -241,10 +243,7 @@ def run(args: ArgsType = None) -> PruningCLI:
         seed_everything_default=0,
         save_config_callback=SaveConfigWithResults,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={
-            "prog": "wanda-lightning",
-            "formatter_class": HelpFormatter,
-        }
+        parser_kwargs={"prog": "wanda-lightning", "formatter_class": HelpFormatter}
         | {name: {"usage": usage(name), "description": description(name)} for name in PruningCLI.subcommands()},
         args=args,
     )
