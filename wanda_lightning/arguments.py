@@ -49,6 +49,21 @@ def plain_fields(settings: object) -> None:
         object.__setattr__(settings, name, plain(value))
 
 
+def settings_of(owner: object) -> dict[str, Any]:
+    """Return the attributes of a method or an allocation; those that begin with an underscore are no settings."""
+    return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
+
+
+def as_call(owner: object, settings: dict[str, Any]) -> str:
+    """Write an object as the call that makes it: its class and its settings."""
+    return f"{type(owner).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+def without_addresses(text: str) -> str:
+    """Leave out of a text where objects are in memory, which every process says otherwise."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
 def is_whole(value: object, least: int) -> bool:
     """Tell whether a value is a whole number of at least ``least``; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny_llama, token_batches
 
+from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.engine.pruner import prune_model
 from wanda_lightning.methods import ADMM, PruningMethod, ScoreMethod
 from wanda_lightning.statistics import InputNorm
@@ -121,6 +122,33 @@ def test_a_statistic_of_ones_own_is_not_replaced_by_another(llama, batches, sett
     message = rf"{setting} gathers X\^T X, and ByInputSize\(\) needs InputSize: leave {setting} out"
     with pytest.raises(ValueError, match=message):
         prune_model(llama, batches, ByInputSize(), 0.5, **{setting: True})
+
+
+class WithSettings(ByInputSize):
+    def __init__(self, **settings):
+        vars(self).update(settings)
+
+
+class ByPosition(Allocator):
+    def __init__(self, **settings):
+        vars(self).update(settings)
+
+    def allocate(self, task):
+        return self.allotment({linear.name: task.pattern for linear in task.linears})
+
+
+@pytest.mark.parametrize("kind", [WithSettings, ByPosition])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"power": 2}, "power=2"),
+        ({"scale": torch.ones(2)}, "scale=tensor([1., 1.])"),
+        ({"how": lambda score: score}, "how=<function <lambda>>"),
+        ({"power": 2, "_seen": [1]}, "power=2"),
+    ],
+)
+def test_it_is_named_by_its_settings_alike_in_every_process(kind, settings, named):
+    assert str(kind(**settings)) == f"{kind.__name__}({named})"
 
 
 def test_refine_needs_a_hessian(llama, batches):

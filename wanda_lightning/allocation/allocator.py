@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from wanda_lightning.arguments import as_call, settings_of, without_addresses
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import Place
@@ -96,6 +97,14 @@ class Allocator(ABC):
 
     needs_batches: bool = True
     """Whether there has to be a calibration set."""
+
+    def __repr__(self) -> str:
+        """Name the allocation and its settings; attributes that begin with an underscore are none."""
+        return as_call(self, settings_of(self))
+
+    def __str__(self) -> str:
+        """Name it alike in every process: resumed runs know it by that."""
+        return without_addresses(repr(self))
 
     def check_pattern(self, pattern: Pattern) -> None:
         """Refuse a pattern that leaves nothing to split.

@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from wanda_lightning.arguments import plain_fields, whole_number
+from wanda_lightning.arguments import as_call, plain_fields, settings_of, whole_number, without_addresses
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputStatistic
+
+LATER = ("refine", "shrinkage")
+"""Settings that the first versions did not know."""
 
 
 class PruningMethod(ABC):
@@ -40,12 +43,16 @@ class PruningMethod(ABC):
         """The statistic of the inputs that :meth:`prune` needs; None without calibration. A class attribute will do."""
 
     def __repr__(self) -> str:
-        """Name the method and its settings, alike in every process: reports and resumed runs know it by that.
+        """Name the method and its settings; attributes that begin with an underscore are none.
 
         ``refine`` and ``shrinkage`` of 0 are left out: runs of versions that did not know them are the same runs.
         """
-        settings = {name: value for name, value in vars(self).items() if value or name not in ("refine", "shrinkage")}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+        settings = settings_of(self)
+        return as_call(self, {name: settings[name] for name in settings if name not in LATER or settings[name]})
+
+    def __str__(self) -> str:
+        """Name it alike in every process: reports and resumed runs know it by that."""
+        return without_addresses(repr(self))
 
     @abstractmethod
     def prune(self, weight_OI: Tensor, statistic: InputStatistic | None, pattern: Pattern) -> Tensor:
