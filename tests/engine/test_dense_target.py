@@ -12,6 +12,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from wanda_lightning import SparseGPT, Unstructured, Wanda, prune_model
@@ -28,6 +30,7 @@ FAMILIES = {
         Gemma3TextConfig(**SIZE, intermediate_size=64, num_key_value_heads=2, head_dim=8, initializer_range=0.3)
     ),
     "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZE, max_position_embeddings=64)),
+    "OPT": lambda: OPTForCausalLM(OPTConfig(**SIZE, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)),
 }
 # What reads the residual stream that a linear adds its output to. Gemma norms outputs first, Falcon adds two at once.
 STREAMS = {
@@ -35,6 +38,7 @@ STREAMS = {
     "GPT-2": {"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
     "Gemma 3": {},
     "Falcon": {},
+    "OPT": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},  # which sees (B * T, D)
 }
 BATCHES = token_batches(8, batch_size=4, length=12, vocab=64)
 
@@ -65,7 +69,7 @@ def seen_by(model, batches):
     for hook in hooks:
         hook.remove()
     return {
-        name: torch.cat([x.flatten(0, -2) for x in some]) for name, some in seen.items() if some and some[0].dim() > 2
+        name: torch.cat([x.flatten(0, -2) for x in some]) for name, some in seen.items() if some and some[0].dim() > 1
     }
 
 

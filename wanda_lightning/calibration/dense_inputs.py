@@ -123,15 +123,18 @@ def residual_writers(
         if module is not None:
             inputs.append((module, x))
         for writer, out_BTD in outputs.items():
-            if x.shape == stream_BTD.shape and torch.equal(x, stream_BTD.to(x.device) + out_BTD.to(x.device)):
+            if is_as_large(x) and torch.equal(x.reshape(out_BTD.shape), stream_BTD.to(x.device) + out_BTD.to(x.device)):
                 found[writer] = reader
-                stream_BTD, reader = x.clone(), module
+                stream_BTD, reader = x.reshape(out_BTD.shape).clone(), module
                 outputs.clear()
                 break
 
     def wrote(module: nn.Module, _: Any, out: Any) -> None:
-        if out.shape == stream_BTD.shape:
-            outputs[module] = out.clone()  # some models add to it in place
+        if is_as_large(out):
+            outputs[module] = out.reshape(stream_BTD.shape).clone()  # some models add to it in place
+
+    def is_as_large(x: Tensor) -> bool:  # OPT's second half sees the stream as (B * T, D)
+        return x.numel() == stream_BTD.numel() and x.shape[-1:] == stream_BTD.shape[-1:]
 
     with ExitStack() as hooks, _first_inputs({*layer.modules()} - {layer}, look):
         for module in modules:
