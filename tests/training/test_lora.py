@@ -276,6 +276,15 @@ def test_a_checkpoint_resumes_with_its_adapter(tmp_path, tiny_model_folder):
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_with_adapters_says_that_it_needs_them(tmp_path, tiny_model_folder, strict):
+    module, run = CausalLM(str(tiny_model_folder), lora=LoraSettings()), trainer(tmp_path, WandaPruning(sparsity=0.5))
+    run.fit(module, datamodule=Data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint has adapters, and the model has none: give lora"):
+        CausalLM.load_from_checkpoint(tmp_path / "run.ckpt", strict=strict)
+
+
 def test_gradient_checkpointing_reaches_the_adapters(tmp_path, tiny_model_folder):
     module = CausalLM(str(tiny_model_folder), lora=LoraSettings(), gradient_checkpointing=True)
     trainer(tmp_path, WandaPruning(sparsity=0.5)).fit(module, datamodule=Data())

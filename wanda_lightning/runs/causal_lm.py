@@ -23,7 +23,7 @@ from wanda_lightning.report.shrinking import hidden_states_kept
 from wanda_lightning.runs.checkpoint_shapes import take_shapes
 from wanda_lightning.runs.teacher import check_teacher, load_teacher
 from wanda_lightning.training.distillation import Distillation, Teacher
-from wanda_lightning.training.lora import LoraSettings, add_adapters, merge_masked
+from wanda_lightning.training.lora import LoraSettings, add_adapters, has_adapters, merge_masked
 from wanda_lightning.training.lr_schedulers import when_to_step
 
 log = logging.getLogger(__name__)
@@ -96,10 +96,12 @@ class CausalLM(LightningModule):
                 self.model.gradient_checkpointing_enable()
         self.tokenizer = _find_tokenizer(self)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the model first: processes that trained it send weights back to the one that started them."""
         self.configure_model()
-        return super().load_state_dict(*args, **kwargs)
+        if any(".lora_A." in name for name in state_dict) and not has_adapters(self.model):
+            raise ValueError("the checkpoint has adapters, and the model has none: give lora as in its run")
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the model the shapes that the checkpoint has: that of a run which made it smaller says which."""
