@@ -243,6 +243,7 @@ def test_bars_only_where_asked_for(model, tokenizer, folder, capfd):
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"max_length": "64"}, "max_length must be a whole number of at least 1, got '64'"),
         ({"max_length": 129}, "max_length must be at most 128, the model's max_position_embeddings, got 129"),
+        ({"max_length": 4, "limit": 2}, r"an answer of \d+ tokens does not fit into sequences of 4: give max_length"),
         ({"tasks": []}, "no tasks to evaluate"),
         ({"include_path": "missing"}, "include_path must be a folder of task YAMLs, 'missing' is none"),
     ],

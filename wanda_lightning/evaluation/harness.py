@@ -82,6 +82,12 @@ class InMemoryLM(HFLM):
 
     @override
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > self.max_length:  # lm-eval asserts it, without a word
+            raise ValueError(
+                f"an answer of {longest} tokens does not fit into sequences of {self.max_length}: give max_length at "
+                "least so many, a model that takes longer sequences, or another task"
+            )
         # For whole texts, lm-eval calls this once a batch and asks for a bar each time.
         return super()._loglikelihood_tokens(requests, disable_tqdm or self._silent or bool(override_bs), override_bs)
 

@@ -85,8 +85,8 @@ def evaluate_zero_shot(
         The metrics, and lm-eval's own results.
 
     Raises:
-        ValueError: If a value is out of range, lm-eval is not installed, there is no such task, or the tokenizer is
-            none, or has neither a token that begins a text nor one that ends it.
+        ValueError: If a value is out of range, lm-eval is not installed, there is no such task, an answer is longer
+            than a sequence may be, or the tokenizer is none, or has no token that begins a text or ends it.
         ConnectionError: If the data of a task can neither be found on this machine nor downloaded.
     """
     settings = checked_settings(num_fewshot, limit, batch_size, max_length)
