@@ -201,14 +201,27 @@ def test_the_file_is_no_larger_than_asked_for(trained, tmp_path, callback):
 def test_a_size_that_was_calculated_too_small_is_mended(trained, tmp_path, monkeypatch):
     """As where experts are saved one by one: what counts is the file."""
     monkeypatch.setattr("wanda_lightning.runs.size_search.CompressedSize.expected", lambda *_: 120_000)
-    monkeypatch.setattr(
-        "wanda_lightning.runs.size_search._calculated", lambda *_: [200_000, 190_000, 125_000, 124_000, 110_000]
-    )
+    _calculate(monkeypatch, [200_000, 190_000, 125_000, 124_000, 110_000])
     searcher = trainer(tmp_path, WandaPruning())
     result = searcher.search(CausalLM(trained), data(), max_bytes=125_000, step=0.2)
     written = compress(str(tmp_path / "model"), str(tmp_path / "small")).written
     assert (result.found, result.trial(0.6).metrics["bytes"]) == (0.6, written)
     assert written <= 125_000
+
+
+def _calculate(monkeypatch, sizes):
+    trials = [Trial(number / len(sizes), 0.0, {"bytes": size}) for number, size in enumerate(sizes)]
+    monkeypatch.setattr("wanda_lightning.runs.size_search._calculated", lambda *_: trials)
+
+
+def test_zeros_that_were_calculated_are_those_of_a_pruning(trained, tmp_path):
+    """Of 32 inputs 0.1 are 3, and an allocation says how much of some linears goes, whatever is tried."""
+    asked = {"allocation": {"*down_proj": 0.25}}
+    searcher = trainer(tmp_path, WandaPruning(**asked))
+    trial = searcher.search(CausalLM(trained), data(), max_bytes=140_000, step=0.1).trial(0.1)
+    less = trainer(tmp_path / "less", WandaPruning(0.1, **asked))
+    report = less.prune(CausalLM(trained), data(), evaluate=False, save=False)
+    assert trial.zeros == pytest.approx(report.sparsity)
 
 
 def test_what_an_allocation_cannot_split_is_over_the_budget(trained, tmp_path):
@@ -225,7 +238,7 @@ def test_a_budget_that_needs_what_an_allocation_cannot_split(trained, tmp_path):
 
 def test_a_size_is_searched_for_on_after_a_crash(trained, tmp_path, monkeypatch):
     """After the first of two prunings, and after the second."""
-    monkeypatch.setattr("wanda_lightning.runs.size_search._calculated", lambda *_: [200_000, 125_000, 124_000])
+    _calculate(monkeypatch, [200_000, 125_000, 124_000])
     measured = iter([KeyboardInterrupt, 130_000, KeyboardInterrupt, 130_000, 120_000])
 
     def measure(trainer):

@@ -10,10 +10,11 @@ from wanda_lightning.callbacks.plumbing.settings_check import selection_of
 from wanda_lightning.callbacks.pruning import run_folder
 from wanda_lightning.export.size import CompressedSize, compressed_size
 from wanda_lightning.model.language_model import find_model
+from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.runs.one_shot import no_training, prune, with_callbacks
 from wanda_lightning.runs.search_result import SearchResult, Trial, percent
 from wanda_lightning.runs.trials import DenseWeights
-from wanda_lightning.sparsity import Unstructured
+from wanda_lightning.sparsity import Pattern, Unstructured
 
 CURVE = 10
 """How many sizes of the curve are written down, besides those around the one that was chosen."""
@@ -47,7 +48,8 @@ def prune_to_size(
     """
     with with_callbacks(trainer, weights, without=[callback]), no_training(trainer):
         trainer.fit(model, datamodule=datamodule)  # which loads the model
-    sizes = _calculated(model, callback, grid)
+    calculated = _calculated(model, callback, grid)
+    sizes = [trial.metrics["bytes"] for trial in calculated]
     most = result.budget.most
     number = next((number for number, size in enumerate(sizes) if size <= most), len(grid))
     if number == 0:
@@ -56,7 +58,7 @@ def prune_to_size(
     result.dense = {"bytes": sizes[0]}
     while number < len(grid):
         result.trials = [
-            Trial(grid[at], grid[at], {"bytes": sizes[at]})
+            calculated[at]
             for at in sorted({*range(0, len(grid), max(1, len(grid) // CURVE)), number - 1} - {0, number})
         ]
         if trainer.is_global_zero:
@@ -81,16 +83,23 @@ def prune_to_size(
     )
 
 
-def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequence[float]) -> list[int]:
-    """Calculate the size of the compressed weights at every sparsity."""
+def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequence[float]) -> list[Trial]:
+    """Calculate at every sparsity how many weights are zero, and the size of the compressed ones."""
     held = find_model(model)
     size = CompressedSize(held)
-    selection, sizes = selection_of(callback, held), []
+    selection, trials = selection_of(callback, held), []
     for sparsity in grid:
         decoder, patterns = selection.choose(held, Unstructured(sparsity))
-        linears = [linear for layer in decoder for linear in layer.linears]
-        sizes.append(size.expected((linear, patterns[linear.name]) for linear in linears))
-    return sizes
+        asked = [(linear, patterns[linear.name]) for layer in decoder for linear in layer.linears]
+        trials.append(Trial(sparsity, _zeros(asked), {"bytes": size.expected(asked)}))
+    return trials
+
+
+def _zeros(asked: Sequence[tuple[PrunableLinear, Pattern]]) -> float:
+    """Calculate the share of weights that go where each row loses what its pattern says; matrices count once."""
+    matrices = {(x.weight, x.expert, x.projection): (x.weight_OI.shape, pattern) for x, pattern in asked}.values()
+    gone = sum(rows * pattern.count(columns) for (rows, columns), pattern in matrices)
+    return gone / sum(rows * columns for (rows, columns), _ in matrices)
 
 
 def _measured(trainer: Trainer) -> int:
