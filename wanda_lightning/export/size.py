@@ -30,6 +30,22 @@ def compressed_size(folder: str | Path) -> int:
     return sum(map(compressed_file_size, weight_files(Path(folder))))
 
 
+def expected_zeros(linears: Iterable[tuple[PrunableLinear, Pattern]]) -> list[tuple[nn.Parameter, int, int]]:
+    """Calculate how many weights go where every output row loses what its pattern says.
+
+    Args:
+        linears: What is to be pruned, and to what; several may have one matrix.
+
+    Returns:
+        For each matrix, once: the parameter that holds it, how many of its weights go, and how many there are.
+    """
+    matrices = {(x.weight, x.expert, x.projection): (x.weight_OI.shape, pattern) for x, pattern in linears}
+    return [
+        (weight, rows * pattern.count(columns), rows * columns)
+        for (weight, _, _), ((rows, columns), pattern) in matrices.items()
+    ]
+
+
 class CompressedSize:
     """How large a model in memory will be, pruned and compressed.
 
@@ -60,10 +76,9 @@ class CompressedSize:
         Returns:
             The bytes.
         """
-        matrices = {(self._names[id(x.weight)], x.expert, x.projection): (x.weight_OI.shape, p) for x, p in linears}
         pruned: Counter[str] = Counter()
-        for (name, _, _), ((rows, columns), pattern) in matrices.items():
-            pruned[name] += rows * pattern.count(columns)
+        for weight, gone, _ in expected_zeros(linears):
+            pruned[self._names[id(weight)]] += gone
         entries: list[Entry] = []
         shapes: dict[str, list[int]] = {}
         for stored, nonzero in self._stored:

@@ -8,13 +8,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from wanda_lightning.callbacks import PruningCallback
 from wanda_lightning.callbacks.plumbing.settings_check import selection_of
 from wanda_lightning.callbacks.pruning import run_folder
-from wanda_lightning.export.size import CompressedSize, compressed_size
+from wanda_lightning.export.size import CompressedSize, compressed_size, expected_zeros
 from wanda_lightning.model.language_model import find_model
-from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.runs.one_shot import no_training, prune, with_callbacks
 from wanda_lightning.runs.search_result import SearchResult, Trial, percent
 from wanda_lightning.runs.trials import DenseWeights
-from wanda_lightning.sparsity import Pattern, Unstructured
+from wanda_lightning.sparsity import Unstructured
 
 CURVE = 10
 """How many sizes of the curve are written down, besides those around the one that was chosen."""
@@ -91,15 +90,9 @@ def _calculated(model: LightningModule, callback: PruningCallback, grid: Sequenc
     for sparsity in grid:
         decoder, patterns = selection.choose(held, Unstructured(sparsity))
         asked = [(linear, patterns[linear.name]) for layer in decoder for linear in layer.linears]
-        trials.append(Trial(sparsity, _zeros(asked), {"bytes": size.expected(asked)}))
+        _, gone, weights = zip(*expected_zeros(asked), strict=True)
+        trials.append(Trial(sparsity, sum(gone) / sum(weights), {"bytes": size.expected(asked)}))
     return trials
-
-
-def _zeros(asked: Sequence[tuple[PrunableLinear, Pattern]]) -> float:
-    """Calculate the share of weights that go where each row loses what its pattern says; matrices count once."""
-    matrices = {(x.weight, x.expert, x.projection): (x.weight_OI.shape, pattern) for x, pattern in asked}.values()
-    gone = sum(rows * pattern.count(columns) for (rows, columns), pattern in matrices)
-    return gone / sum(rows * columns for (rows, columns), _ in matrices)
 
 
 def _measured(trainer: Trainer) -> int:
