@@ -49,7 +49,7 @@ def plain_fields(settings: object) -> None:
         object.__setattr__(settings, name, plain(value))
 
 
-def settings_of(owner: object) -> dict[str, Any]:
+def attributes_of(owner: object) -> dict[str, Any]:
     """Return the attributes of a method or an allocation; those that begin with an underscore are no settings."""
     return {name: value for name, value in vars(owner).items() if not name.startswith("_")}
 

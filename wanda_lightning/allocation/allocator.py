@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from wanda_lightning.arguments import as_call, settings_of, without_addresses
+from wanda_lightning.arguments import as_call, attributes_of, without_addresses
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.feed import Feed
 from wanda_lightning.calibration.hidden_states import Place
@@ -100,7 +100,7 @@ class Allocator(ABC):
 
     def __repr__(self) -> str:
         """Name the allocation and its settings; attributes that begin with an underscore are none."""
-        return as_call(self, settings_of(self))
+        return as_call(self, attributes_of(self))
 
     def __str__(self) -> str:
         """Name it alike in every process: resumed runs know it by that."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from wanda_lightning.arguments import as_call, plain_fields, settings_of, whole_number, without_addresses
+from wanda_lightning.arguments import as_call, attributes_of, plain_fields, whole_number, without_addresses
 from wanda_lightning.methods.refinement import refined
 from wanda_lightning.sparsity import Pattern, zero_where_pruned
 from wanda_lightning.statistics import InputStatistic
@@ -47,7 +47,7 @@ class PruningMethod(ABC):
 
         ``refine`` and ``shrinkage`` of 0 are left out: runs of versions that did not know them are the same runs.
         """
-        settings = settings_of(self)
+        settings = attributes_of(self)
         return as_call(self, {name: settings[name] for name in settings if name not in LATER or settings[name]})
 
     def __str__(self) -> str:
