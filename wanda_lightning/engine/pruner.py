@@ -134,8 +134,16 @@ def prune_model(
     feed = feed_of(model, forward)
     with left_as_found(model), feed.calling():
         found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
-        asked = {"exact_error": exact_error, "true_sequential": true_sequential, "dense_target": dense_target}
-        plan = Plan.of(model, method, pattern, found, reconstruction=reconstruction, **asked)
+        plan = Plan.of(
+            model,
+            method,
+            pattern,
+            found,
+            exact_error=exact_error,
+            true_sequential=true_sequential,
+            reconstruction=reconstruction,
+            dense_target=dense_target,
+        )
         check_pruning(model, plan, calibration is not None, journal)
         plan = with_neurons(plan, model) if permute else plan
         return carry_out(plan, feed, found.calibration, activations, journal, processes, progress)
@@ -207,8 +215,16 @@ def _visit(plan: Plan, feed: Feed, batches: HashedBatches | None, activations: P
             with in_memory(layer.module):
                 yield layer, None
     else:
-        dense = {"with_dense": plan.reconstruction is not None, "with_dense_inputs": plan.dense_target}
-        for step in walk(feed.model, plan.layers, batches, activations, feed=feed, statistic=plan.statistic, **dense):
+        for step in walk(
+            feed.model,
+            plan.layers,
+            batches,
+            activations,
+            with_dense=plan.reconstruction is not None,
+            with_dense_inputs=plan.dense_target,
+            feed=feed,
+            statistic=plan.statistic,
+        ):
             yield step.layer, step
 
 
