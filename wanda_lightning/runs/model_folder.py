@@ -62,7 +62,7 @@ def check_model_folder(trainer: Trainer) -> None:
     Raises:
         ValueError: If there is such a model, or something else than one.
     """
-    callbacks: list[Any] = [*pruning_callbacks(trainer), *shape_callbacks(trainer)]
+    callbacks = _callbacks(trainer)
     if not callbacks or not keeps_files(trainer):
         return
     folder = run_folder(trainer)
@@ -74,6 +74,11 @@ def check_model_folder(trainer: Trainer) -> None:
         raise ValueError(f"{folder} holds the results of another run, {others[0].name}: {advice} them")
     if any(place.glob("*")) and not any((folder / report).exists() for report in (REPORT, SHRINKING)):
         raise ValueError(f"{place} holds a model, and no report of the run that made it lies beside it: {advice} it")
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    """List the callbacks of a Trainer that write a report."""
+    return [*pruning_callbacks(trainer), *shape_callbacks(trainer)]
 
 
 def _reports_of_others(trainer: Trainer, folder: Path) -> list[Path]:
@@ -100,10 +105,9 @@ def _write(trainer: Trainer, module: LightningModule, language_model: Any, folde
         for report in others:
             report.unlink()
         remove_search(folder)
-        callbacks: list[Any] = [*pruning_callbacks(trainer), *shape_callbacks(trainer)]
-        for callback in callbacks[:1]:
+        if callbacks := _callbacks(trainer):
             steps = [f"step-{number}" for number in range(1, trainer.global_step + 1)]
-            remove_zero_shot(folder, callback.evaluations, keep=steps)
+            remove_zero_shot(folder, callbacks[0].evaluations, keep=steps)
 
 
 def _push(trainer: Any, folder: Path) -> None:
