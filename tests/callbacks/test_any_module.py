@@ -110,7 +110,7 @@ def test_the_users_metrics_are_in_the_report_and_a_copy_loads(tmp_path):
     with torch.no_grad():
         assert torch.equal(reloaded(images).logits, module.net.eval()(images).logits)
     card = ModelCard.load(tmp_path / "model/README.md").data
-    assert (card.library_name, card.pipeline_tag) == ("transformers", None)  # it writes no text
+    assert (card["library_name"], card.pipeline_tag) == ("transformers", None)  # it writes no text
 
 
 def test_calibration_leaves_metrics_as_they_were(tmp_path):
@@ -211,7 +211,7 @@ def test_a_module_of_plain_torch_is_pruned_saved_and_fine_tuned(own_step, tmp_pa
     loaded = Tags()
     load_model(loaded.net, str(tmp_path / "model" / "model.safetensors"))
     card = ModelCard.load(tmp_path / "model/README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == (None, None)
+    assert (card.data["library_name"], card.data.pipeline_tag) == (None, None)
     assert "`safetensors.torch.load_model` loads them" in card.text
     assert all(map(torch.equal, loaded.net.parameters(), plain.parameters()))
     trainer(tmp_path, SparseFinetuning(), max_steps=2).fit(loaded)
