@@ -30,7 +30,7 @@ from wanda_lightning import (
     Wanda,
     prune_model,
 )
-from wanda_lightning.engine.permuting import check_permute
+from wanda_lightning.engine.settings import PruningSettings
 from wanda_lightning.evaluation import Perplexity, evaluate_zero_shot, load_tasks
 from wanda_lightning.sparsity import Pattern, parse_pattern
 
@@ -139,9 +139,7 @@ def with_spread(values: Sequence[float]) -> str:
 
 def takes(name: str, pattern: Pattern) -> bool:
     try:
-        METHODS[name].check(pattern)
-        if "permute" in SETTINGS.get(name, {}):
-            check_permute(pattern)
+        PruningSettings(method=METHODS[name], pattern=pattern, **SETTINGS.get(name, {}))
     except ValueError:
         return False
     return True

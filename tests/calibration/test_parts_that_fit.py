@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import tiny_llama, tiny_mixtral, token_batches
 
-from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.calibration.walk import walk
 from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
+from wanda_lightning.engine.settings import PruningSettings
 from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods import SparseGPT
 from wanda_lightning.model.decoder import decoder_layers
@@ -45,7 +45,8 @@ def pruned(model, memory):
     with torch.no_grad():
         step = next(iter(walk(model, layers, token_batches())))
         step.memory = memory
-        plan = Plan.of(model, method, Unstructured(0.5), Found(None, Selection()), exact_error=False)
+        asked = PruningSettings(method=method, pattern=Unstructured(0.5))
+        plan = Plan.of(model, asked, Found(None, asked.selection))
         done = prune_layer(step.layer, step, plan, Processes.alone()).linears
     assert [linear.row.name for linear in done] == [linear.name for linear in step.layer.linears]
     return {name: weight.clone() for name, weight in layers[0].module.named_parameters()}, Counted.peak

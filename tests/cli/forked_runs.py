@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama  # noqa: F401
 
 from wanda_lightning.__main__ import main
 from wanda_lightning.cli import lightning_cli  # noqa: F401
-from wanda_lightning.engine import journal, pruner  # noqa: F401
+from wanda_lightning.engine import journal, loop  # noqa: F401
 from wanda_lightning.runs import one_shot
 
 
@@ -28,7 +28,7 @@ def crashes(*_: object, **__: object) -> None:
 
 
 def slowed_down(seconds: float, solved: Path) -> None:
-    prune_layer = pruner.prune_layer
+    prune_layer = loop.prune_layer
 
     def slow(layer, *args, **kwargs):
         with solved.open("a") as file:
@@ -36,7 +36,7 @@ def slowed_down(seconds: float, solved: Path) -> None:
         time.sleep(seconds)
         return prune_layer(layer, *args, **kwargs)
 
-    pruner.prune_layer = slow
+    loop.prune_layer = slow
 
 
 def run(

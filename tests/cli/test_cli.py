@@ -454,7 +454,7 @@ def test_a_full_disk_says_so():
 
 
 def test_our_own_mistakes_keep_their_traceback(wanda_lightning_command, small, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", lambda: None)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_as_asked", lambda: None)
     with pytest.raises(TypeError):
         wanda_lightning_command("prune", "-c", RECIPE, *small)
 
@@ -467,7 +467,7 @@ def ctrl_c(monkeypatch):
         raise KeyboardInterrupt
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_model", pressed)
+    monkeypatch.setattr("wanda_lightning.callbacks.plumbing.pruning_run.prune_as_asked", pressed)
     monkeypatch.setattr("wanda_lightning.cli.recipes.main", pressed)
     yield
     signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones

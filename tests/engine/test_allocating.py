@@ -16,6 +16,7 @@ from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.settings import PruningSettings
 from wanda_lightning.engine.stacks import Found
 from wanda_lightning.methods import Magnitude
 from wanda_lightning.sparsity import Unstructured
@@ -111,7 +112,8 @@ def test_a_model_is_left_as_dense_as_it_was_where_the_split_fails(monkeypatch):
 def test_other_processes_hear_of_a_decision_that_cannot_be_read(tmp_path, told):
     (tmp_path / "allocation.json").mkdir()
     model = tiny_llama()
-    plan = Plan.of(model, Magnitude(), Unstructured(0.5), Found(None, Selection(allocation=OWL())))
+    asked = PruningSettings(method=Magnitude(), pattern=Unstructured(0.5), selection=Selection(allocation=OWL()))
+    plan = Plan.of(model, asked, Found(None, asked.selection))
     with pytest.raises(OSError):
         allocated(plan, LanguageModelFeed(model), [], "device", Journal(tmp_path), Processes())
     assert isinstance(told[-1], OSError)

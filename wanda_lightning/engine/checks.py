@@ -14,7 +14,6 @@ from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk, names_without_values
-from wanda_lightning.statistics import InputHessian, InputNorm
 
 PRUNABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -31,15 +30,10 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
     Raises:
         ValueError: If something cannot work.
     """
-    for pattern in {plan.pattern, *plan.patterns.values()}:
+    for pattern in {*plan.patterns.values()}:
         plan.method.check(pattern)
-    if plan.needs_batches and not has_batches:
+    if plan.asks_for_batches and not has_batches:
         raise ValueError(f"{plan.asks_for_batches} needs calibration batches, got None")
-    if plan.statistic is not (own := plan.method.statistic) and own not in (None, InputNorm, InputHessian):
-        setting = "dense_target" if plan.dense_target else "exact_error"
-        raise ValueError(f"{setting} gathers X^T X, and {plan.method} needs {own.__name__}: leave {setting} out")
-    if plan.dense_target and plan.true_sequential is False:
-        raise ValueError("dense_target needs one pass through each layer: leave true_sequential=False out")
     if (plan.reconstruction is not None or plan.dense_target) and plan.repeats:
         name, _, first = plan.repeats[0]
         setting = "dense_target" if plan.dense_target else "reconstruction"
@@ -61,7 +55,7 @@ def check_pruning(model: nn.Module, plan: Plan, has_batches: bool, journal: Jour
             "the decoder layers are on disk, and what they come from is never written to: give a journal, a folder for "
             "the pruned layers, or load the model with a device_map that leaves none on disk"
         )
-    if plan.needs_batches:
+    if plan.asks_for_batches:
         _refuse_adapted(model, plan.linears)
     for linear in plan.linears:
         _check_stored(linear)

@@ -9,8 +9,8 @@ from wanda_lightning.arguments import one_of, plain, whole_number
 from wanda_lightning.calibration.batches import Batch
 from wanda_lightning.calibration.hidden_states import Place, check_activations
 from wanda_lightning.engine.layer_choice import LayerChooser
+from wanda_lightning.engine.loop import Progress
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.model.language_model import uncompiled

@@ -17,8 +17,8 @@ from wanda_lightning.calibration.calibrated_layer import OVERFLOW, CalibratedLay
 from wanda_lightning.calibration.hidden_states import Place
 from wanda_lightning.calibration.token_losses import NOTHING_PREDICTED, predicts_tokens, token_losses
 from wanda_lightning.calibration.walk import walk
+from wanda_lightning.engine.loop import Progress
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.pruner import Progress
 from wanda_lightning.engine.shortening import Shortening
 from wanda_lightning.engine.trial_run import why_it_fails
 from wanda_lightning.model.decoder import DecoderLayer

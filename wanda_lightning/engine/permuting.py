@@ -22,24 +22,8 @@ from wanda_lightning.model.decoder import DecoderLayer
 from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.neurons import Neurons, reorder_neurons
 from wanda_lightning.solvers.grouping import grouped
-from wanda_lightning.sparsity import Pattern, SemiStructured
+from wanda_lightning.sparsity import SemiStructured
 from wanda_lightning.statistics import InputNorm, InputStatistic
-
-
-def check_permute(pattern: Pattern) -> None:
-    """Refuse to permute neurons where it would change nothing.
-
-    Args:
-        pattern: What linears are pruned to.
-
-    Raises:
-        ValueError: If it is not N:M.
-    """
-    if not isinstance(pattern, SemiStructured):
-        raise ValueError(
-            f'permute chooses what stands together in the groups of an N:M pattern such as "2:4", got {pattern}: leave '
-            "permute out"
-        )
 
 
 def with_neurons(plan: Plan, model: nn.Module) -> Plan:
@@ -53,9 +37,8 @@ def with_neurons(plan: Plan, model: nn.Module) -> Plan:
         The plan, with the neurons that a matrix with an N:M pattern reads.
 
     Raises:
-        ValueError: If the pattern is not N:M, the model is none whose neurons can move, or none of them would.
+        ValueError: If the model is none whose neurons can move, or none of them would.
     """
-    check_permute(plan.pattern)
     check_can_change_shape(model, "the order of its neurons")
     if not is_language_model(model):
         raise ValueError(f"permute finds the MLPs of language models, got {type(model).__name__}: leave permute out")

@@ -1,9 +1,6 @@
-"""Pruning a model: whoever has read this file knows the house."""
+"""Pruning a model: whoever has read this file and loop.py knows the house."""
 
-import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -12,35 +9,23 @@ from wanda_lightning.allocation.by_name import Allocation
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.batches import Batch
-from wanda_lightning.calibration.feed import Feed, Forward
+from wanda_lightning.calibration.feed import Forward
 from wanda_lightning.calibration.hidden_states import Place, check_activations
-from wanda_lightning.calibration.walk import walk
-from wanda_lightning.engine.allocating import allocated
 from wanda_lightning.engine.checks import check_pruning
-from wanda_lightning.engine.clock import PhaseClock
-from wanda_lightning.engine.fingerprint import HashedBatches, fingerprint
 from wanda_lightning.engine.journal import Journal
-from wanda_lightning.engine.layer_pruning import prune_layer
 from wanda_lightning.engine.left_as_found import left_as_found
-from wanda_lightning.engine.measured_sparsity import ZeroCount
-from wanda_lightning.engine.order import Visit, begin
+from wanda_lightning.engine.loop import Progress, carry_out
 from wanda_lightning.engine.permuting import with_neurons
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
 from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.engine.settings import PruningSettings
 from wanda_lightning.engine.stacks import feed_of, find_layers
 from wanda_lightning.methods.base import PruningMethod
 from wanda_lightning.methods.named import as_method
 from wanda_lightning.model.language_model import uncompiled
-from wanda_lightning.model.offload import in_memory, write_back
-from wanda_lightning.report.environment import peak_memory
 from wanda_lightning.report.pruning_report import PruningReport
 from wanda_lightning.sparsity import Pattern, as_pattern
-
-log = logging.getLogger(__name__)
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Wraps the iteration over so many steps, to show how far it is."""
 
 
 def prune_model(
@@ -126,114 +111,64 @@ def prune_model(
         >>> prune_model(LlamaForCausalLM(config), batches, "wanda", 0.5).sparsity
         0.5
     """
-    method, pattern = as_method(method), as_pattern(pattern)
-    check_activations(activations)
-    instance_or_none("reconstruction", reconstruction, Reconstruction, "Reconstruction(epochs=3)")
-    instance_or_none("journal", journal, Journal, 'Journal("folder")')
-    model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
-    feed = feed_of(model, forward)
-    with left_as_found(model), feed.calling():
-        found = find_layers(feed, calibration, Selection(targets, ignore, layers, allocation))
-        plan = Plan.of(
-            model,
-            method,
-            pattern,
-            found,
-            exact_error=exact_error,
-            true_sequential=true_sequential,
-            reconstruction=reconstruction,
-            dense_target=dense_target,
-        )
-        check_pruning(model, plan, calibration is not None, journal)
-        plan = with_neurons(plan, model) if permute else plan
-        return carry_out(plan, feed, found.calibration, activations, journal, processes, progress)
+    asked = PruningSettings(
+        method=as_method(method),
+        pattern=as_pattern(pattern),
+        selection=Selection(targets, ignore, layers, allocation),
+        exact_error=exact_error,
+        true_sequential=true_sequential,
+        reconstruction=reconstruction,
+        dense_target=dense_target,
+        permute=permute,
+    )
+    return prune_as_asked(
+        model,
+        calibration,
+        asked,
+        forward=forward,
+        activations=activations,
+        journal=journal,
+        processes=processes,
+        progress=progress,
+    )
 
 
-def carry_out(
-    plan: Plan,
-    feed: Feed,
+def prune_as_asked(
+    model: nn.Module,
     calibration: Iterable[Batch] | None,
-    activations: Place,
-    journal: Journal,
-    processes: Processes,
-    progress: Progress | None,
-    asked: Mapping[str, Any] | None = None,
+    asked: PruningSettings,
+    *,
+    forward: Forward | None = None,
+    activations: Place = "device",
+    journal: Journal | None = None,
+    processes: Processes | None = None,
+    progress: Progress | None = None,
 ) -> PruningReport:
-    """Do what is planned, layer by layer.
+    """Prune a model in place by settings that are one object; the rest is as in :func:`prune_model`.
 
     Args:
-        plan: What is to be done, checked.
-        feed: The model, in eval mode, and how it runs on a batch.
-        calibration: See :func:`prune_model`, as the following.
+        model: The model.
+        calibration: Batches.
+        asked: What is asked for, whatever the model.
+        forward: Runs the model on a batch.
         activations: A place.
         journal: A journal.
         processes: All of them.
         progress: Shows how far it is.
-        asked: What decides the result beside the plan's settings.
 
     Returns:
         What was done to every linear.
+
+    Raises:
+        ValueError: If the model or the calibration set cannot be used, see there.
     """
-    clock, zeros, allocator = PhaseClock(), ZeroCount(feed.model), plan.selection.allocator
-    batches = None
-    if calibration is not None and plan.needs_batches:
-        batches = HashedBatches(calibration, feed, keep=bool(allocator))
-    with closing(_visit(plan, feed, batches, activations)) as walked:  # a layer is in memory, after errors too
-        plan, visits = begin(plan, clock.forwards(walked), processes)  # the first visit reads the batches
-        settings = {**plan.settings, **(asked or {}), "processes": processes.size}
-        digests = processes.gather(batches.digest if batches else "")
-        journal.start(fingerprint(feed.model, settings, digests, feed.device), processes)
-        if allocator:
-            with clock.counted("allocation"):
-                kept = batches.kept if batches else []
-                plan = allocated(plan, feed, kept, activations, journal, processes)
-        report = plan.new_report()
-        for number, (layer, inputs) in enumerate(progress(visits, len(plan.layers)) if progress else visits):
-            done = journal.restore(number, layer, processes)
-            if done is None:
-                with clock.counted("statistics"):
-                    done = prune_layer(layer, inputs, plan, processes)
-                clock.spent("solve", (linear.row.seconds for linear in done.linears))
-                clock.spent("reconstruction", [done.reconstruction.seconds] if done.reconstruction else [])
-                journal.record(number, layer, done, processes)
-            report.add(done.linears)
-            if done.reconstruction:
-                report.reconstruction[layer.name] = done.reconstruction
-            write_back(layer.module, layer.weights, journal.file(number))
-            zeros.visit(layer.module)
-        report.repeat(plan.repeats)
-        _say_what_was_not_reached(plan, report)
-        report.whole_model_sparsity = zeros.sparsity
-        report.seconds, report.seconds_by_phase, report.memory = clock.total, clock.seconds, peak_memory()
-    return report
-
-
-def _visit(plan: Plan, feed: Feed, batches: HashedBatches | None, activations: Place) -> Generator[Visit]:
-    """Visit the layers in order, each in memory, with what the plan takes of batches, if there are some."""
-    if batches is None:
-        for layer in plan.layers:
-            with in_memory(layer.module):
-                yield layer, None
-    else:
-        for step in walk(
-            feed.model,
-            plan.layers,
-            batches,
-            activations,
-            with_dense=plan.reconstruction is not None,
-            with_dense_inputs=plan.dense_target,
-            feed=feed,
-            statistic=plan.statistic,
-        ):
-            yield step.layer, step
-
-
-def _say_what_was_not_reached(plan: Plan, report: PruningReport) -> None:
-    experts = sum(linear.experts is not None for linear in plan.linears)
-    if plan.method.statistic is not None and (unseen := sum(row.tokens == 0 for row in report.linears)):
-        log.warning(
-            "no calibration token reached %d of %d expert matrices: they were pruned by magnitude within each row. "
-            "More calibration samples reach more experts.",
-            unseen,
-            experts,
-        )
+    check_activations(activations)
+    instance_or_none("journal", journal, Journal, 'Journal("folder")')
+    model, journal, processes = uncompiled(model), journal or Journal.none(), processes or Processes.alone()
+    feed = feed_of(model, forward)
+    with left_as_found(model), feed.calling():
+        found = find_layers(feed, calibration, asked.selection)
+        plan = Plan.of(model, asked, found)
+        check_pruning(model, plan, calibration is not None, journal)
+        plan = with_neurons(plan, model) if plan.permute else plan
+        return carry_out(plan, feed, found.calibration, activations, journal, processes, progress)

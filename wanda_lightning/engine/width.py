@@ -17,11 +17,11 @@ from wanda_lightning.calibration.feed import LanguageModelFeed
 from wanda_lightning.calibration.hidden_states import Place, check_activations
 from wanda_lightning.engine.journal import Journal
 from wanda_lightning.engine.layer_pruning import put_in_place
+from wanda_lightning.engine.loop import Progress, carry_out
 from wanda_lightning.engine.narrowing import Narrowing, groups_of, kept_of
 from wanda_lightning.engine.neuron_removal import Columns, NeuronChoice, NeuronRemoval
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.pruner import Progress, carry_out
 from wanda_lightning.engine.reshaping import reported
 from wanda_lightning.model.language_model import uncompiled
 from wanda_lightning.model.linears import PrunableLinear
@@ -156,7 +156,8 @@ def _plan(narrowing: Narrowing, method: NeuronRemoval, keep: float, layers: str 
         replace(layer, linears=[linear for linear in layer.linears if linear.name in patterns])
         for layer in narrowing.layers
     ]
-    return Plan(method, Unstructured(1 - keep), Selection(layers=layers), some, patterns)
+    selection = Selection(layers=layers)
+    return Plan(method=method, pattern=Unstructured(1 - keep), selection=selection, layers=some, patterns=patterns)
 
 
 def _kept(narrowing: Narrowing) -> dict[str, Tensor]:

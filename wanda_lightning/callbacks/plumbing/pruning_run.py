@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,7 @@ from wanda_lightning.callbacks.plumbing.run_files import RunFiles
 from wanda_lightning.callbacks.plumbing.run_identity import describe_model, describe_settings
 from wanda_lightning.callbacks.plumbing.run_report import RunReport
 from wanda_lightning.callbacks.plumbing.samples import samples_of
-from wanda_lightning.callbacks.plumbing.settings_check import selection_of, steps_are_known
+from wanda_lightning.callbacks.plumbing.settings_check import pruning_settings, selection_of, steps_are_known
 from wanda_lightning.callbacks.plumbing.stage import Stage, stage_of
 from wanda_lightning.checkpoints.saving_check import check_can_be_saved
 from wanda_lightning.engine.checks import refuse_sharded
@@ -32,9 +33,8 @@ from wanda_lightning.engine.measured_sparsity import (
     report_as_found,
     sparsity_now,
 )
-from wanda_lightning.engine.plan import asks_for_batches
 from wanda_lightning.engine.processes import Processes
-from wanda_lightning.engine.pruner import prune_model
+from wanda_lightning.engine.pruner import prune_as_asked
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import PrunableLinear
 from wanda_lightning.model.offload import is_on_disk
@@ -46,12 +46,6 @@ if TYPE_CHECKING:
     from wanda_lightning.callbacks.pruning import PruningCallback
 
 log = logging.getLogger(__name__)
-
-HANDED_ON = (
-    "targets", "ignore", "layers", "allocation", "exact_error", "true_sequential", "reconstruction", "dense_target",
-    "permute", "activations",
-)  # fmt: skip
-"""Settings of a callback that are also those of prune_model."""
 
 
 class PruningRun:
@@ -202,22 +196,19 @@ class PruningRun:
     def _prune_to(self, pattern: Pattern, trainer: Trainer, module: LightningModule, step: int = -1) -> None:
         asked, model, processes = self.asked, find_model(module), Processes()
         journal = self.files.open_layers(trainer, streamed=is_on_disk(model))
-        needs_batches = asks_for_batches(
-            asked.method, selection_of(asked, model), asked.exact_error, asked.reconstruction, asked.dense_target
-        )
+        settings = replace(pruning_settings(asked), pattern=pattern)
         forward = forward_of(trainer, module)
         # Outside of isolate_rng: a train dataloader that is made here draws what it would draw without pruning.
-        batches = asked.calibration.of(trainer, forward is not None) if needs_batches else None
+        batches = asked.calibration.of(trainer, forward is not None) if settings.asks_for_batches else None
         precision, copies = trainer.precision_plugin.forward_context(), copies_follow(trainer, module)
         steps = as_in_validation(module) if forward else nullcontext()
         with isolate_rng(), precision, copies, steps, noticing_sigterm() as asked_to_end:
-            report = prune_model(
+            report = prune_as_asked(
                 model,
                 batches,
-                asked.method,
-                pattern,
-                **{name: getattr(asked, name) for name in HANDED_ON},
+                settings,
                 forward=forward,
+                activations=asked.activations,
                 journal=journal,
                 processes=processes,
                 progress=partial(progress, trainer, asked_to_end),

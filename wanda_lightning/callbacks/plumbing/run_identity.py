@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from wanda_lightning.allocation.allocator import Allocator
 from wanda_lightning.callbacks.plumbing.loaders import datamodule_of
+from wanda_lightning.callbacks.plumbing.settings_check import pruning_settings
 from wanda_lightning.model.language_model import find_model
 from wanda_lightning.model.linears import own_parameters
 
@@ -53,16 +53,4 @@ def describe_calibration(trainer: Trainer) -> dict[str, Any]:
 
 def describe_settings(asked: "PruningCallback") -> dict[str, Any]:
     """Return what a callback asks for, as plain types."""
-    return {
-        "method": str(asked.method),
-        "pattern": str(asked.pattern),
-        "sparsity": asked.pattern.sparsity,
-        "targets": asked.targets,
-        "ignore": asked.ignore,
-        "allocation": str(asked.allocation) if isinstance(asked.allocation, Allocator) else asked.allocation,
-        "schedule": str(asked.schedule) if asked.schedule else None,
-        **({} if asked.true_sequential is None else {"true_sequential": asked.true_sequential}),  # older ones know none
-        **({"reconstruction": str(asked.reconstruction)} if asked.reconstruction else {}),  # older ones know none
-        **({"dense_target": True} if asked.dense_target else {}),
-        **({"permute": True} if asked.permute else {}),
-    }
+    return {**pruning_settings(asked).described(), "schedule": str(asked.schedule) if asked.schedule else None}

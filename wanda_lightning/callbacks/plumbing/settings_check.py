@@ -10,13 +10,36 @@ from wanda_lightning.allocation.schedule import Gradual
 from wanda_lightning.allocation.selection import Selection
 from wanda_lightning.arguments import instance_or_none
 from wanda_lightning.calibration.hidden_states import check_activations
-from wanda_lightning.engine.permuting import check_permute
-from wanda_lightning.engine.reconstruction import Reconstruction
+from wanda_lightning.engine.settings import PruningSettings
 from wanda_lightning.model.language_model import is_language_model
 from wanda_lightning.model.stacks import lists_in
 
 if TYPE_CHECKING:
     from wanda_lightning.callbacks.pruning import PruningCallback
+
+
+def pruning_settings(asked: "PruningCallback") -> PruningSettings:
+    """Return what a callback asks of a pruning, as the engine takes it.
+
+    Args:
+        asked: The callback.
+
+    Returns:
+        Its settings.
+
+    Raises:
+        ValueError: If they are of another kind than they should be, or contradict each other.
+    """
+    return PruningSettings(
+        method=asked.method,
+        pattern=asked.pattern,
+        selection=Selection(asked.targets, asked.ignore, asked.layers, asked.allocation),
+        exact_error=asked.exact_error,
+        true_sequential=asked.true_sequential,
+        reconstruction=asked.reconstruction,
+        dense_target=asked.dense_target,
+        permute=asked.permute,
+    )
 
 
 def check_settings(asked: "PruningCallback") -> None:
@@ -28,13 +51,8 @@ def check_settings(asked: "PruningCallback") -> None:
     Raises:
         ValueError: If there are such.
     """
-    asked.method.check(asked.pattern)
-    if allocator := Selection(asked.targets, asked.ignore, asked.layers, asked.allocation).allocator:
-        allocator.check_pattern(asked.pattern)
-    if asked.permute:
-        check_permute(asked.pattern)
+    pruning_settings(asked)
     check_activations(asked.activations)
-    instance_or_none("reconstruction", asked.reconstruction, Reconstruction, "Reconstruction(epochs=3)")
     instance_or_none("schedule", asked.schedule, Gradual, "Gradual(start=0, end=100)")
     if asked.schedule is not None:
         asked.schedule.check(asked.method, asked.pattern, asked.allocation, asked.dense_target)
